@@ -1,0 +1,405 @@
+"""One connection as a machine without I/O: received bytes in, events out; messages in, bytes to send out.
+
+The shell asks where the next bytes belong, receives into exactly that memory and says how many arrived:
+
+    view = connection.get_buffer()
+    connection.buffer_updated(socket.recv_into(view))
+    for event in connection.events(): ...
+    socket.sendmsg(connection.take_output())
+
+A DATA payload is received straight into the view that ``landing`` names for its chunk, usually the image
+itself, and its CRC32C is computed piece by piece while the bytes are in cache. A frame whose header or
+payload fails its check is answered by a NACK and costs that one frame; everything worse raises
+ProtocolError, after which the connection is of no more use.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from crc32c import crc32c
+
+from shipproto.errors import BadPrelude, ForeignPeer, LimitExceeded, LocalError, MalformedMessage, ProtocolError, UnexpectedMessage
+from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude, encode_frame
+from shipproto.handshake import Handshake, Step
+from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
+from shipproto.messages import Body, Data, Hello, Message, Nack, Ping, check_body, decode_header, encode_header
+from shipproto.rangeset import RangeSet
+
+Landing = Callable[[int, int], memoryview | None]
+"""Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into
+nothing. Raises ProtocolError where no such chunk was asked for."""
+
+_READ_AHEAD: Final = 64
+"""Bytes asked for beyond a prelude: the header of a DATA frame usually arrives with it, in one call."""
+
+_MAX_ASSEMBLIES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """The handshake is done. ``peer`` is the other side's HELLO."""
+
+    peer: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class MessageArrived:
+    """A message and its whole body."""
+
+    message: Message
+    body: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkArrived:
+    """A chunk is in the memory that ``landing`` named, and intact."""
+
+    chunk: int
+    content: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDamaged:
+    """A chunk arrived damaged; the memory that ``landing`` named has been scribbled on. A NACK is on its way.
+
+    ``chunk`` is None where the header was damaged, so that nobody knows which it was.
+    """
+
+    chunk: int | None
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunksRefused:
+    """The peer received these chunks damaged and wants them again."""
+
+    chunks: tuple[int, ...]
+
+
+Event = Established | MessageArrived | ChunkArrived | ChunkDamaged | ChunksRefused
+
+
+@dataclass(slots=True)
+class _Assembly:
+    message: Message
+    body: bytearray
+    received: RangeSet = field(default_factory=RangeSet)
+
+
+class Connection:
+    """One side of one connection. ``nonce`` is NONCE_SIZE random bytes; ``token`` None means no token."""
+
+    def __init__(
+        self, *, initiator: bool, nonce: bytes, agent: str, token: bytes | None = None, landing: Landing | None = None
+    ) -> None:
+        self.landing = landing
+        self._handshake = Handshake(initiator=initiator, nonce=nonce, agent=agent, token=token)
+        self._events: deque[Event] = deque()
+        self._failed: ProtocolError | None = None
+
+        # Receiving: prelude and header are gathered in _head, then the payload goes where it belongs.
+        self._head = memoryview(bytearray(PRELUDE_SIZE + MAX_HEADER))
+        self._have = 0
+        self._expected = 0
+        self._prelude: Prelude | None = None
+        self._message: Message | None = None
+        self._payload: memoryview | None = None
+        self._received = 0
+        self._crc = 0
+        self._discarding = False
+        self._waste: memoryview | None = None
+        self._assemblies: dict[int, _Assembly] = {}
+
+        # Sending.
+        self._output: list[Buffer] = []
+        self._sequence = 0
+        self._next_body = 1
+        self._control: OrderedDict[int, tuple[int, int, bytes, Buffer]] = OrderedDict()
+        self._chunk_of: dict[int, int] = {}
+        self.frames_resent = 0
+        """Frames sent again because the peer asked for them: chunks as well as messages."""
+        self.bytes_received = 0
+
+        if opening := self._handshake.opening():
+            self._emit(opening)
+
+    # --- state ---------------------------------------------------------------------------------------------
+
+    @property
+    def established(self) -> bool:
+        """Whether the handshake is done."""
+        return self._handshake.step is Step.DONE
+
+    @property
+    def peer(self) -> Hello:
+        """The other side's HELLO."""
+        if self._handshake.peer is None:
+            raise LocalError("the handshake is not done")
+        return self._handshake.peer
+
+    # --- receiving -----------------------------------------------------------------------------------------
+
+    def get_buffer(self) -> memoryview:
+        """Where the next received bytes belong; never empty. Valid until ``buffer_updated``."""
+        if self._payload is not None:
+            return self._payload[self._received :]
+        wanted = PRELUDE_SIZE + _READ_AHEAD
+        if self._prelude is not None:
+            wanted = PRELUDE_SIZE + self._prelude.header_length
+        return self._head[self._have : max(wanted, self._have + 1)]
+
+    def buffer_updated(self, count: int) -> None:
+        """``count`` bytes have been received into the last ``get_buffer``. Raises ProtocolError."""
+        if self._failed is not None:
+            raise self._failed
+        self.bytes_received += count
+        try:
+            if self._payload is not None:
+                self._take_payload(count)
+            else:
+                self._have += count
+                self._take_head()
+        except ProtocolError as error:
+            self._failed = error
+            for message in self._handshake.last_words(error) if not self.established else ():
+                self._emit(message)
+            raise
+
+    def receive(self, data: Buffer) -> None:
+        """Take bytes from anywhere, by copying; for tests and for callers to whom copies do not matter."""
+        data = memoryview(data)
+        while len(data):
+            view = self.get_buffer()
+            count = min(len(view), len(data))
+            view[:count] = data[:count]
+            self.buffer_updated(count)
+            data = data[count:]
+
+    def events(self) -> Iterator[Event]:
+        """The events since the last call, oldest first."""
+        while self._events:
+            yield self._events.popleft()
+
+    def _take_payload(self, count: int) -> None:
+        assert self._payload is not None
+        if not self._discarding:
+            self._crc = crc32c(self._payload[self._received : self._received + count], self._crc)
+        self._received += count
+        if self._received == len(self._payload):
+            self._end_frame()
+
+    def _take_head(self) -> None:
+        """Parse whatever lies in _head: rest of a frame, whole small frames, the start of the next."""
+        at = 0
+        while True:
+            available = self._have - at
+            if self._prelude is None:
+                if self._expected == 0 and available >= len(MAGIC) and self._head[: len(MAGIC)] != MAGIC:
+                    raise ForeignPeer("the peer does not speak the shipd protocol", bytes(self._head[: self._have]))
+                if available < PRELUDE_SIZE:
+                    break
+                self._prelude = decode_prelude(self._head[at : at + PRELUDE_SIZE], self._expected)
+                self._expected += 1
+            end = PRELUDE_SIZE + self._prelude.header_length
+            if available < end:
+                break
+            self._begin_frame(self._prelude, self._head[at + PRELUDE_SIZE : at + end])
+            at += end
+            assert self._payload is not None
+            count = min(self._have - at, len(self._payload))
+            self._payload[:count] = self._head[at : at + count]
+            at += count
+            self._take_payload(count)
+            if self._payload is not None:
+                break
+        if at and at < self._have:
+            # bytes(): the two ranges of the same buffer may overlap.
+            self._head[: self._have - at] = bytes(self._head[at : self._have])
+        self._have -= at
+
+    def _begin_frame(self, prelude: Prelude, header: memoryview) -> None:
+        self._message = None
+        self._received = 0
+        self._crc = 0
+        self._discarding = False
+        intact = crc32c(header) == prelude.header_crc
+        if intact:
+            self._message = decode_header(prelude.type, header)
+            self._check_allowed(prelude, self._message)
+        elif not self.established:
+            raise BadPrelude("the handshake arrived damaged")
+        if isinstance(self._message, Data):
+            if self.landing is None:
+                raise UnexpectedMessage("DATA before anything was asked for")
+            self._payload = self.landing(self._message.chunk, prelude.payload_length)
+            if self._payload is not None and len(self._payload) != prelude.payload_length:
+                raise LocalError("landing returned memory of another size")
+        elif intact:
+            self._payload = memoryview(bytearray(prelude.payload_length))
+        else:
+            self._payload = None
+        if self._payload is None:
+            self._discarding = True
+            if self._waste is None:
+                self._waste = memoryview(bytearray(MAX_PAYLOAD))
+            self._payload = self._waste[: prelude.payload_length]
+
+    def _check_allowed(self, prelude: Prelude, message: Message) -> None:
+        if prelude.flags & ~KNOWN_FLAGS:
+            raise MalformedMessage(f"{type(message).__name__} with unknown flags {prelude.flags:#x}")
+        if not self.established:
+            if prelude.payload_length or prelude.flags:
+                raise UnexpectedMessage(f"{type(message).__name__} with a payload before the handshake is done")
+            return
+        if isinstance(message, Data | Body):
+            if prelude.flags or not prelude.payload_length:
+                raise MalformedMessage(f"{type(message).__name__} needs a payload and takes no flags")
+            return
+        announced = getattr(message, "body_size", 0)
+        more = bool(prelude.flags & FLAG_MORE)
+        if more != bool(announced) or (more and announced <= prelude.payload_length):
+            raise MalformedMessage(f"{type(message).__name__} announces its body inconsistently")
+        check_body(message, announced or prelude.payload_length)
+
+    def _end_frame(self) -> None:
+        prelude, message, payload = self._prelude, self._message, self._payload
+        assert prelude is not None and payload is not None
+        self._prelude = self._message = self._payload = None
+        if message is None or (not self._discarding and self._crc != prelude.payload_crc):
+            if not self.established:
+                raise BadPrelude("the handshake arrived damaged")
+            if message is None or isinstance(message, Data):
+                self._events.append(ChunkDamaged(message.chunk if isinstance(message, Data) else None, prelude.sequence))
+            self.send(Nack(sequences=(prelude.sequence,)))
+            return
+        if isinstance(message, Data):
+            if not self._discarding:
+                self._events.append(ChunkArrived(message.chunk, payload))
+            return
+        if not self.established:
+            for reply in self._handshake.receive(message):
+                self._emit(reply)
+            if self.established:
+                self._events.append(Established(self.peer))
+            return
+        self._dispatch(message, payload, prelude)
+
+    def _dispatch(self, message: Message, payload: memoryview, prelude: Prelude) -> None:
+        if isinstance(message, Nack):
+            self._resend(message)
+        elif isinstance(message, Ping):
+            if message.reply:
+                self.send(Ping())
+        elif isinstance(message, Body):
+            self._take_piece(message, payload)
+        elif prelude.flags & FLAG_MORE:
+            if len(self._assemblies) >= _MAX_ASSEMBLIES:
+                raise LimitExceeded(f"more than {_MAX_ASSEMBLIES} bodies at once")
+            body_id: int = message.body_id  # type: ignore[attr-defined]  # _check_allowed saw body_size beside it
+            size: int = message.body_size  # type: ignore[attr-defined]
+            self._assemblies[body_id] = assembly = _Assembly(message, bytearray(size))
+            assembly.body[: len(payload)] = payload
+            assembly.received.add(0, len(payload))
+        elif isinstance(message, Hello):
+            raise UnexpectedMessage("a second HELLO")
+        else:
+            self._events.append(MessageArrived(message, payload))
+
+    def _take_piece(self, piece: Body, payload: memoryview) -> None:
+        assembly = self._assemblies.get(piece.body_id)
+        if assembly is None:
+            # Its message was damaged and is on its way again, with every piece.
+            return
+        stop = piece.offset + len(payload)
+        if stop > len(assembly.body):
+            raise MalformedMessage(f"a piece reaches byte {stop} of a body of {len(assembly.body)}")
+        assembly.body[piece.offset : stop] = payload
+        assembly.received.add(piece.offset, stop)
+        if len(assembly.received) == len(assembly.body):
+            del self._assemblies[piece.body_id]
+            self._events.append(MessageArrived(assembly.message, memoryview(assembly.body)))
+
+    # --- sending -------------------------------------------------------------------------------------------
+
+    def send(self, message: Message, body: Buffer = b"") -> None:
+        """Queue a message. A body of more than MAX_PAYLOAD bytes is split over BODY frames."""
+        if not self.established:
+            raise LocalError(f"{type(message).__name__} before the handshake is done")
+        self._emit(message, body)
+
+    def send_data(self, chunk: int, content: memoryview) -> None:
+        """Queue a chunk. ``content`` is not copied and must not change until it has been written."""
+        sequence = self._sequence
+        self._sequence += 1
+        self._chunk_of[sequence] = chunk
+        self._output.append(encode_frame(Data.TYPE, 0, sequence, encode_header(Data(chunk=chunk)), content))
+        self._output.append(content)
+
+    def take_output(self) -> list[Buffer]:
+        """Everything queued, in order, for one gathering write; the queue is empty afterwards."""
+        output, self._output = self._output, []
+        return output
+
+    @property
+    def has_output(self) -> bool:
+        """Whether anything is queued."""
+        return bool(self._output)
+
+    def _emit(self, message: Message, body: Buffer = b"") -> None:
+        check_body(message, len(body))
+        if len(body) <= MAX_PAYLOAD:
+            self._emit_frame(message.TYPE, 0, encode_header(message), body)
+            return
+        content = memoryview(body)
+        body_id = self._next_body
+        self._next_body += 1
+        announced = type(message)(**{**_fields(message), "body_id": body_id, "body_size": len(content)})
+        self._emit_frame(message.TYPE, FLAG_MORE, encode_header(announced), content[:MAX_PAYLOAD])
+        for offset in range(MAX_PAYLOAD, len(content), MAX_PAYLOAD):
+            piece = encode_header(Body(body_id=body_id, offset=offset))
+            self._emit_frame(Body.TYPE, 0, piece, content[offset : offset + MAX_PAYLOAD])
+
+    def _emit_frame(self, kind: int, flags: int, header: bytes, payload: Buffer) -> None:
+        sequence = self._sequence
+        self._sequence += 1
+        self._control[sequence] = (kind, flags, header, payload)
+        if len(self._control) > RETAINED_CONTROL_FRAMES:
+            self._control.popitem(last=False)
+        self._output.append(encode_frame(kind, flags, sequence, header, payload))
+        if len(payload):
+            self._output.append(payload)
+
+    def _resend(self, nack: Nack) -> None:
+        chunks: list[int] = []
+        for sequence in nack.sequences:
+            if sequence in self._chunk_of:
+                chunks.append(self._chunk_of.pop(sequence))
+            elif sequence in self._control:
+                self._resend_control(sequence)
+            else:
+                raise UnexpectedMessage(f"the peer asks for frame {sequence}, which it has not been sent lately")
+            self.frames_resent += 1
+        if chunks:
+            self._events.append(ChunksRefused(tuple(chunks)))
+
+    def _resend_control(self, sequence: int) -> None:
+        kind, flags, header, payload = self._control.pop(sequence)
+        self._emit_frame(kind, flags, header, payload)
+        if not flags & FLAG_MORE:
+            return
+        # The peer could not know what the pieces that followed belonged to, and has dropped them.
+        body_id = decode_header(kind, header).body_id  # type: ignore[attr-defined]
+        for other, (piece_kind, piece_flags, piece_header, piece) in list(self._control.items()):
+            if piece_kind == Body.TYPE and other < self._sequence:
+                body = decode_header(piece_kind, piece_header)
+                if isinstance(body, Body) and body.body_id == body_id:
+                    del self._control[other]
+                    self._emit_frame(piece_kind, piece_flags, piece_header, piece)
+
+
+def _fields(message: Message) -> dict[str, object]:
+    return {name: getattr(message, name) for name in message.__struct_fields__}
+
+

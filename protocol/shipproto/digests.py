@@ -1,0 +1,119 @@
+"""Digests of content: leaf, tensor and version, all xxh3-128. They detect damage; they authenticate nobody.
+
+    leaf     xxh3-128 of at most LEAF_SIZE bytes of one tensor
+    tensor   its only leaf's digest, or xxh3-128 of its leaves' digests one after the other
+    version  xxh3-128 of the structure's identity (names, dtypes, shapes) and every tensor's digest, by name
+
+So a version digest depends on content alone, not on chunks, packing, lanes, order, ties, label or metadata.
+xxh3-128: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shipproto.layout import Layout
+from shipproto.limits import DIGEST_SIZE
+
+EMPTY: Final = xxhash.xxh3_128_digest(b"")
+
+
+class LeafDigests:
+    """The leaf digests of one version as they become known, and what follows from them."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._digests: npt.NDArray[np.uint8] = np.zeros((layout.leaves, DIGEST_SIZE), dtype=np.uint8)
+        self._flat = memoryview(self._digests.reshape(-1)).cast("B") if layout.leaves else memoryview(bytearray())
+        self._known = bytearray(layout.leaves)
+        # Empty tensors have no bytes and so no chunk that would bring their digest.
+        sizes = layout.structure.nbytes
+        for leaf, row in enumerate(layout.small.tolist(), layout.large_chunks):
+            if not sizes[row]:
+                self._flat[leaf * DIGEST_SIZE : (leaf + 1) * DIGEST_SIZE] = EMPTY
+                self._known[leaf] = 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every leaf's digest is known."""
+        return self._known.find(0) < 0
+
+    def knows(self, chunk: int) -> bool:
+        """Whether every leaf of ``chunk`` has a digest."""
+        if chunk < self.layout.large_chunks:
+            return bool(self._known[chunk])
+        first, last = self.layout.packed_leaves(chunk)
+        return self._known.find(0, first, last) < 0
+
+    def record(self, chunk: int, content: memoryview) -> int | None:
+        """Digest a chunk's decoded bytes and remember the result.
+
+        ``content`` is the chunk as it lies in the image. Returns None, or the row of the first tensor
+        whose digest was known already and is another now: its bytes have changed.
+        """
+        if chunk < self.layout.large_chunks:
+            return self._note(chunk, xxhash.xxh3_128_digest(content))
+        first, last = self.layout.packed_leaves(chunk)
+        rows = self.layout.small[first - self.layout.large_chunks : last - self.layout.large_chunks]
+        starts = (self.layout.offsets[rows] - self.layout.chunk(chunk)[0]).tolist()
+        sizes = self.layout.structure.nbytes[rows].tolist()
+        changed = None
+        digest = xxhash.xxh3_128_digest
+        for leaf, start, size in zip(range(first, last), starts, sizes, strict=True):
+            row = self._note(leaf, digest(content[start : start + size]))
+            changed = row if changed is None else changed
+        return changed
+
+    def _note(self, leaf: int, digest: bytes) -> int | None:
+        place = self._flat[leaf * DIGEST_SIZE : (leaf + 1) * DIGEST_SIZE]
+        if self._known[leaf] and place != digest:
+            place[:] = digest
+            return int(self.layout.leaf_rows()[leaf])
+        place[:] = digest
+        self._known[leaf] = 1
+        return None
+
+    def forget(self, chunk: int) -> None:
+        """Take back what was recorded for ``chunk``, so that it can be received again."""
+        if chunk < self.layout.large_chunks:
+            self._known[chunk] = 0
+            return
+        first, last = self.layout.packed_leaves(chunk)
+        self._known[first:last] = bytes(last - first)
+
+    def tensor_digests(self) -> npt.NDArray[np.uint8]:
+        """u8[n, 16], one row for each name of the structure, tied ones included. Every leaf must be known."""
+        if not self.complete:
+            raise ValueError("a leaf's digest is not known yet")
+        first, count = self.layout.tensor_leaves()
+        if not len(first):
+            return np.zeros((0, DIGEST_SIZE), dtype=np.uint8)
+        digests = self._digests[first]
+        flat = self._flat
+        for row in np.flatnonzero(count > 1).tolist():
+            start = int(first[row]) * DIGEST_SIZE
+            digest = xxhash.xxh3_128_digest(flat[start : start + int(count[row]) * DIGEST_SIZE])
+            digests[row] = np.frombuffer(digest, dtype=np.uint8)
+        return digests
+
+    def version_digest(self) -> bytes:
+        """16 bytes that stand for every name, dtype, shape and byte of the version."""
+        return version_digest(self.layout, self.tensor_digests())
+
+
+def version_digest(layout: Layout, tensor_digests: npt.NDArray[np.uint8]) -> bytes:
+    """The version digest for given tensor digests, u8[n, 16] in the structure's order."""
+    hasher = xxhash.xxh3_128(layout.structure.identity())
+    hasher.update(np.ascontiguousarray(tensor_digests))
+    return hasher.digest()
+
+
+def digest_image(layout: Layout, image: memoryview) -> LeafDigests:
+    """The digests of a whole image; one pass over its bytes."""
+    digests = LeafDigests(layout)
+    for chunk in range(layout.chunks):
+        start, size = layout.chunk(chunk)
+        digests.record(chunk, image[start : start + size])
+    return digests

@@ -1,0 +1,150 @@
+"""Where each tensor lies in an image and how the image is cut into chunks: derived, never transmitted.
+
+Both sides compute the same layout from the same structure, so no offset from the wire is ever believed.
+
+An image holds, in this order and each aligned to TENSOR_ALIGNMENT:
+
+    large tensors (LEAF_SIZE bytes or more), by name: chunks of LEAF_SIZE, the last one shorter
+    small tensors, by dtype and name: packed, as many whole ones a chunk as LEAF_SIZE holds
+
+A chunk is a contiguous range of the image, at most LEAF_SIZE long, so it is one DATA frame. A leaf (the unit
+of digests) is a chunk of a large tensor or a whole small tensor; small tensors never cost a frame each.
+The bytes between packed tensors are zeros and travel with their chunk.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from shipproto.limits import LEAF_SIZE, PAGE_SIZE, TENSOR_ALIGNMENT
+from shipproto.structure import Structure
+
+
+class Layout:
+    """The image and the chunks of one structure. Rows are the structure's; offsets and sizes are bytes.
+
+    offsets        i64[n], start of each tensor in the image; tied tensors share one
+    size           bytes of the image, whole pages, at least one
+    chunk_starts   i64[c], start of each chunk in the image
+    chunk_sizes    i64[c], bytes of each chunk, 1 to LEAF_SIZE
+    large, small   rows of the untied tensors, in the image's order
+    large_chunks   chunks below this number are leaves of large tensors, those from it on are packed
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        nbytes = structure.nbytes
+        rows = np.flatnonzero(structure.primary == np.arange(len(structure)))
+        is_large = nbytes[rows] >= LEAF_SIZE
+        self.large: npt.NDArray[np.int64] = rows[is_large]
+        small = rows[~is_large]
+        self.small: npt.NDArray[np.int64] = small[np.lexsort((small, structure.dtypes[small]))]
+
+        order = np.concatenate((self.large, self.small))
+        spans = -(-nbytes[order] // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+        ends = np.cumsum(spans)
+        self.offsets: npt.NDArray[np.int64] = np.zeros(len(structure), dtype=np.int64)
+        self.offsets[order] = ends - spans
+        self.offsets = self.offsets[structure.primary]
+        used = int(ends[-1]) if len(ends) else 0
+        self.size = max(PAGE_SIZE, -(-used // PAGE_SIZE) * PAGE_SIZE)
+
+        leaves = -(-nbytes[self.large] // LEAF_SIZE)
+        self.large_chunks = int(leaves.sum())
+        self._leaf_starts: npt.NDArray[np.int64] = np.zeros(len(self.large) + 1, dtype=np.int64)
+        np.cumsum(leaves, out=self._leaf_starts[1:])
+        within = np.arange(self.large_chunks) - np.repeat(self._leaf_starts[:-1], leaves)
+        large_starts = np.repeat(self.offsets[self.large], leaves) + within * LEAF_SIZE
+        large_sizes = np.minimum(np.repeat(nbytes[self.large], leaves) - within * LEAF_SIZE, LEAF_SIZE)
+
+        self._pack_starts = self._pack()
+        first = self._pack_starts[:-1]
+        packed_starts = self.offsets[self.small[first]]
+        last = self.small[self._pack_starts[1:] - 1]
+        packed_sizes = self.offsets[last] + nbytes[last] - packed_starts
+        self.chunk_starts: npt.NDArray[np.int64] = np.concatenate((large_starts, packed_starts))
+        self.chunk_sizes: npt.NDArray[np.int64] = np.concatenate((large_sizes, packed_sizes))
+        # Plain lists: indexing an array element by element is five times slower, once for every frame.
+        self._starts: list[int] = self.chunk_starts.tolist()
+        self._sizes: list[int] = self.chunk_sizes.tolist()
+
+    def _pack(self) -> npt.NDArray[np.int64]:
+        """Positions in ``small`` at which each packed chunk begins, and the end. Empty tensors cost nothing."""
+        filled = int(np.count_nonzero(self.structure.nbytes[self.small]))
+        if not filled:
+            return np.zeros(1, dtype=np.int64)
+        ends = self.offsets[self.small] + self.structure.nbytes[self.small]
+        bounds = [0]
+        while bounds[-1] < len(self.small):
+            start = int(self.offsets[self.small[bounds[-1]]])
+            bounds.append(int(np.searchsorted(ends, start + LEAF_SIZE, side="right")))
+        # A run of empty tensors alone at an end would make a chunk of no bytes: its neighbour takes it in.
+        sizes = [int(ends[stop - 1] - self.offsets[self.small[begin]]) for begin, stop in zip(bounds, bounds[1:], strict=False)]
+        kept = [0, *(bounds[at + 1] for at, size in enumerate(sizes) if size)]
+        kept[-1] = len(self.small)
+        return np.array(kept, dtype=np.int64)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return len(self._starts)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Payload bytes of a whole version: the tensors' bytes and the padding between small ones."""
+        return int(self.chunk_sizes.sum())
+
+    @property
+    def leaves(self) -> int:
+        """Number of leaves: one for each chunk of a large tensor, one for each small tensor."""
+        return self.large_chunks + len(self.small)
+
+    def chunk(self, number: int) -> tuple[int, int]:
+        """Start and size of a chunk in the image."""
+        return self._starts[number], self._sizes[number]
+
+    def chunk_tensors(self, number: int) -> npt.NDArray[np.int64]:
+        """Rows of the tensors that a chunk carries bytes of, in the image's order."""
+        if number < self.large_chunks:
+            at = int(np.searchsorted(self._leaf_starts, number, side="right")) - 1
+            return self.large[at : at + 1]
+        at = number - self.large_chunks
+        return self.small[self._pack_starts[at] : self._pack_starts[at + 1]]
+
+    def chunk_names(self, number: int) -> list[str]:
+        """Names of the tensors that a chunk carries bytes of, for messages."""
+        return [self.structure.names[row] for row in self.chunk_tensors(number).tolist()]
+
+    def packed_leaves(self, number: int) -> tuple[int, int]:
+        """First leaf and end of the leaves in a packed chunk; leaf ``large_chunks + k`` is ``small[k]``."""
+        at = number - self.large_chunks
+        return self.large_chunks + int(self._pack_starts[at]), self.large_chunks + int(self._pack_starts[at + 1])
+
+    def tensor_chunks(self, row: int) -> tuple[int, int]:
+        """First chunk and end of the chunks that carry the tensor in ``row`` (or the one it is tied to)."""
+        row = int(self.structure.primary[row])
+        if self.structure.nbytes[row] >= LEAF_SIZE:
+            at = int(np.searchsorted(self.large, row))
+            return int(self._leaf_starts[at]), int(self._leaf_starts[at + 1])
+        if not self.structure.nbytes[row]:
+            return 0, 0
+        at = int(np.searchsorted(self._pack_starts, self._small_position[row], side="right")) - 1
+        return self.large_chunks + at, self.large_chunks + at + 1
+
+    @cached_property
+    def _small_position(self) -> dict[int, int]:
+        return {row: at for at, row in enumerate(self.small.tolist())}
+
+    def leaf_rows(self) -> npt.NDArray[np.int64]:
+        """i64[leaves]: the row that each leaf belongs to."""
+        return np.concatenate((np.repeat(self.large, np.diff(self._leaf_starts)), self.small))
+
+    def tensor_leaves(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First leaf and number of leaves of every row, tied rows with those of their primary."""
+        first = np.zeros(len(self.structure), dtype=np.int64)
+        count = np.ones(len(self.structure), dtype=np.int64)
+        first[self.large] = self._leaf_starts[:-1]
+        count[self.large] = np.diff(self._leaf_starts)
+        first[self.small] = self.large_chunks + np.arange(len(self.small))
+        return first[self.structure.primary], count[self.structure.primary]

@@ -1,0 +1,532 @@
+"""Every message of the protocol as a typed header, its number on the wire and the limit of its body.
+
+A header is a msgpack map in canonical form: string keys in ascending order, each at most once, shortest
+encodings, fields that have their default value left out. Unknown keys are ignored, unless they begin with
+"!": those are critical, and a side that does not know one must refuse the message.
+"""
+
+from typing import Annotated, Any, ClassVar, Final
+
+import msgpack
+import msgspec
+
+from shipproto.errors import LimitExceeded, MalformedMessage
+from shipproto.limits import (
+    DIGEST_SIZE,
+    MAX_CAPABILITIES,
+    MAX_DETAIL_BODY,
+    MAX_DIGESTS_BODY,
+    MAX_HEADER,
+    MAX_IMAGE_BYTES,
+    MAX_LABEL,
+    MAX_METADATA_ENTRIES,
+    MAX_METADATA_TEXT,
+    MAX_NACK,
+    MAX_NAME,
+    MAX_PROCESSES,
+    MAX_RANGES,
+    MAX_SLOTS,
+    MAX_STRUCTURE_BODY,
+    MAX_TENSORS,
+    MAX_TEXT,
+    NONCE_SIZE,
+    TRANSFER_ID_SIZE,
+)
+
+_U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+_U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Version = Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
+_Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_SIZE, max_length=DIGEST_SIZE)]
+_OptionalDigest = Annotated[bytes, msgspec.Meta(max_length=DIGEST_SIZE)]
+_Transfer = Annotated[bytes, msgspec.Meta(min_length=TRANSFER_ID_SIZE, max_length=TRANSFER_ID_SIZE)]
+_OptionalTransfer = Annotated[bytes, msgspec.Meta(max_length=TRANSFER_ID_SIZE)]
+_Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_SIZE, max_length=NONCE_SIZE)]
+_Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+# A label or a model's name is printed, logged and used in file names: visible ASCII, no slash, no leading dot.
+_Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._:+@-]*\Z")]
+_OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=r"^([A-Za-z0-9_][A-Za-z0-9._:+@-]*)?\Z")]
+_Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+_Word = Annotated[str, msgspec.Meta(max_length=64)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+_Metadata = Annotated[
+    dict[
+        Annotated[str, msgspec.Meta(max_length=MAX_METADATA_TEXT)],
+        Annotated[str, msgspec.Meta(max_length=MAX_METADATA_TEXT)],
+    ],
+    msgspec.Meta(max_length=MAX_METADATA_ENTRIES),
+]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all. Fields are declared in ascending order of name: that is the canonical order.
+
+    ``body_id`` and ``body_size`` are set only where the body does not fit into the message's own payload:
+    the rest follows in BODY frames.
+    """
+
+    TYPE: ClassVar[int]
+    MAX_BODY: ClassVar[int] = 0
+
+
+# --- the connection ----------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message of both sides; its frame and these fields are the same in every version, for ever."""
+
+    TYPE = 1
+    agent: _Word = ""
+    auth: bool = False
+    """From the accepting side: a proof of the token is required."""
+    capabilities: Annotated[tuple[_Word, ...], msgspec.Meta(max_length=MAX_CAPABILITIES)] = ()
+    nonce: _Nonce
+    version_max: _Version
+    version_min: _Version
+
+
+class Auth(Message, frozen=True, kw_only=True):
+    """Proof of the token: HMAC-SHA256 over both HELLOs. The initiator proves first."""
+
+    TYPE = 2
+    proof: _Proof
+
+
+class Body(Message, frozen=True, kw_only=True):
+    """A further piece of the body of the message that announced ``body_id``."""
+
+    TYPE = 3
+    MAX_BODY = MAX_DETAIL_BODY
+    body_id: _U32
+    offset: _U63
+
+
+class Nack(Message, frozen=True, kw_only=True):
+    """These frames arrived damaged: send them again. Their preludes were good."""
+
+    TYPE = 4
+    sequences: Annotated[tuple[_U63, ...], msgspec.Meta(min_length=1, max_length=MAX_NACK)]
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Shows that this side is alive; ``reply`` asks the other to show the same."""
+
+    TYPE = 5
+    reply: bool = False
+
+
+# --- a transfer --------------------------------------------------------------------------------------------
+
+
+class Offer(Message, frozen=True, kw_only=True):
+    """A version for a model. Sent on every connection of the transfer, also to resume it."""
+
+    TYPE = 16
+    label: _OptionalLabel = ""
+    metadata: _Metadata = msgspec.field(default_factory=dict)
+    model: _Label
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_IMAGE_BYTES)]
+    resumed: bool = False
+    """The receiver has accepted this transfer before."""
+    structure: _Digest
+    tensors: Annotated[int, msgspec.Meta(ge=0, le=MAX_TENSORS)]
+    transfer: _Transfer
+
+
+class StructureWanted(Message, frozen=True, kw_only=True):
+    """The receiver does not know the offered structure: send it."""
+
+    TYPE = 17
+    transfer: _Transfer
+
+
+class StructureIs(Message, frozen=True, kw_only=True):
+    """From the sender: the offered structure. From the receiver: the one that rules, where it is another."""
+
+    TYPE = 18
+    MAX_BODY = MAX_STRUCTURE_BODY
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+    transfer: _Transfer
+
+
+class Want(Message, frozen=True, kw_only=True):
+    """The chunks that the receiver lacks, as ranges, of the structure with this digest."""
+
+    TYPE = 19
+    MAX_BODY = MAX_RANGES * 8
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+    structure: _Digest
+    transfer: _Transfer
+
+
+class Data(Message, frozen=True, kw_only=True):
+    """One chunk, whole, as it lies in the image."""
+
+    TYPE = 20
+    chunk: _U32
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """How many chunks are held, and what the receiver is doing."""
+
+    TYPE = 21
+    held: _U32
+    stage: _Word
+    transfer: _Transfer
+
+
+class Finish(Message, frozen=True, kw_only=True):
+    """Everything wanted was sent. The body has the digest of every tensor, in the structure's order."""
+
+    TYPE = 22
+    MAX_BODY = MAX_DIGESTS_BODY
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+    digest: _Digest
+    label: _Label
+    transfer: _Transfer
+
+
+class Staged(Message, frozen=True, kw_only=True):
+    """The version is verified and every serving process is ready to swap to it."""
+
+    TYPE = 23
+    processes: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESSES)]
+    stage_seconds: _Seconds = 0.0
+    transfer: _Transfer
+
+
+class Commit(Message, frozen=True, kw_only=True):
+    """Swap."""
+
+    TYPE = 24
+    transfer: _Transfer
+
+
+class Committed(Message, frozen=True, kw_only=True):
+    """The version is the current one. ``stale`` names the processes that could not follow and are fenced."""
+
+    TYPE = 25
+    already: bool = False
+    """It had been the current version before this push."""
+    digest: _Digest
+    label: _Label
+    pause_seconds: _Seconds | None = None
+    """The longest pause of any serving process; None where nothing is attached."""
+    stale: Annotated[tuple[_Word, ...], msgspec.Meta(max_length=MAX_PROCESSES)] = ()
+    swapped: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESSES)] = 0
+    transfer: _Transfer
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """The transfer, or the request, has ended without effect. The body may list details, one text each."""
+
+    TYPE = 26
+    MAX_BODY = MAX_DETAIL_BODY
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+    code: _Word
+    message: _Text = ""
+    tensor: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+    transfer: _OptionalTransfer = b""
+
+
+# --- questions ---------------------------------------------------------------------------------------------
+
+
+class StatusRequest(Message, frozen=True, kw_only=True):
+    """What is the daemon serving and doing? Empty ``model`` means all."""
+
+    TYPE = 32
+    model: _OptionalLabel = ""
+
+
+class StatusIs(Message, frozen=True, kw_only=True):
+    """The answer; the body is ``status.Status``."""
+
+    TYPE = 33
+    MAX_BODY = MAX_DETAIL_BODY
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+
+
+class VerifyRequest(Message, frozen=True, kw_only=True):
+    """Have every serving process of a model read its live parameters back and digest them."""
+
+    TYPE = 34
+    model: _Label
+
+
+class VerifyIs(Message, frozen=True, kw_only=True):
+    """The answer; the body is ``status.Verification``."""
+
+    TYPE = 35
+    MAX_BODY = MAX_DETAIL_BODY
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+
+
+# --- the local session: daemon and serving process, over a Unix socket -------------------------------------
+
+
+class Attach(Message, frozen=True, kw_only=True):
+    """A process serves this model. The body is ``local.Resident``: its structure and non-persistent buffers."""
+
+    TYPE = 48
+    MAX_BODY = 2 * MAX_STRUCTURE_BODY
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+    digest: _OptionalDigest = b""
+    """The version it really holds, where it knows: when it attaches again."""
+    label: _OptionalLabel = ""
+    mode: _Word
+    model: _Label
+    pinned: bool = False
+    """It page-locks the images, for which CUDA may need writable descriptors."""
+
+
+class Attached(Message, frozen=True, kw_only=True):
+    """The session stands. The process holds the version of this label and digest, which lies in this slot."""
+
+    TYPE = 49
+    digest: _Digest
+    generation: _U63
+    label: _Label
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+
+
+class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """One image whose descriptor travels with the IMAGES message that lists it."""
+
+    generation: _U63
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_IMAGE_BYTES)]
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+    writable: bool = False
+
+
+class Images(Message, frozen=True, kw_only=True):
+    """Descriptors of images, in the order of ``slots``, as SCM_RIGHTS with this message's first byte."""
+
+    TYPE = 50
+    slots: Annotated[tuple[ImageSlot, ...], msgspec.Meta(max_length=MAX_SLOTS)]
+
+
+class Fill(Message, frozen=True, kw_only=True):
+    """Write the live parameters into this slot: it becomes the first version."""
+
+    TYPE = 51
+    generation: _U63
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+
+
+class Filled(Message, frozen=True, kw_only=True):
+    """Done, and the writable mapping is gone."""
+
+    TYPE = 52
+    generation: _U63
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+
+
+class Arriving(Message, frozen=True, kw_only=True):
+    """A transfer fills this slot. The body lists chunks that have arrived intact since the last such message.
+
+    They may be copied towards the device; nothing live may be touched: the version is not verified yet.
+    """
+
+    TYPE = 53
+    MAX_BODY = MAX_RANGES * 8
+    body_id: _U32 = 0
+    body_size: _U63 = 0
+    generation: _U63
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+    transfer: _Transfer
+
+
+class Stage(Message, frozen=True, kw_only=True):
+    """The version in this slot is whole and verified: make everything ready to swap to it."""
+
+    TYPE = 54
+    digest: _Digest
+    generation: _U63
+    label: _Label
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+    transfer: _Transfer
+
+
+class StageReady(Message, frozen=True, kw_only=True):
+    """The process is ready, or says why it is not."""
+
+    TYPE = 55
+    error: _Text = ""
+    generation: _U63
+    stage_seconds: _Seconds = 0.0
+    transfer: _Transfer
+
+
+class Swap(Message, frozen=True, kw_only=True):
+    """Swap at the next safe point, within ``timeout`` seconds."""
+
+    TYPE = 56
+    generation: _U63
+    timeout: _Seconds
+    transfer: _Transfer
+
+
+class Swapped(Message, frozen=True, kw_only=True):
+    """The live parameters are the new version, or ``error`` says why they are the old one."""
+
+    TYPE = 57
+    copy_seconds: _Seconds = 0.0
+    error: _Text = ""
+    fenced: bool = False
+    """The process could not even keep its old version whole and has stopped serving."""
+    generation: _U63
+    pause_seconds: _Seconds = 0.0
+    transfer: _Transfer
+
+
+class Unstage(Message, frozen=True, kw_only=True):
+    """The transfer has ended: forget what was staged or has arrived."""
+
+    TYPE = 58
+    generation: _U63
+    transfer: _Transfer
+
+
+class Release(Message, frozen=True, kw_only=True):
+    """The process no longer reads this generation of this slot."""
+
+    TYPE = 59
+    generation: _U63
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+
+
+class Evicted(Message, frozen=True, kw_only=True):
+    """The process missed a deadline: its holds must stop until it has attached again."""
+
+    TYPE = 60
+    reason: _Text
+
+
+class DigestRequest(Message, frozen=True, kw_only=True):
+    """Read the live parameters back and digest them."""
+
+    TYPE = 61
+    request: _U32
+
+
+class DigestIs(Message, frozen=True, kw_only=True):
+    """The answer."""
+
+    TYPE = 62
+    digest: _OptionalDigest = b""
+    error: _Text = ""
+    label: _OptionalLabel = ""
+    request: _U32
+
+
+class Detach(Message, frozen=True, kw_only=True):
+    """The process stops serving this model."""
+
+    TYPE = 63
+
+
+MESSAGES: Final[tuple[type[Message], ...]] = tuple(
+    sorted(
+        (
+            *(Hello, Auth, Body, Nack, Ping),
+            *(Offer, StructureWanted, StructureIs, Want, Data, Progress, Finish, Staged, Commit, Committed, Abort),
+            *(StatusRequest, StatusIs, VerifyRequest, VerifyIs),
+            *(Attach, Attached, Images, Fill, Filled, Arriving, Stage, StageReady, Swap, Swapped, Unstage),
+            *(Release, Evicted, DigestRequest, DigestIs, Detach),
+        ),
+        key=lambda message: message.TYPE,
+    )
+)
+BY_TYPE: Final = {message.TYPE: message for message in MESSAGES}
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoders: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
+    message.TYPE: msgspec.msgpack.Decoder(message) for message in MESSAGES
+}
+_fields: Final = {message.TYPE: frozenset(message.__struct_fields__) for message in MESSAGES}
+
+
+def encode_header(message: Message) -> bytes:
+    """The canonical header of a message."""
+    return _encoder.encode(message)
+
+
+def decode_header(kind: int, raw: bytes | bytearray | memoryview) -> Message:
+    """The message of type ``kind`` whose header is ``raw``. Raises MalformedMessage or LimitExceeded."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        raise MalformedMessage(f"unknown message type {kind}")
+    try:
+        message = decoder.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"{BY_TYPE[kind].__name__}: {error}") from error
+    if _encoder.encode(message) != raw:
+        # Another spelling of known fields, which is refused, or fields of a later release, which are not.
+        _check_unknown(kind, message, bytes(raw))
+    if isinstance(message, Hello) and message.version_min > message.version_max:
+        raise MalformedMessage("Hello: version_min exceeds version_max")
+    return message
+
+
+def _check_unknown(kind: int, message: Message, raw: bytes) -> None:
+    name = BY_TYPE[kind].__name__
+    try:
+        pairs: Any = msgpack.unpackb(
+            raw,
+            object_pairs_hook=tuple,
+            strict_map_key=False,
+            max_str_len=MAX_HEADER,
+            max_bin_len=MAX_HEADER,
+            max_array_len=MAX_HEADER,
+            max_map_len=MAX_HEADER,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MalformedMessage(f"{name}: not msgpack: {error}") from error
+    keys = [key for key, _ in pairs]
+    if not all(isinstance(key, str) for key in keys):
+        raise MalformedMessage(f"{name}: a key is no string")
+    if any(key >= following for key, following in zip(keys, keys[1:], strict=False)):
+        raise MalformedMessage(f"{name}: keys are repeated or out of order")
+    unknown = [key for key in keys if key not in _fields[kind]]
+    if critical := [key for key in unknown if key.startswith("!")]:
+        raise MalformedMessage(f"{name}: unknown critical field {critical[0]!r}; the peer needs a newer shipd here")
+    known = _encoder.encode(message)
+    # What is left once the unknown fields are cut out must be the one spelling of the known ones.
+    if _without(raw, frozenset(unknown)) != known:
+        raise MalformedMessage(f"{name}: the header is not in canonical form")
+
+
+def _without(raw: bytes, unknown: frozenset[str]) -> bytes:
+    """``raw``, a msgpack map of at most 15 + unknown entries, without the entries named in ``unknown``."""
+    unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MAX_HEADER)
+    unpacker.feed(raw)
+    count = unpacker.read_map_header()
+    kept: list[bytes] = []
+    for _ in range(count):
+        start = unpacker.tell()
+        key = unpacker.unpack()
+        unpacker.skip()
+        if key not in unknown:
+            kept.append(raw[start : unpacker.tell()])
+    if unpacker.tell() != len(raw):
+        raise MalformedMessage("bytes after the header's map")
+    return msgpack.Packer().pack_map_header(len(kept)) + b"".join(kept)
+
+
+def body_limit(message: type[Message]) -> int:
+    """The largest body, in bytes, that a message of this type may have."""
+    return message.MAX_BODY
+
+
+def check_body(message: Message, size: int) -> None:
+    """Raise LimitExceeded where a body of ``size`` bytes is more than the message's type allows."""
+    if size > message.MAX_BODY:
+        raise LimitExceeded(f"{type(message).__name__} with a body of {size} bytes; at most {message.MAX_BODY}")

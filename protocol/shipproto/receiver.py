@@ -1,0 +1,403 @@
+"""The receiving side of a transfer, as a machine: what is held, what is missing, what may be swapped in.
+
+                                accept()              FINISH, all held         verified()        staged()
+    OFFERED -> (STRUCTURE) -------------> RECEIVING -----------------> VERIFYING ------> STAGING ------> STAGED
+                                              ^______________________________/                             |
+                                               some digests differ: WANT those again                COMMIT |
+                                                                                                           v
+    ABORT, abort(), from every state before COMMITTED -> ABORTED             COMMITTED <------------ COMMITTING
+                                                                                         committed()
+
+The shell decides (is there such a model, a free slot, are the processes ready) and owns the memory; the
+machine keeps the books and talks to the sender. A connection may come and go in every state: ``connected``
+answers a repeated OFFER from where the transfer stands, also when it is over.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Event, MessageArrived
+from shipproto.digests import LeafDigests, version_digest
+from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
+from shipproto.frame import Buffer
+from shipproto.layout import Layout
+from shipproto.limits import DIGEST_SIZE, MAX_VERIFY_ROUNDS
+from shipproto.messages import (
+    Abort,
+    Commit,
+    Committed,
+    Finish,
+    Message,
+    Offer,
+    Progress,
+    Staged,
+    StructureIs,
+    StructureWanted,
+    Want,
+)
+from shipproto.rangeset import RangeSet
+from shipproto.sender import read_abort, send_abort
+from shipproto.structure import Structure
+
+_PROGRESS_CHUNKS: Final = 32
+"""A PROGRESS every 16 MiB: often enough for a progress bar at 1 Gbit/s, nothing beside the data itself."""
+
+
+class ReceiverState(enum.Enum):
+    """Where the transfer stands."""
+
+    OFFERED = enum.auto()
+    STRUCTURE = enum.auto()
+    RECEIVING = enum.auto()
+    VERIFYING = enum.auto()
+    STAGING = enum.auto()
+    STAGED = enum.auto()
+    COMMITTING = enum.auto()
+    COMMITTED = enum.auto()
+    ABORTED = enum.auto()
+
+
+RECEIVER_ENDED: Final = frozenset({ReceiverState.COMMITTED, ReceiverState.ABORTED})
+
+
+@dataclass(frozen=True, slots=True)
+class StructureArrived:
+    """The offered structure, decoded and checked; the shell now accepts or refuses."""
+
+    structure: Structure
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHeld:
+    """A chunk is in its place, intact and digested."""
+
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyToVerify:
+    """Everything is held and the sender's digests are known; the shell calls ``verify``, on any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRequested:
+    """The sender wants the staged version swapped in."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferAborted:
+    """The sender ended the transfer."""
+
+    error: TransferError
+
+
+ReceiverEvent = StructureArrived | ChunkHeld | ReadyToVerify | CommitRequested | TransferAborted
+
+_Handler = str
+_TRANSITIONS: Final[Mapping[tuple[ReceiverState, type[Message]], tuple[_Handler, ReceiverState | None]]] = {
+    (ReceiverState.STRUCTURE, StructureIs): ("_on_structure", ReceiverState.OFFERED),
+    (ReceiverState.RECEIVING, Finish): ("_on_finish", None),
+    (ReceiverState.STAGED, Commit): ("_on_commit", ReceiverState.COMMITTING),
+    # A commit is never interrupted: the sender will be told how it ended.
+    (ReceiverState.COMMITTING, Abort): ("_on_late_abort", None),
+    **{
+        (state, Abort): ("_on_abort", ReceiverState.ABORTED)
+        for state in ReceiverState
+        if state not in RECEIVER_ENDED and state is not ReceiverState.COMMITTING
+    },
+}
+"""What is allowed when: the handler, and the state that follows (None: the handler decides)."""
+
+
+class Receiver:
+    """One version on its way in. ``offer`` is the sender's first one."""
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self.state = ReceiverState.OFFERED
+        self.error: TransferError | None = None
+        self.outcome: Committed | None = None
+        self.label = offer.label
+        self.digest = b""
+        self.layout: Layout | None = None
+        self.held = RangeSet()
+        self.chunks_damaged = 0
+        self._digests: LeafDigests | None = None
+        self._image: memoryview | None = None
+        self._connection: Connection | None = None
+        self._landing: dict[int, Connection] = {}
+        self._finish: Finish | None = None
+        self._sent_digests: npt.NDArray[np.uint8] | None = None
+        self._staged: Staged | None = None
+        self._rounds = 0
+        self._stage = "receiving"
+
+    @property
+    def transfer(self) -> bytes:
+        """The transfer's id."""
+        return self.offer.transfer
+
+    @property
+    def ended(self) -> bool:
+        """Whether the transfer is over, one way or the other."""
+        return self.state in RECEIVER_ENDED
+
+    @property
+    def attended(self) -> bool:
+        """Whether the sender is connected."""
+        return self._connection is not None
+
+    @property
+    def digests(self) -> LeafDigests:
+        """The leaf digests of what has arrived."""
+        if self._digests is None:
+            raise LocalError("the transfer was not accepted")
+        return self._digests
+
+    # --- connections ---------------------------------------------------------------------------------------
+
+    def connected(self, connection: Connection, offer: Offer) -> None:
+        """The sender (again) offers this transfer, on this connection. Answers where it can.
+
+        Raises TransferError if the offer is not the one that the transfer began with.
+        """
+        same = (offer.model, offer.structure) == (self.offer.model, self.offer.structure)
+        if not same or (self.label and offer.label not in ("", self.label)):
+            raise TransferError(AbortCode.PROTOCOL, "the transfer's id was offered before with other content")
+        self._connection = connection
+        if self.state is ReceiverState.RECEIVING:
+            self._listen(connection)
+            self._want(self.held.missing(self._require_layout().chunks))
+        elif self.state is ReceiverState.STRUCTURE:
+            connection.send(StructureWanted(transfer=self.transfer))
+        elif self.state is ReceiverState.STAGED and self._staged is not None:
+            connection.send(self._staged)
+        elif self.outcome is not None:
+            connection.send(self.outcome)
+        elif self.error is not None:
+            send_abort(connection, self.transfer, self.error)
+        else:
+            self.report(self._stage)
+
+    def disconnected(self, connection: Connection) -> None:
+        """A connection is gone, and with it the chunk that was arriving on it."""
+        for chunk in [chunk for chunk, lane in self._landing.items() if lane is connection]:
+            del self._landing[chunk]
+        if self._connection is connection:
+            self._connection = None
+
+    def receive(self, connection: Connection, event: Event) -> list[ReceiverEvent]:
+        """Take an event of one of the transfer's connections.
+
+        Raises UnexpectedMessage or MalformedMessage: that connection is broken, the transfer may go on.
+        """
+        if isinstance(event, ChunkArrived):
+            return self._arrived(event)
+        if isinstance(event, ChunkDamaged):
+            self.chunks_damaged += 1
+            if event.chunk is not None:
+                self._landing.pop(event.chunk, None)
+        elif isinstance(event, MessageArrived):
+            if self.ended:
+                return []
+            handler, state = _TRANSITIONS.get((self.state, type(event.message)), ("", None))
+            if not handler:
+                raise UnexpectedMessage(f"{type(event.message).__name__} in state {self.state.name}")
+            self.state = state or self.state
+            return getattr(self, handler)(event.message, event.body)  # type: ignore[no-any-return]
+        return []
+
+    # --- what the shell decides ----------------------------------------------------------------------------
+
+    def want_structure(self) -> None:
+        """This side does not know the offered structure."""
+        self.state = ReceiverState.STRUCTURE
+        if self._connection is not None:
+            self._connection.send(StructureWanted(transfer=self.transfer))
+
+    def accept(self, layout: Layout, image: memoryview) -> None:
+        """Take the version into ``image``, laid out as ``layout``, whose structure rules from now on."""
+        if len(image) < layout.size:
+            raise LocalError("the image is smaller than its layout")
+        self._image = image
+        self._begin(layout, LeafDigests(layout), RangeSet())
+
+    def compare(self, digests: LeafDigests) -> None:
+        """Take no bytes, only the sender's digests, to compare with those of a version that is held."""
+        layout = digests.layout
+        self._begin(layout, digests, RangeSet([(0, layout.chunks)]))
+
+    def _begin(self, layout: Layout, digests: LeafDigests, held: RangeSet) -> None:
+        if self.state is not ReceiverState.OFFERED:
+            raise LocalError(f"accept in state {self.state.name}")
+        self.layout = layout
+        self._digests = digests
+        self.held = held
+        self.state = ReceiverState.RECEIVING
+        connection = self._connection
+        if connection is not None:
+            self._listen(connection)
+            if layout.structure.digest != self.offer.structure:
+                connection.send(StructureIs(transfer=self.transfer), layout.structure.encoded)
+            self._want(held.missing(layout.chunks))
+
+    def report(self, stage: str) -> None:
+        """Tell the sender what is going on; it also shows that this side is alive."""
+        self._stage = stage
+        if self._connection is not None:
+            self._connection.send(Progress(held=len(self.held), stage=stage, transfer=self.transfer))
+
+    def verify(self) -> tuple[int, ...]:
+        """Rows of the tensors whose digests differ from the sender's. Pure: may run on another thread."""
+        if self._sent_digests is None or self._finish is None:
+            raise LocalError("nothing to verify yet")
+        own = self.digests.tensor_digests()
+        differing = np.flatnonzero((own != self._sent_digests).any(axis=1))
+        if not len(differing) and version_digest(self._require_layout(), own) != self._finish.digest:
+            raise TransferError(AbortCode.INTEGRITY, "the sender's version digest is not that of its tensors' digests")
+        return tuple(differing.tolist())
+
+    def verified(self, differing: tuple[int, ...]) -> bool:
+        """Take the result of ``verify``. True: go on and stage. False: tensors were asked for again.
+
+        Raises TransferError, naming the tensor, once that has happened MAX_VERIFY_ROUNDS times.
+        """
+        if self.state is not ReceiverState.VERIFYING or self._finish is None:
+            raise LocalError(f"verified in state {self.state.name}")
+        if not differing:
+            self.digest = self._finish.digest
+            self.label = self._finish.label
+            self.state = ReceiverState.STAGING
+            self._stage = "staging"
+            return True
+        layout = self._require_layout()
+        names = [layout.structure.names[row] for row in differing]
+        self._rounds += 1
+        if self._rounds >= MAX_VERIFY_ROUNDS or self._image is None:
+            raise TransferError(
+                AbortCode.INTEGRITY,
+                f"the digests of {len(names)} tensors differ from the sender's, the first is {names[0]!r}",
+                tensor=names[0],
+                details=tuple(names),
+            )
+        again = RangeSet()
+        for row in differing:
+            again.add(*layout.tensor_chunks(row))
+        for chunk in again:
+            self.digests.forget(chunk)
+        for start, stop in again.ranges():
+            self.held.discard(start, stop)
+        self._finish = self._sent_digests = None
+        self.state = ReceiverState.RECEIVING
+        self._want(again)
+        return False
+
+    def staged(self, processes: int, stage_seconds: float) -> None:
+        """Every serving process is ready."""
+        self.state = ReceiverState.STAGED
+        self._stage = "staged"
+        self._staged = Staged(processes=processes, stage_seconds=stage_seconds, transfer=self.transfer)
+        if self._connection is not None:
+            self._connection.send(self._staged)
+
+    def committed(self, outcome: Committed) -> None:
+        """The version is the current one."""
+        self.state = ReceiverState.COMMITTED
+        self.outcome = outcome
+        self._close()
+        if self._connection is not None:
+            self._connection.send(outcome)
+
+    def abort(self, error: TransferError) -> None:
+        """End the transfer from this side."""
+        if self.ended:
+            return
+        self.state = ReceiverState.ABORTED
+        self.error = error
+        self._close()
+        if self._connection is not None:
+            send_abort(self._connection, self.transfer, error)
+
+    # --- what the sender says ------------------------------------------------------------------------------
+
+    def _on_structure(self, _message: StructureIs, body: Buffer) -> list[ReceiverEvent]:
+        structure = Structure.decode(body)
+        if structure.digest != self.offer.structure:
+            raise MalformedMessage("the structure that arrived is not the one that was offered")
+        return [StructureArrived(structure)]
+
+    def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
+        expected = len(self._require_layout().structure) * DIGEST_SIZE
+        if len(body) != expected:
+            raise MalformedMessage(f"FINISH brings {len(body)} bytes of digests where {expected} are due")
+        self._finish = finish
+        self._sent_digests = np.frombuffer(bytes(body), dtype=np.uint8).reshape(-1, DIGEST_SIZE)
+        return self._check_complete()
+
+    def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
+        self._stage = "committing"
+        return [CommitRequested()]
+
+    def _on_late_abort(self, _abort: Abort, _body: Buffer) -> list[ReceiverEvent]:
+        return []
+
+    def _on_abort(self, abort: Abort, body: Buffer) -> list[ReceiverEvent]:
+        self.error = read_abort(abort, body)
+        self._close()
+        return [TransferAborted(self.error)]
+
+    def _land(self, connection: Connection, chunk: int, size: int) -> memoryview | None:
+        """The memory for a chunk, or None where it is held or already arriving: it is never overwritten."""
+        layout = self._require_layout()
+        if chunk >= layout.chunks:
+            raise MalformedMessage(f"chunk {chunk} of {layout.chunks}")
+        start, expected = layout.chunk(chunk)
+        if size != expected:
+            raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
+        if self.state is not ReceiverState.RECEIVING or chunk in self.held or chunk in self._landing:
+            return None
+        if self._image is None:
+            return None
+        self._landing[chunk] = connection
+        return self._image[start : start + size]
+
+    def _arrived(self, event: ChunkArrived) -> list[ReceiverEvent]:
+        if self._landing.pop(event.chunk, None) is None or self.state is not ReceiverState.RECEIVING:
+            return []
+        self.digests.record(event.chunk, event.content)
+        self.held.add(event.chunk)
+        complete = len(self.held) == self._require_layout().chunks
+        if complete or len(self.held) % _PROGRESS_CHUNKS == 0:
+            self.report("receiving")
+        return [ChunkHeld(event.chunk), *self._check_complete()]
+
+    def _check_complete(self) -> list[ReceiverEvent]:
+        if self._finish is None or len(self.held) < self._require_layout().chunks:
+            return []
+        self.state = ReceiverState.VERIFYING
+        self._stage = "verifying"
+        return [ReadyToVerify()]
+
+    def _want(self, missing: RangeSet) -> None:
+        if self._connection is not None:
+            digest = self._require_layout().structure.digest
+            self._connection.send(Want(structure=digest, transfer=self.transfer), missing.encode())
+
+    def _listen(self, connection: Connection) -> None:
+        connection.landing = partial(self._land, connection)
+
+    def _close(self) -> None:
+        """Let go of the image: nothing lands there any more, and its memory may be reused."""
+        self._image = None
+        self._landing.clear()
+
+    def _require_layout(self) -> Layout:
+        if self.layout is None:
+            raise LocalError("the transfer was not accepted")
+        return self.layout

@@ -1,0 +1,355 @@
+"""The sending side of a transfer, as a machine: which chunk goes next, and what an answer means.
+
+                    WANT                 all sent               STAGED           commit()             COMMITTED
+    OFFERED ------------------> SENDING ----------> FINISHING ----------> STAGED ---------> COMMITTING ------> COMMITTED
+       ^  \\______________________ ^____________________/ WANT: some tensors have to go again
+       |   STAGED, COMMITTED: the receiver had already come that far
+    connected(): the same, from every state, on every new connection
+
+    ABORT, from every state -> ABORTED
+
+The transfer outlives its connections: each new one starts with an OFFER, and the receiver answers from
+where it stands. The machine does no I/O and reads no tensor: the shell asks for the ``next_step``, reads
+the chunk and hands it to ``send_chunk``.
+"""
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shipproto.connection import ChunksRefused, Connection, Event, MessageArrived
+from shipproto.digests import LeafDigests, version_digest
+from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
+from shipproto.frame import Buffer
+from shipproto.layout import Layout
+from shipproto.limits import MAX_CHUNK_ATTEMPTS
+from shipproto.messages import (
+    Abort,
+    Commit,
+    Committed,
+    Finish,
+    Message,
+    Offer,
+    Progress,
+    Staged,
+    StructureIs,
+    StructureWanted,
+    Want,
+)
+from shipproto.rangeset import RangeSet
+from shipproto.structure import Structure
+
+
+class SenderState(enum.Enum):
+    """Where the transfer stands, as far as the sender knows."""
+
+    OFFERED = enum.auto()
+    SENDING = enum.auto()
+    FINISHING = enum.auto()
+    STAGED = enum.auto()
+    COMMITTING = enum.auto()
+    COMMITTED = enum.auto()
+    ABORTED = enum.auto()
+
+
+ENDED: Final = frozenset({SenderState.COMMITTED, SenderState.ABORTED})
+
+
+@dataclass(frozen=True, slots=True)
+class SendChunk:
+    """Read this chunk and pass it to ``send_chunk``."""
+
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class DigestChunk:
+    """The receiver holds this chunk already: read it and pass it to ``digest_chunk`` only."""
+
+    chunk: int
+
+
+_Handler = str
+_TRANSITIONS: Final[Mapping[tuple[SenderState, type[Message]], tuple[_Handler, SenderState | None]]] = {
+    (SenderState.OFFERED, StructureWanted): ("_on_structure_wanted", None),
+    (SenderState.OFFERED, StructureIs): ("_on_structure", None),
+    (SenderState.OFFERED, Want): ("_on_want", None),
+    (SenderState.OFFERED, Staged): ("_on_staged", SenderState.STAGED),
+    (SenderState.OFFERED, Committed): ("_on_committed", SenderState.COMMITTED),
+    (SenderState.OFFERED, Progress): ("_on_progress", None),
+    (SenderState.SENDING, Progress): ("_on_progress", None),
+    (SenderState.FINISHING, Progress): ("_on_progress", None),
+    (SenderState.FINISHING, Want): ("_on_want", None),
+    (SenderState.FINISHING, Staged): ("_on_staged", SenderState.STAGED),
+    (SenderState.FINISHING, Committed): ("_on_committed", SenderState.COMMITTED),
+    (SenderState.STAGED, Progress): ("_on_progress", None),
+    (SenderState.COMMITTING, Progress): ("_on_progress", None),
+    (SenderState.COMMITTING, Committed): ("_on_committed", SenderState.COMMITTED),
+    **{(state, Abort): ("_on_abort", SenderState.ABORTED) for state in SenderState if state not in ENDED},
+}
+"""What is allowed when: the handler, and the state that follows (None: the handler decides)."""
+
+
+class Sender:
+    """One version on its way to one receiver.
+
+    structure    what is offered
+    label        the version's label, or None: then ``make_label`` is given the version digest and returns one
+    transfer     TRANSFER_ID_SIZE bytes that name the transfer, across connections and after its end
+    """
+
+    def __init__(
+        self,
+        *,
+        transfer: bytes,
+        model: str,
+        structure: Structure,
+        label: str | None,
+        make_label: Callable[[bytes], str],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.transfer = transfer
+        self.model = model
+        self.label = label
+        self.offered = structure
+        self.state = SenderState.OFFERED
+        self.committed: Committed | None = None
+        self.staged: Staged | None = None
+        self.error: TransferError | None = None
+        self.held = 0
+        """Chunks that the receiver holds, as it last said."""
+        self.stage = ""
+        self.chunks_resent = Counter[int]()
+        """How often each chunk went again because it had arrived damaged."""
+        self._make_label = make_label
+        self._metadata = dict(metadata or {})
+        self._accepted = False
+        self._connection: Connection | None = None
+        self._early_want: tuple[Want, bytes] | None = None
+        self._pending = RangeSet()
+        self._adopt(structure)
+
+    def _adopt(self, structure: Structure) -> None:
+        """Send in this structure: the offered one, or the receiver's."""
+        self.layout = Layout(structure)
+        self.digests = LeafDigests(self.layout)
+        self.source_rows, self.equal_rows = _sources(self.offered, structure)
+
+    # --- what the shell does -------------------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        """Whether the transfer is over, one way or the other."""
+        return self.state in ENDED
+
+    @property
+    def skipped(self) -> list[str]:
+        """Offered tensors that the receiver's structure has no place for and that were not sent."""
+        wanted = self.layout.structure.index
+        return [name for name in self.offered.names if name not in wanted]
+
+    def connected(self, connection: Connection) -> None:
+        """A connection to the receiver is established: offer, or offer again."""
+        if self.ended:
+            raise LocalError("the transfer is over")
+        self._connection = connection
+        self._early_want = None
+        self._pending = RangeSet()
+        self.state = SenderState.OFFERED
+        connection.send(
+            Offer(
+                label=self.label or "",
+                metadata=self._metadata,
+                model=self.model,
+                nbytes=self.offered.total_bytes,
+                resumed=self._accepted,
+                structure=self.offered.digest,
+                tensors=len(self.offered),
+                transfer=self.transfer,
+            )
+        )
+
+    def next_step(self) -> SendChunk | DigestChunk | None:
+        """What to do now; None means wait for the receiver. Queues FINISH once everything has been sent."""
+        if self.state not in (SenderState.SENDING, SenderState.FINISHING):
+            return None
+        if self._pending:
+            return SendChunk(self._pending.pop_first())
+        if self.state is SenderState.SENDING:
+            if not self.digests.complete:
+                unknown = next(chunk for chunk in self._unknown if not self.digests.knows(chunk))
+                return DigestChunk(unknown)
+            self._finish()
+        return None
+
+    def send_chunk(self, chunk: int, content: memoryview) -> None:
+        """Digest a chunk and queue its frame. Raises TransferError if a tensor's bytes have changed."""
+        self.digest_chunk(chunk, content)
+        self._require().send_data(chunk, content)
+
+    def digest_chunk(self, chunk: int, content: memoryview) -> None:
+        """Digest a chunk that need not travel. Raises TransferError if a tensor's bytes have changed."""
+        row = self.digests.record(chunk, content)
+        if row is not None:
+            name = self.layout.structure.names[row]
+            raise TransferError(AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name)
+
+    def commit(self) -> None:
+        """The version is staged: have it swapped in."""
+        if self.state is not SenderState.STAGED:
+            raise LocalError(f"commit in state {self.state.name}")
+        self.state = SenderState.COMMITTING
+        self._require().send(Commit(transfer=self.transfer))
+
+    def abort(self, error: TransferError) -> None:
+        """End the transfer from this side and tell the receiver, if it can be told."""
+        if self.ended:
+            return
+        self.state = SenderState.ABORTED
+        self.error = error
+        if self._connection is not None:
+            send_abort(self._connection, self.transfer, error)
+
+    def receive(self, event: Event) -> None:
+        """Take an event of the current connection.
+
+        Raises UnexpectedMessage or MalformedMessage (the connection is broken) or TransferError (the
+        transfer is).
+        """
+        if isinstance(event, ChunksRefused):
+            self._refused(event.chunks)
+        elif isinstance(event, MessageArrived):
+            message = event.message
+            if self.ended or getattr(message, "transfer", b"") not in (self.transfer, b""):
+                return
+            handler, state = _TRANSITIONS.get((self.state, type(message)), ("", None))
+            if not handler:
+                raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
+            self.state = state or self.state
+            getattr(self, handler)(message, event.body)
+
+    # --- what the receiver says ----------------------------------------------------------------------------
+
+    def _on_structure_wanted(self, _message: StructureWanted, _body: Buffer) -> None:
+        self._require().send(StructureIs(transfer=self.transfer), self.offered.encoded)
+
+    def _on_structure(self, _message: StructureIs, body: Buffer) -> None:
+        self._adopt(Structure.decode(body))
+        if self._early_want is not None:
+            self._on_want(*self._early_want)
+
+    def _on_want(self, want: Want, body: Buffer) -> None:
+        if want.structure != self.layout.structure.digest:
+            if want.structure == self.offered.digest:
+                self._adopt(self.offered)
+            else:
+                # The structure that rules is still under way: a piece of it was damaged and comes again.
+                self._early_want = (want, bytes(body))
+                return
+        self._early_want = None
+        self._accepted = True
+        self._pending = RangeSet.decode(body, self.layout.chunks)
+        self.held = self.layout.chunks - len(self._pending)
+        self._unknown = iter(range(self.layout.chunks))
+        self.state = SenderState.SENDING
+
+    def _on_progress(self, progress: Progress, _body: Buffer) -> None:
+        self.held = max(self.held, min(progress.held, self.layout.chunks))
+        self.stage = progress.stage
+
+    def _on_staged(self, staged: Staged, _body: Buffer) -> None:
+        self.staged = staged
+
+    def _on_committed(self, committed: Committed, _body: Buffer) -> None:
+        self.committed = committed
+
+    def _on_abort(self, abort: Abort, body: Buffer) -> None:
+        self.error = read_abort(abort, body)
+
+    def _refused(self, chunks: tuple[int, ...]) -> None:
+        for chunk in chunks:
+            self.chunks_resent[chunk] += 1
+            self._pending.add(chunk)
+            if self.chunks_resent[chunk] >= MAX_CHUNK_ATTEMPTS:
+                names = self.layout.chunk_names(chunk)
+                raise TransferError(
+                    AbortCode.INTEGRITY,
+                    f"chunk {chunk} ({_listing(names)}) arrived damaged {MAX_CHUNK_ATTEMPTS} times",
+                    tensor=names[0],
+                )
+
+    def _finish(self) -> None:
+        tensor_digests = self.digests.tensor_digests()
+        digest = version_digest(self.layout, tensor_digests)
+        if self.label is None:
+            self.label = self._make_label(digest)
+        self.state = SenderState.FINISHING
+        finish = Finish(digest=digest, label=self.label, transfer=self.transfer)
+        self._require().send(finish, tensor_digests.tobytes())
+
+    def _require(self) -> Connection:
+        if self._connection is None:
+            raise LocalError("there is no connection")
+        return self._connection
+
+
+def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int64], list[tuple[int, int]]]:
+    """For each wanted row the offered row that has its bytes, and pairs of offered rows that must be equal.
+
+    The wanted structure may lack offered tensors (non-persistent buffers) and may tie what was offered
+    apart; it can contain nothing that was not offered. Raises MalformedMessage otherwise.
+    """
+    if wanted is offered:
+        return np.arange(len(offered), dtype=np.int64), []
+    rows = np.full(len(wanted), -1, dtype=np.int64)
+    chosen: dict[int, int] = {}
+    equal: list[tuple[int, int]] = []
+    for row, name in enumerate(wanted.names):
+        at = offered.index.get(name)
+        if at is None:
+            continue
+        if offered.dtypes[at] != wanted.dtypes[row] or offered.shape(at) != wanted.shape(row):
+            raise MalformedMessage(f"the receiver wants tensor {name!r} with another dtype or shape than was offered")
+        rows[row] = at
+        source = int(offered.primary[at])
+        known = chosen.setdefault(int(wanted.primary[row]), source)
+        if known != source:
+            equal.append((known, source))
+    for row, name in enumerate(wanted.names):
+        if rows[row] < 0:
+            source = chosen.get(int(wanted.primary[row]), -1)
+            if source < 0:
+                raise MalformedMessage(f"the receiver wants tensor {name!r}, which was not offered")
+            rows[row] = source
+    return rows, equal
+
+
+def send_abort(connection: Connection, transfer: bytes, error: TransferError) -> None:
+    """Queue the ABORT that says what ``error`` says."""
+    body = msgspec.msgpack.encode(list(error.details)) if error.details else b""
+    abort = Abort(code=error.code, message=str(error)[:2048], tensor=error.tensor[:512], transfer=transfer)
+    connection.send(abort, body if len(body) <= Abort.MAX_BODY else b"")
+
+
+def read_abort(abort: Abort, body: Buffer) -> TransferError:
+    """The error that a peer's ABORT stands for. An unknown code, from a later release, reads as internal."""
+    try:
+        code = AbortCode(abort.code)
+    except ValueError:
+        code = AbortCode.INTERNAL
+    try:
+        details = msgspec.msgpack.decode(body, type=list[str]) if len(body) else []
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"Abort: {error}") from error
+    return TransferError(code, abort.message, tensor=abort.tensor, details=tuple(details))
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
