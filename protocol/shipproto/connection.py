@@ -13,19 +13,40 @@ payload fails its check is answered by a NACK and costs that one frame; everythi
 ProtocolError, after which the connection is of no more use.
 """
 
+import dataclasses
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from crc32c import crc32c
 
-from shipproto.errors import BadPrelude, ForeignPeer, LimitExceeded, LocalError, MalformedMessage, ProtocolError, UnexpectedMessage
+from shipproto.errors import (
+    BadPrelude,
+    ForeignPeer,
+    LimitExceeded,
+    LocalError,
+    MalformedMessage,
+    ProtocolError,
+    UnexpectedMessage,
+)
 from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude, encode_frame
 from shipproto.handshake import Handshake, Step
-from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
-from shipproto.messages import Body, Data, Hello, Message, Nack, Ping, check_body, decode_header, encode_header
-from shipproto.rangeset import RangeSet
+from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
+from shipproto.messages import (
+    BY_TYPE,
+    Abort,
+    Auth,
+    Body,
+    Data,
+    Hello,
+    Message,
+    Nack,
+    Ping,
+    check_body,
+    decode_header,
+    encode_header,
+)
 
 Landing = Callable[[int, int], memoryview | None]
 """Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into
@@ -83,9 +104,22 @@ Event = Established | MessageArrived | ChunkArrived | ChunkDamaged | ChunksRefus
 
 @dataclass(slots=True)
 class _Assembly:
+    """A body on its way in. It takes no more memory than has arrived, whatever size was announced."""
+
     message: Message
-    body: bytearray
-    received: RangeSet = field(default_factory=RangeSet)
+    size: int
+    pieces: dict[int, memoryview]
+
+
+@dataclass(slots=True)
+class _Retained:
+    """A control frame that the peer may ask for again."""
+
+    kind: int
+    flags: int
+    header: bytes
+    payload: Buffer
+    attempts: int = 1
 
 
 class Connection:
@@ -105,6 +139,7 @@ class Connection:
         self._expected = 0
         self._prelude: Prelude | None = None
         self._message: Message | None = None
+        self._header = b""
         self._payload: memoryview | None = None
         self._received = 0
         self._crc = 0
@@ -116,7 +151,9 @@ class Connection:
         self._output: list[Buffer] = []
         self._sequence = 0
         self._next_body = 1
-        self._control: OrderedDict[int, tuple[int, int, bytes, Buffer]] = OrderedDict()
+        self._control: OrderedDict[int, _Retained] = OrderedDict()
+        # Pieces of bodies that went again unasked: the peer may still ask for them by their old numbers.
+        self._moved: deque[int] = deque(maxlen=RETAINED_CONTROL_FRAMES)
         self._chunk_of: dict[int, int] = {}
         self.frames_resent = 0
         """Frames sent again because the peer asked for them: chunks as well as messages."""
@@ -177,6 +214,15 @@ class Connection:
             self.buffer_updated(count)
             data = data[count:]
 
+    def withdraw(self) -> None:
+        """Take back the memory that ``landing`` gave: the rest of a chunk under way is received into nothing.
+
+        To be called between ``buffer_updated`` and the next ``get_buffer``.
+        """
+        if isinstance(self._message, Data) and self._payload is not None and not self._discarding:
+            self._payload = self._nothing(len(self._payload))
+            self._discarding = True
+
     def events(self) -> Iterator[Event]:
         """The events since the last call, oldest first."""
         while self._events:
@@ -227,24 +273,29 @@ class Connection:
         intact = crc32c(header) == prelude.header_crc
         if intact:
             self._message = decode_header(prelude.type, header)
+            self._header = b"" if self.established else bytes(header)
             self._check_allowed(prelude, self._message)
         elif not self.established:
             raise BadPrelude("the handshake arrived damaged")
         if isinstance(self._message, Data):
             if self.landing is None:
                 raise UnexpectedMessage("DATA before anything was asked for")
-            self._payload = self.landing(self._message.chunk, prelude.payload_length)
-            if self._payload is not None and len(self._payload) != prelude.payload_length:
+            memory = self.landing(self._message.chunk, prelude.payload_length)
+            if memory is not None and len(memory) != prelude.payload_length:
                 raise LocalError("landing returned memory of another size")
+            self._payload = memory
         elif intact:
             self._payload = memoryview(bytearray(prelude.payload_length))
         else:
             self._payload = None
         if self._payload is None:
             self._discarding = True
-            if self._waste is None:
-                self._waste = memoryview(bytearray(MAX_PAYLOAD))
-            self._payload = self._waste[: prelude.payload_length]
+            self._payload = self._nothing(prelude.payload_length)
+
+    def _nothing(self, size: int) -> memoryview:
+        if self._waste is None:
+            self._waste = memoryview(bytearray(MAX_PAYLOAD))
+        return self._waste[:size]
 
     def _check_allowed(self, prelude: Prelude, message: Message) -> None:
         if prelude.flags & ~KNOWN_FLAGS:
@@ -252,6 +303,8 @@ class Connection:
         if not self.established:
             if prelude.payload_length or prelude.flags:
                 raise UnexpectedMessage(f"{type(message).__name__} with a payload before the handshake is done")
+            if not isinstance(message, Hello | Auth | Abort):
+                raise UnexpectedMessage(f"{type(message).__name__} before the handshake is done")
             return
         if isinstance(message, Data | Body):
             if prelude.flags or not prelude.payload_length:
@@ -259,7 +312,9 @@ class Connection:
             return
         announced = getattr(message, "body_size", 0)
         more = bool(prelude.flags & FLAG_MORE)
-        if more != bool(announced) or (more and announced <= prelude.payload_length):
+        # There is one way to cut a body: full payloads, and a last one that may be shorter.
+        cut = announced > MAX_PAYLOAD == prelude.payload_length
+        if more != cut or bool(announced) != more or bool(getattr(message, "body_id", 0)) != more:
             raise MalformedMessage(f"{type(message).__name__} announces its body inconsistently")
         check_body(message, announced or prelude.payload_length)
 
@@ -279,7 +334,7 @@ class Connection:
                 self._events.append(ChunkArrived(message.chunk, payload))
             return
         if not self.established:
-            for reply in self._handshake.receive(message):
+            for reply in self._handshake.receive(message, self._header):
                 self._emit(reply)
             if self.established:
                 self._events.append(Established(self.peer))
@@ -299,9 +354,9 @@ class Connection:
                 raise LimitExceeded(f"more than {_MAX_ASSEMBLIES} bodies at once")
             body_id: int = message.body_id  # type: ignore[attr-defined]  # _check_allowed saw body_size beside it
             size: int = message.body_size  # type: ignore[attr-defined]
-            self._assemblies[body_id] = assembly = _Assembly(message, bytearray(size))
-            assembly.body[: len(payload)] = payload
-            assembly.received.add(0, len(payload))
+            if body_id in self._assemblies:
+                raise MalformedMessage(f"body {body_id} is announced twice")
+            self._assemblies[body_id] = _Assembly(message, size, {0: payload})
         elif isinstance(message, Hello):
             raise UnexpectedMessage("a second HELLO")
         else:
@@ -312,14 +367,16 @@ class Connection:
         if assembly is None:
             # Its message was damaged and is on its way again, with every piece.
             return
-        stop = piece.offset + len(payload)
-        if stop > len(assembly.body):
-            raise MalformedMessage(f"a piece reaches byte {stop} of a body of {len(assembly.body)}")
-        assembly.body[piece.offset : stop] = payload
-        assembly.received.add(piece.offset, stop)
-        if len(assembly.received) == len(assembly.body):
+        at, beyond = divmod(piece.offset, MAX_PAYLOAD)
+        if beyond or not at or len(payload) != min(MAX_PAYLOAD, assembly.size - piece.offset):
+            raise MalformedMessage(
+                f"a piece of {len(payload)} bytes at {piece.offset} does not fit a body of {assembly.size}"
+            )
+        assembly.pieces[at] = payload
+        if len(assembly.pieces) == -(-assembly.size // MAX_PAYLOAD):
             del self._assemblies[piece.body_id]
-            self._events.append(MessageArrived(assembly.message, memoryview(assembly.body)))
+            body = b"".join(assembly.pieces[number] for number in sorted(assembly.pieces))
+            self._events.append(MessageArrived(assembly.message, memoryview(body)))
 
     # --- sending -------------------------------------------------------------------------------------------
 
@@ -332,10 +389,10 @@ class Connection:
     def send_data(self, chunk: int, content: memoryview) -> None:
         """Queue a chunk. ``content`` is not copied and must not change until it has been written."""
         sequence = self._sequence
+        head = encode_frame(Data.TYPE, 0, sequence, encode_header(Data(chunk=chunk)), content)
         self._sequence += 1
         self._chunk_of[sequence] = chunk
-        self._output.append(encode_frame(Data.TYPE, 0, sequence, encode_header(Data(chunk=chunk)), content))
-        self._output.append(content)
+        self._output += (head, content)
 
     def take_output(self) -> list[Buffer]:
         """Everything queued, in order, for one gathering write; the queue is empty afterwards."""
@@ -350,26 +407,27 @@ class Connection:
     def _emit(self, message: Message, body: Buffer = b"") -> None:
         check_body(message, len(body))
         if len(body) <= MAX_PAYLOAD:
-            self._emit_frame(message.TYPE, 0, encode_header(message), body)
+            self._emit_frame(_Retained(message.TYPE, 0, encode_header(message), body))
             return
         content = memoryview(body)
         body_id = self._next_body
         self._next_body += 1
         announced = type(message)(**{**_fields(message), "body_id": body_id, "body_size": len(content)})
-        self._emit_frame(message.TYPE, FLAG_MORE, encode_header(announced), content[:MAX_PAYLOAD])
+        self._emit_frame(_Retained(message.TYPE, FLAG_MORE, encode_header(announced), content[:MAX_PAYLOAD]))
         for offset in range(MAX_PAYLOAD, len(content), MAX_PAYLOAD):
             piece = encode_header(Body(body_id=body_id, offset=offset))
-            self._emit_frame(Body.TYPE, 0, piece, content[offset : offset + MAX_PAYLOAD])
+            self._emit_frame(_Retained(Body.TYPE, 0, piece, content[offset : offset + MAX_PAYLOAD]))
 
-    def _emit_frame(self, kind: int, flags: int, header: bytes, payload: Buffer) -> None:
+    def _emit_frame(self, frame: _Retained) -> None:
         sequence = self._sequence
+        head = encode_frame(frame.kind, frame.flags, sequence, frame.header, frame.payload)
         self._sequence += 1
-        self._control[sequence] = (kind, flags, header, payload)
+        self._control[sequence] = frame
         if len(self._control) > RETAINED_CONTROL_FRAMES:
             self._control.popitem(last=False)
-        self._output.append(encode_frame(kind, flags, sequence, header, payload))
-        if len(payload):
-            self._output.append(payload)
+        self._output.append(head)
+        if len(frame.payload):
+            self._output.append(frame.payload)
 
     def _resend(self, nack: Nack) -> None:
         chunks: list[int] = []
@@ -378,6 +436,9 @@ class Connection:
                 chunks.append(self._chunk_of.pop(sequence))
             elif sequence in self._control:
                 self._resend_control(sequence)
+            elif sequence in self._moved:
+                self._moved.remove(sequence)
+                continue
             else:
                 raise UnexpectedMessage(f"the peer asks for frame {sequence}, which it has not been sent lately")
             self.frames_resent += 1
@@ -385,18 +446,22 @@ class Connection:
             self._events.append(ChunksRefused(tuple(chunks)))
 
     def _resend_control(self, sequence: int) -> None:
-        kind, flags, header, payload = self._control.pop(sequence)
-        self._emit_frame(kind, flags, header, payload)
-        if not flags & FLAG_MORE:
+        frame = self._control.pop(sequence)
+        if frame.attempts >= MAX_CHUNK_ATTEMPTS:
+            name = BY_TYPE[frame.kind].__name__
+            raise LimitExceeded(f"{name} arrived damaged at the peer {MAX_CHUNK_ATTEMPTS} times")
+        self._emit_frame(dataclasses.replace(frame, attempts=frame.attempts + 1))
+        if not frame.flags & FLAG_MORE:
             return
         # The peer could not know what the pieces that followed belonged to, and has dropped them.
-        body_id = decode_header(kind, header).body_id  # type: ignore[attr-defined]
-        for other, (piece_kind, piece_flags, piece_header, piece) in list(self._control.items()):
-            if piece_kind == Body.TYPE and other < self._sequence:
-                body = decode_header(piece_kind, piece_header)
+        body_id = decode_header(frame.kind, frame.header).body_id  # type: ignore[attr-defined]
+        for other, piece in list(self._control.items()):
+            if piece.kind == Body.TYPE:
+                body = decode_header(piece.kind, piece.header)
                 if isinstance(body, Body) and body.body_id == body_id:
                     del self._control[other]
-                    self._emit_frame(piece_kind, piece_flags, piece_header, piece)
+                    self._moved.append(other)
+                    self._emit_frame(piece)
 
 
 def _fields(message: Message) -> dict[str, object]:

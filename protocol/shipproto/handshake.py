@@ -59,13 +59,13 @@ class Handshake:
         """What this side sends before it has heard anything."""
         return self._own if self.initiator else None
 
-    def receive(self, message: Message) -> list[Message]:
-        """Take the peer's next message and return the replies.
+    def receive(self, message: Message, header: bytes) -> list[Message]:
+        """Take the peer's next message, and its header as it arrived, and return the replies.
 
         Raises VersionMismatch, AuthFailed or UnexpectedMessage; ``last_words`` has what to send before closing.
         """
         if isinstance(message, Hello) and self.step is Step.EXPECT_HELLO:
-            return self._hello(message)
+            return self._hello(message, header)
         if isinstance(message, Auth) and self.step is Step.EXPECT_AUTH:
             return self._auth(message)
         if isinstance(message, Abort) and self.initiator:
@@ -85,7 +85,7 @@ class Handshake:
             return [Abort(code=AbortCode.AUTH, message=str(error))]
         return []
 
-    def _hello(self, hello: Hello) -> list[Message]:
+    def _hello(self, hello: Hello, header: bytes) -> list[Message]:
         if not hello.version_min <= PROTOCOL_VERSION <= hello.version_max:
             theirs = f"{hello.version_min} to {hello.version_max}"
             older = hello.version_max < PROTOCOL_VERSION
@@ -94,8 +94,10 @@ class Handshake:
                 f"update {'the other side' if older else 'this side'}"
             )
         self.peer = hello
-        first, second = (self._own, hello) if self.initiator else (hello, self._own)
-        self._transcript = b"".join(hashlib.sha256(encode_header(side)).digest() for side in (first, second))
+        # The peer's as it arrived: a later release may say things there that this one does not know.
+        own = encode_header(self._own)
+        both = (own, header) if self.initiator else (header, own)
+        self._transcript = b"".join(hashlib.sha256(side).digest() for side in both)
         if not self.initiator:
             self.step = Step.EXPECT_AUTH if self._own.auth else Step.DONE
             return [self._own]

@@ -11,6 +11,9 @@ PROTOCOL_VERSION: Final = 1
 LEAF_SIZE: Final = 512 * 1024
 """Unit of digests and of DATA payloads: half of a core's L2, so that bytes are checked while they are hot."""
 
+MAX_HEADER_DEPTH: Final = 16
+"""Nesting of what a later release may put into a header; nothing here goes deeper than 3."""
+
 MAX_PAYLOAD: Final = LEAF_SIZE
 """Largest payload of any frame. A damaged frame never costs more than this to send again."""
 
@@ -58,7 +61,7 @@ MAX_TEXT: Final = 2048
 
 MAX_METADATA_ENTRIES: Final = 32
 MAX_METADATA_TEXT: Final = 256
-"""Free metadata of a version: 32 pairs of at most 256 characters stay well inside one header."""
+"""Free metadata of a version: 32 pairs of at most 256 characters, all of which must also fit into one header."""
 
 MAX_CAPABILITIES: Final = 32
 MAX_PROCESSES: Final = 64

@@ -17,6 +17,7 @@ from shipproto.limits import (
     MAX_DETAIL_BODY,
     MAX_DIGESTS_BODY,
     MAX_HEADER,
+    MAX_HEADER_DEPTH,
     MAX_IMAGE_BYTES,
     MAX_LABEL,
     MAX_METADATA_ENTRIES,
@@ -48,6 +49,7 @@ _OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=r"^([
 _Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 _Word = Annotated[str, msgspec.Meta(max_length=64)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+_NO_TIME: Final = 0.0
 _Metadata = Annotated[
     dict[
         Annotated[str, msgspec.Meta(max_length=MAX_METADATA_TEXT)],
@@ -66,6 +68,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     TYPE: ClassVar[int]
     MAX_BODY: ClassVar[int] = 0
+    DURATIONS: ClassVar[tuple[str, ...]] = ()
+    """Fields of type float whose default is zero."""
+
+    def __post_init__(self) -> None:
+        # msgspec leaves a default out when it is the very object, which a zero from a clock or the wire is not.
+        for name in self.DURATIONS:
+            if not getattr(self, name):
+                msgspec.structs.force_setattr(self, name, _NO_TIME)
 
 
 # --- the connection ----------------------------------------------------------------------------------------
@@ -192,8 +202,9 @@ class Staged(Message, frozen=True, kw_only=True):
     """The version is verified and every serving process is ready to swap to it."""
 
     TYPE = 23
+    DURATIONS = ("stage_seconds",)
     processes: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESSES)]
-    stage_seconds: _Seconds = 0.0
+    stage_seconds: _Seconds = _NO_TIME
     transfer: _Transfer
 
 
@@ -358,9 +369,10 @@ class StageReady(Message, frozen=True, kw_only=True):
     """The process is ready, or says why it is not."""
 
     TYPE = 55
+    DURATIONS = ("stage_seconds",)
     error: _Text = ""
     generation: _U63
-    stage_seconds: _Seconds = 0.0
+    stage_seconds: _Seconds = _NO_TIME
     transfer: _Transfer
 
 
@@ -377,12 +389,13 @@ class Swapped(Message, frozen=True, kw_only=True):
     """The live parameters are the new version, or ``error`` says why they are the old one."""
 
     TYPE = 57
-    copy_seconds: _Seconds = 0.0
+    DURATIONS = ("copy_seconds", "pause_seconds")
+    copy_seconds: _Seconds = _NO_TIME
     error: _Text = ""
     fenced: bool = False
     """The process could not even keep its old version whole and has stopped serving."""
     generation: _U63
-    pause_seconds: _Seconds = 0.0
+    pause_seconds: _Seconds = _NO_TIME
     transfer: _Transfer
 
 
@@ -450,6 +463,8 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
     message.TYPE: msgspec.msgpack.Decoder(message) for message in MESSAGES
 }
+_OPTIONAL_16: Final = {Abort.TYPE: "transfer", Attach.TYPE: "digest", DigestIs.TYPE: "digest"}
+"""Fields of 16 bytes or of none."""
 _fields: Final = {message.TYPE: frozenset(message.__struct_fields__) for message in MESSAGES}
 
 
@@ -472,6 +487,8 @@ def decode_header(kind: int, raw: bytes | bytearray | memoryview) -> Message:
         _check_unknown(kind, message, bytes(raw))
     if isinstance(message, Hello) and message.version_min > message.version_max:
         raise MalformedMessage("Hello: version_min exceeds version_max")
+    if (field := _OPTIONAL_16.get(kind)) and len(getattr(message, field)) not in (0, DIGEST_SIZE):
+        raise MalformedMessage(f"{BY_TYPE[kind].__name__}: {field} has neither {DIGEST_SIZE} bytes nor none")
     return message
 
 
@@ -487,9 +504,12 @@ def _check_unknown(kind: int, message: Message, raw: bytes) -> None:
             max_array_len=MAX_HEADER,
             max_map_len=MAX_HEADER,
             max_ext_len=0,
+            ext_hook=_refuse_ext,
         )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise MalformedMessage(f"{name}: not msgpack: {error}") from error
+    if _deeper_than(pairs, MAX_HEADER_DEPTH):
+        raise MalformedMessage(f"{name}: nested more than {MAX_HEADER_DEPTH} deep")
     keys = [key for key, _ in pairs]
     if not all(isinstance(key, str) for key in keys):
         raise MalformedMessage(f"{name}: a key is no string")
@@ -504,21 +524,42 @@ def _check_unknown(kind: int, message: Message, raw: bytes) -> None:
         raise MalformedMessage(f"{name}: the header is not in canonical form")
 
 
+def _refuse_ext(code: int, _data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
+def _deeper_than(outermost: object, limit: int) -> bool:
+    """Whether containers nest more than ``limit`` deep; a map is a tuple of pairs here, an array a list."""
+    level: list[object] = [outermost]
+    for _ in range(limit):
+        below: list[object] = []
+        for container in level:
+            if isinstance(container, tuple):
+                below += (part for pair in container for part in pair)
+            elif isinstance(container, list):
+                below += container
+        level = below
+    return any(isinstance(container, list | tuple) for container in level)
+
+
 def _without(raw: bytes, unknown: frozenset[str]) -> bytes:
     """``raw``, a msgpack map of at most 15 + unknown entries, without the entries named in ``unknown``."""
     unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MAX_HEADER)
     unpacker.feed(raw)
+    packer = msgpack.Packer()
     count = unpacker.read_map_header()
+    if not raw.startswith(packer.pack_map_header(count)):
+        raise MalformedMessage("the header's map is not in canonical form")
     kept: list[bytes] = []
     for _ in range(count):
         start = unpacker.tell()
         key = unpacker.unpack()
+        if raw[start : unpacker.tell()] != packer.pack(key):
+            raise MalformedMessage(f"the header's key {key!r} is not in canonical form")
         unpacker.skip()
         if key not in unknown:
             kept.append(raw[start : unpacker.tell()])
-    if unpacker.tell() != len(raw):
-        raise MalformedMessage("bytes after the header's map")
-    return msgpack.Packer().pack_map_header(len(kept)) + b"".join(kept)
+    return b"".join((packer.pack_map_header(len(kept)), *kept))
 
 
 def body_limit(message: type[Message]) -> int:

@@ -131,7 +131,7 @@ class Receiver:
         self._digests: LeafDigests | None = None
         self._image: memoryview | None = None
         self._connection: Connection | None = None
-        self._landing: dict[int, Connection] = {}
+        self._landing: set[int] = set()
         self._finish: Finish | None = None
         self._sent_digests: npt.NDArray[np.uint8] | None = None
         self._staged: Staged | None = None
@@ -170,9 +170,13 @@ class Receiver:
         same = (offer.model, offer.structure) == (self.offer.model, self.offer.structure)
         if not same or (self.label and offer.label not in ("", self.label)):
             raise TransferError(AbortCode.PROTOCOL, "the transfer's id was offered before with other content")
+        # One connection at a time: what another one still brings is not waited for, and lands nowhere.
+        self._let_go()
         self._connection = connection
         if self.state is ReceiverState.RECEIVING:
-            self._listen(connection)
+            # The sender starts over: it will say again that it is done.
+            self._finish = self._sent_digests = None
+            self._listen(connection, resumed=offer.resumed)
             self._want(self.held.missing(self._require_layout().chunks))
         elif self.state is ReceiverState.STRUCTURE:
             connection.send(StructureWanted(transfer=self.transfer))
@@ -187,36 +191,40 @@ class Receiver:
 
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone, and with it the chunk that was arriving on it."""
-        for chunk in [chunk for chunk, lane in self._landing.items() if lane is connection]:
-            del self._landing[chunk]
         if self._connection is connection:
+            self._let_go()
             self._connection = None
 
     def receive(self, connection: Connection, event: Event) -> list[ReceiverEvent]:
-        """Take an event of one of the transfer's connections.
+        """Take an event of one of the transfer's connections; only the latest one is listened to.
 
         Raises UnexpectedMessage or MalformedMessage: that connection is broken, the transfer may go on.
         """
+        if connection is not self._connection:
+            return []
         if isinstance(event, ChunkArrived):
             return self._arrived(event)
         if isinstance(event, ChunkDamaged):
             self.chunks_damaged += 1
             if event.chunk is not None:
-                self._landing.pop(event.chunk, None)
+                self._landing.discard(event.chunk)
         elif isinstance(event, MessageArrived):
-            if self.ended:
+            if self.ended or getattr(event.message, "transfer", b"") not in (self.transfer, b""):
                 return []
             handler, state = _TRANSITIONS.get((self.state, type(event.message)), ("", None))
             if not handler:
                 raise UnexpectedMessage(f"{type(event.message).__name__} in state {self.state.name}")
+            events: list[ReceiverEvent] = getattr(self, handler)(event.message, event.body)
             self.state = state or self.state
-            return getattr(self, handler)(event.message, event.body)  # type: ignore[no-any-return]
+            return events
         return []
 
     # --- what the shell decides ----------------------------------------------------------------------------
 
     def want_structure(self) -> None:
         """This side does not know the offered structure."""
+        if self.state is not ReceiverState.OFFERED:
+            raise LocalError(f"want_structure in state {self.state.name}")
         self.state = ReceiverState.STRUCTURE
         if self._connection is not None:
             self._connection.send(StructureWanted(transfer=self.transfer))
@@ -242,9 +250,7 @@ class Receiver:
         self.state = ReceiverState.RECEIVING
         connection = self._connection
         if connection is not None:
-            self._listen(connection)
-            if layout.structure.digest != self.offer.structure:
-                connection.send(StructureIs(transfer=self.transfer), layout.structure.encoded)
+            self._listen(connection, resumed=False)
             self._want(held.missing(layout.chunks))
 
     def report(self, stage: str) -> None:
@@ -300,6 +306,8 @@ class Receiver:
 
     def staged(self, processes: int, stage_seconds: float) -> None:
         """Every serving process is ready."""
+        if self.state is not ReceiverState.STAGING:
+            raise LocalError(f"staged in state {self.state.name}")
         self.state = ReceiverState.STAGED
         self._stage = "staged"
         self._staged = Staged(processes=processes, stage_seconds=stage_seconds, transfer=self.transfer)
@@ -308,6 +316,8 @@ class Receiver:
 
     def committed(self, outcome: Committed) -> None:
         """The version is the current one."""
+        if self.ended:
+            raise LocalError(f"committed in state {self.state.name}")
         self.state = ReceiverState.COMMITTED
         self.outcome = outcome
         self._close()
@@ -330,12 +340,16 @@ class Receiver:
         structure = Structure.decode(body)
         if structure.digest != self.offer.structure:
             raise MalformedMessage("the structure that arrived is not the one that was offered")
+        if (self.offer.tensors, self.offer.nbytes) != (len(structure), structure.total_bytes):
+            raise MalformedMessage("the structure that arrived has other figures than the offer")
         return [StructureArrived(structure)]
 
     def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
         expected = len(self._require_layout().structure) * DIGEST_SIZE
         if len(body) != expected:
             raise MalformedMessage(f"FINISH brings {len(body)} bytes of digests where {expected} are due")
+        if finish.label != self.offer.label and self.offer.label:
+            raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
         self._finish = finish
         self._sent_digests = np.frombuffer(bytes(body), dtype=np.uint8).reshape(-1, DIGEST_SIZE)
         return self._check_complete()
@@ -362,14 +376,15 @@ class Receiver:
             raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
         if self.state is not ReceiverState.RECEIVING or chunk in self.held or chunk in self._landing:
             return None
-        if self._image is None:
+        if self._image is None or connection is not self._connection:
             return None
-        self._landing[chunk] = connection
+        self._landing.add(chunk)
         return self._image[start : start + size]
 
     def _arrived(self, event: ChunkArrived) -> list[ReceiverEvent]:
-        if self._landing.pop(event.chunk, None) is None or self.state is not ReceiverState.RECEIVING:
+        if event.chunk not in self._landing:
             return []
+        self._landing.remove(event.chunk)
         self.digests.record(event.chunk, event.content)
         self.held.add(event.chunk)
         complete = len(self.held) == self._require_layout().chunks
@@ -389,13 +404,22 @@ class Receiver:
             digest = self._require_layout().structure.digest
             self._connection.send(Want(structure=digest, transfer=self.transfer), missing.encode())
 
-    def _listen(self, connection: Connection) -> None:
+    def _listen(self, connection: Connection, *, resumed: bool) -> None:
         connection.landing = partial(self._land, connection)
+        structure = self._require_layout().structure
+        if structure.digest != self.offer.structure and not resumed:
+            connection.send(StructureIs(transfer=self.transfer), structure.encoded)
+
+    def _let_go(self) -> None:
+        """Nothing that the connection still brings lands in the image."""
+        if self._landing and self._connection is not None:
+            self._connection.withdraw()
+        self._landing.clear()
 
     def _close(self) -> None:
-        """Let go of the image: nothing lands there any more, and its memory may be reused."""
+        """Let go of the image: its memory may be reused."""
+        self._let_go()
         self._image = None
-        self._landing.clear()
 
     def _require_layout(self) -> Layout:
         if self.layout is None:

@@ -22,13 +22,14 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from shipproto.connection import ChunksRefused, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
-from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
+from shipproto.errors import AbortCode, LocalError, MalformedMessage, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
 from shipproto.layout import Layout
-from shipproto.limits import MAX_CHUNK_ATTEMPTS
+from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_NAME, MAX_TEXT, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
     Abort,
     Commit,
@@ -41,6 +42,8 @@ from shipproto.messages import (
     StructureIs,
     StructureWanted,
     Want,
+    decode_header,
+    encode_header,
 )
 from shipproto.rangeset import RangeSet
 from shipproto.structure import Structure
@@ -91,6 +94,12 @@ _TRANSITIONS: Final[Mapping[tuple[SenderState, type[Message]], tuple[_Handler, S
     (SenderState.STAGED, Progress): ("_on_progress", None),
     (SenderState.COMMITTING, Progress): ("_on_progress", None),
     (SenderState.COMMITTING, Committed): ("_on_committed", SenderState.COMMITTED),
+    # The receiver's structure may be overtaken by what follows it, where a frame of it was damaged.
+    **{
+        (state, StructureIs): ("_on_late_structure", None)
+        for state in SenderState
+        if state not in ENDED and state is not SenderState.OFFERED
+    },
     **{(state, Abort): ("_on_abort", SenderState.ABORTED) for state in SenderState if state not in ENDED},
 }
 """What is allowed when: the handler, and the state that follows (None: the handler decides)."""
@@ -102,6 +111,8 @@ class Sender:
     structure    what is offered
     label        the version's label, or None: then ``make_label`` is given the version digest and returns one
     transfer     TRANSFER_ID_SIZE bytes that name the transfer, across connections and after its end
+
+    Raises LocalError where what it is to say would not be a valid message.
     """
 
     def __init__(
@@ -122,6 +133,8 @@ class Sender:
         self.committed: Committed | None = None
         self.staged: Staged | None = None
         self.error: TransferError | None = None
+        self.digest = b""
+        """The version's digest, once everything has been read."""
         self.held = 0
         """Chunks that the receiver holds, as it last said."""
         self.stage = ""
@@ -133,12 +146,16 @@ class Sender:
         self._connection: Connection | None = None
         self._early_want: tuple[Want, bytes] | None = None
         self._pending = RangeSet()
+        self._structure_sent = False
+        self._rounds = 0
         self._adopt(structure)
+        _check_own(self._offer())
 
     def _adopt(self, structure: Structure) -> None:
         """Send in this structure: the offered one, or the receiver's."""
         self.layout = Layout(structure)
         self.digests = LeafDigests(self.layout)
+        self._unknown = iter(range(self.layout.chunks))
         self.source_rows, self.equal_rows = _sources(self.offered, structure)
 
     # --- what the shell does -------------------------------------------------------------------------------
@@ -160,19 +177,21 @@ class Sender:
             raise LocalError("the transfer is over")
         self._connection = connection
         self._early_want = None
+        self._structure_sent = False
         self._pending = RangeSet()
         self.state = SenderState.OFFERED
-        connection.send(
-            Offer(
-                label=self.label or "",
-                metadata=self._metadata,
-                model=self.model,
-                nbytes=self.offered.total_bytes,
-                resumed=self._accepted,
-                structure=self.offered.digest,
-                tensors=len(self.offered),
-                transfer=self.transfer,
-            )
+        connection.send(self._offer())
+
+    def _offer(self) -> Offer:
+        return Offer(
+            label=self.label or "",
+            metadata=self._metadata,
+            model=self.model,
+            nbytes=self.offered.total_bytes,
+            resumed=self._accepted,
+            structure=self.offered.digest,
+            tensors=len(self.offered),
+            transfer=self.transfer,
         )
 
     def next_step(self) -> SendChunk | DigestChunk | None:
@@ -183,10 +202,17 @@ class Sender:
             return SendChunk(self._pending.pop_first())
         if self.state is SenderState.SENDING:
             if not self.digests.complete:
-                unknown = next(chunk for chunk in self._unknown if not self.digests.knows(chunk))
-                return DigestChunk(unknown)
+                return DigestChunk(self._next_unknown())
             self._finish()
         return None
+
+    def _next_unknown(self) -> int:
+        for chunk in self._unknown:
+            if not self.digests.knows(chunk):
+                return chunk
+        # A step was asked for before the one before it was done.
+        self._unknown = iter(range(self.layout.chunks))
+        return self._next_unknown()
 
     def send_chunk(self, chunk: int, content: memoryview) -> None:
         """Digest a chunk and queue its frame. Raises TransferError if a tensor's bytes have changed."""
@@ -207,6 +233,18 @@ class Sender:
         self.state = SenderState.COMMITTING
         self._require().send(Commit(transfer=self.transfer))
 
+    def revive(self) -> bool:
+        """Whether an aborted transfer may be offered again: the receiver had taken it, and was restarted.
+
+        Until its serving processes have come back it does not know the model.
+        """
+        passing = (AbortCode.SHUTTING_DOWN, AbortCode.UNKNOWN_MODEL)
+        if self.state is SenderState.ABORTED and self._accepted and self.error and self.error.code in passing:
+            self.state = SenderState.OFFERED
+            self.error = None
+            return True
+        return False
+
     def abort(self, error: TransferError) -> None:
         """End the transfer from this side and tell the receiver, if it can be told."""
         if self.ended:
@@ -222,29 +260,45 @@ class Sender:
         Raises UnexpectedMessage or MalformedMessage (the connection is broken) or TransferError (the
         transfer is).
         """
+        if self.ended:
+            return
         if isinstance(event, ChunksRefused):
             self._refused(event.chunks)
         elif isinstance(event, MessageArrived):
             message = event.message
-            if self.ended or getattr(message, "transfer", b"") not in (self.transfer, b""):
+            if getattr(message, "transfer", b"") not in (self.transfer, b""):
                 return
             handler, state = _TRANSITIONS.get((self.state, type(message)), ("", None))
             if not handler:
                 raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
-            self.state = state or self.state
             getattr(self, handler)(message, event.body)
+            self.state = state or self.state
 
     # --- what the receiver says ----------------------------------------------------------------------------
 
     def _on_structure_wanted(self, _message: StructureWanted, _body: Buffer) -> None:
+        if self._structure_sent:
+            raise UnexpectedMessage("the structure was asked for twice")
+        self._structure_sent = True
         self._require().send(StructureIs(transfer=self.transfer), self.offered.encoded)
 
+    def _on_late_structure(self, _message: StructureIs, body: Buffer) -> None:
+        if xxhash.xxh3_128_digest(body) != self.layout.structure.digest:
+            raise UnexpectedMessage(f"another structure in state {self.state.name}")
+
     def _on_structure(self, _message: StructureIs, body: Buffer) -> None:
-        self._adopt(Structure.decode(body))
+        if xxhash.xxh3_128_digest(body) != self.layout.structure.digest:
+            self._adopt(Structure.decode(body))
         if self._early_want is not None:
             self._on_want(*self._early_want)
 
     def _on_want(self, want: Want, body: Buffer) -> None:
+        if self.state is SenderState.FINISHING:
+            self._rounds += 1
+            if want.structure != self.layout.structure.digest:
+                raise MalformedMessage("WANT names another structure than before")
+            if self._rounds >= MAX_VERIFY_ROUNDS:
+                raise TransferError(AbortCode.INTEGRITY, f"the receiver found other digests {self._rounds} times")
         if want.structure != self.layout.structure.digest:
             if want.structure == self.offered.digest:
                 self._adopt(self.offered)
@@ -256,7 +310,6 @@ class Sender:
         self._accepted = True
         self._pending = RangeSet.decode(body, self.layout.chunks)
         self.held = self.layout.chunks - len(self._pending)
-        self._unknown = iter(range(self.layout.chunks))
         self.state = SenderState.SENDING
 
     def _on_progress(self, progress: Progress, _body: Buffer) -> None:
@@ -267,6 +320,11 @@ class Sender:
         self.staged = staged
 
     def _on_committed(self, committed: Committed, _body: Buffer) -> None:
+        if self.digest and committed.digest != self.digest:
+            raise TransferError(
+                AbortCode.INTEGRITY,
+                f"the receiver has committed digest {committed.digest.hex()} where {self.digest.hex()} was sent",
+            )
         self.committed = committed
 
     def _on_abort(self, abort: Abort, body: Buffer) -> None:
@@ -290,7 +348,9 @@ class Sender:
         if self.label is None:
             self.label = self._make_label(digest)
         self.state = SenderState.FINISHING
+        self.digest = digest
         finish = Finish(digest=digest, label=self.label, transfer=self.transfer)
+        _check_own(finish)
         self._require().send(finish, tensor_digests.tobytes())
 
     def _require(self) -> Connection:
@@ -330,10 +390,23 @@ def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int6
     return rows, equal
 
 
+def _check_own(message: Message) -> None:
+    try:
+        header = encode_header(message)
+        decode_header(message.TYPE, header)
+    except (ProtocolError, UnicodeEncodeError) as error:
+        raise LocalError(f"not a valid message: {error}") from error
+    if len(header) > MAX_HEADER:
+        raise LocalError(f"{type(message).__name__} needs {len(header)} bytes; at most {MAX_HEADER} fit")
+
+
 def send_abort(connection: Connection, transfer: bytes, error: TransferError) -> None:
     """Queue the ABORT that says what ``error`` says."""
-    body = msgspec.msgpack.encode(list(error.details)) if error.details else b""
-    abort = Abort(code=error.code, message=str(error)[:2048], tensor=error.tensor[:512], transfer=transfer)
+    details = [_text(detail) for detail in error.details]
+    body = msgspec.msgpack.encode(details) if details else b""
+    abort = Abort(
+        code=error.code, message=_text(str(error), MAX_TEXT), tensor=_text(error.tensor, MAX_NAME), transfer=transfer
+    )
     connection.send(abort, body if len(body) <= Abort.MAX_BODY else b"")
 
 
@@ -348,6 +421,11 @@ def read_abort(abort: Abort, body: Buffer) -> TransferError:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessage(f"Abort: {error}") from error
     return TransferError(code, abort.message, tensor=abort.tensor, details=tuple(details))
+
+
+def _text(text: str, limit: int | None = None) -> str:
+    """``text`` cut to ``limit`` characters; what UTF-8 cannot express, as in some file names, becomes "?"."""
+    return text[:limit].encode("utf-8", "replace").decode()
 
 
 def _listing(names: list[str]) -> str:

@@ -25,8 +25,9 @@ from shipproto.limits import (
     MAX_TENSORS,
 )
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""Characters that would let a name break out of a log line or a terminal."""
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that would let a name break out of a log line or a terminal, turn its direction round, or that
+UTF-8 cannot express."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,8 @@ def _sizes(structure: Structure) -> npt.NDArray[np.int64]:
     shaped = structure.ndims > 0
     approximate = items.astype(np.float64)
     exact = items.copy()
-    approximate[shaped] *= np.multiply.reduceat(structure.dims.astype(np.float64), starts[shaped])
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is too large, and 0 times infinity is exactly 0
+        approximate[shaped] *= np.multiply.reduceat(structure.dims.astype(np.float64), starts[shaped])
     exact[shaped] *= np.multiply.reduceat(structure.dims, starts[shaped])
     too_large = approximate > MAX_TENSOR_BYTES
     if bool(too_large.any()):
@@ -272,9 +274,23 @@ def _check(structure: Structure) -> None:
     rows = np.arange(count, dtype=np.int64)
     if not bool(np.all((root >= 0) & (root <= rows))) or not bool(np.all(root[root] == root)):
         raise MalformedMessage("a tensor may only be tied to an untied one that sorts before it")
-    for at in np.flatnonzero(root != rows).tolist():
-        to = int(root[at])
-        if structure.dtypes[at] != structure.dtypes[to] or structure.shape(at) != structure.shape(to):
-            raise MalformedMessage(
-                f"tensor {structure.names[at]!r} is tied to {structure.names[to]!r} but differs in dtype or shape"
-            )
+    _check_ties(structure, np.flatnonzero(root != rows))
+
+
+def _check_ties(structure: Structure, tied: npt.NDArray[np.int64]) -> None:
+    to = structure.primary[tied]
+    differs = (structure.dtypes[tied] != structure.dtypes[to]) | (structure.ndims[tied] != structure.ndims[to])
+    # Dimension by dimension, of those pairs that have equally many.
+    pairs = np.flatnonzero(~differs)
+    counts = structure.ndims[tied[pairs]].astype(np.int64)
+    ends = np.cumsum(counts)
+    within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
+    starts = np.cumsum(structure.ndims, dtype=np.int64) - structure.ndims
+    own = structure.dims[np.repeat(starts[tied[pairs]], counts) + within]
+    others = structure.dims[np.repeat(starts[to[pairs]], counts) + within]
+    differs[np.repeat(pairs, counts)[own != others]] = True
+    if bool(differs.any()):
+        at = int(np.argmax(differs))
+        raise MalformedMessage(
+            f"tensor {structure.names[tied[at]]!r} is tied to {structure.names[to[at]]!r} but differs in dtype or shape"
+        )

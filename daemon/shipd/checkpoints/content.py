@@ -1,0 +1,145 @@
+"""What a checkpoint file is, judged by its first bytes and never by its name.
+
+Three kinds can be read. Everything else is refused with a message that says what it looks like instead,
+because the usual foreign file is a mishap: a login page saved as a model, a git-LFS pointer, half a download.
+"""
+
+import enum
+import re
+import struct
+import zipfile
+from typing import Final
+
+from shipd.checkpoints.opened import OpenFile
+from shipd.checkpoints.wording import listed, quoted
+from shipd.errors import CheckpointError
+from shipd.units import format_bytes
+
+_OPENING: Final = 4096
+
+_PICKLE_MAGIC: Final = bytes.fromhex("6cfc9c46f9206aa85019")
+"""torch's legacy magic number as pickle writes it, within the first pickled object of the file."""
+
+_MAX_PICKLE: Final = 256 * 1024 * 1024
+"""Bytes of the pickle inside a torch.save file, which has no tensor content: a quarter kilobyte for each of
+MAX_TENSORS names. torch reads it whole."""
+
+_SAVE_AS: Final = "save it as safetensors, or with torch.save(model.state_dict(), path)"
+
+_FOREIGN: Final = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and h5py write them"),
+    (b"\x1f\x8b", "compressed with gzip: decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: decompress it first"),
+    (b"\xfd7zXZ\x00", "compressed with xz: decompress it first"),
+    (b"BZh", "compressed with bzip2: decompress it first"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4: decompress it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"GGUF", "a GGUF file of llama.cpp, whose quantised tensors have no torch dtype"),
+    (b"\x93NUMPY", "a single numpy array"),
+    (b"TFL3", "a TensorFlow Lite model"),
+    (b"\x7fELF", "a program or shared library"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG", "a picture"),
+)
+
+_NOT_FETCHED: Final = "the download link probably led to a login or error page; download it again"
+
+
+class Kind(enum.Enum):
+    """The kinds of file that can be read."""
+
+    SAFETENSORS = "safetensors"
+    TORCH_ZIP = "torch.save"
+    TORCH_LEGACY = "torch.save before 1.6"
+
+
+def identify(file: OpenFile) -> Kind:
+    """The kind of ``file``. Raises CheckpointError that names what it looks like where it is none of them."""
+    opening = file.read_at(0, _OPENING)
+    if not opening:
+        raise CheckpointError(f"{quoted(file.path)} is empty: its save or download was interrupted")
+    if opening.startswith(b"PK\x03\x04"):
+        _require_torch_archive(file)
+        return Kind.TORCH_ZIP
+    if _PICKLE_MAGIC in opening[:32] and opening[0] == 0x80:
+        return Kind.TORCH_LEGACY
+    if problem := _foreign(opening, file.size):
+        raise CheckpointError(f"{quoted(file.path)} is {problem}")
+    # A header shorter than 2^48 bytes: text whose ninth character is a brace is not one.
+    if opening[8:9] == b"{" and int.from_bytes(opening[:8], "little") < 1 << 48:
+        return Kind.SAFETENSORS
+    if not any(opening):
+        problem = "begins with nothing but zeros: it was allocated and never written, or its disk lost the content"
+    elif file.size <= 8:
+        problem = f"has only {file.size} bytes: its save or download was interrupted"
+    else:
+        problem = f"begins with {opening[:16]!r}, which is neither safetensors nor torch.save; {_SAVE_AS}"
+    raise CheckpointError(f"{quoted(file.path)} {problem}")
+
+
+def _foreign(opening: bytes, size: int) -> str | None:
+    """What the file is, as the end of a sentence, where its opening tells."""
+    for magic, what in _FOREIGN:
+        if opening.startswith(magic):
+            return what
+    if opening[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    text = opening.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        stands_for = re.search(rb"\nsize (\d{1,18})\n", opening)
+        told = f" (which has {format_bytes(int(stands_for[1]))})" if stands_for else ""
+        return f"a git-LFS pointer of {size} bytes and not the file it stands for{told}: run `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
+        return f"an HTML page: {_NOT_FETCHED}"
+    if text.startswith(b"<"):
+        return f"an XML document: {_NOT_FETCHED}"
+    if text.startswith(b"{"):
+        if b'"weight_map"' in text:
+            return (
+                "the index of a checkpoint in several files and holds no tensors itself; "
+                "merge the files into one and push that"
+            )
+        return f"a JSON text: if it is an error message, {_NOT_FETCHED}"
+    if opening[0] == 0x80 and 2 <= opening[1] <= 5:
+        return f"a bare pickle, which could run any code when it is read; where you trust it, {_SAVE_AS}"
+    return None
+
+
+def _require_torch_archive(file: OpenFile) -> None:
+    """Refuse zip archives that torch.save did not write, or that torch could not map as they are."""
+    path = quoted(file.path)
+    try:
+        with open(file.descriptor, "rb", closefd=False) as raw, zipfile.ZipFile(raw) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OSError) as error:
+        raise CheckpointError(
+            f"{path} begins like a torch.save file but has no readable table of contents at its end "
+            f"({format_bytes(file.size)}, {str(error)[:100]}): its save or download was interrupted, or it "
+            "is damaged; fetch or save it again"
+        ) from error
+    names = {member.filename for member in members}
+    inner = {name.partition("/")[2] for name in names}
+    if "data.pkl" not in inner:
+        if any(name.endswith(".npy") for name in names):
+            what = "an npz file of numpy arrays"
+        elif "archive_format" in inner:
+            what = "an exported program of torch.export"
+        else:
+            what = f"a zip archive, but not one of torch.save: it holds {listed(map(quoted, sorted(names)))}"
+        raise CheckpointError(f"{path} is {what}; {_SAVE_AS}")
+    if "constants.pkl" in inner:
+        raise CheckpointError(
+            f"{path} is a TorchScript program, which is code as well as tensors; "
+            "save torch.save(torch.jit.load(path).state_dict(), other_path) where you trust it, and push that"
+        )
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise CheckpointError(
+                f"{path} has been repacked: its member {quoted(member.filename)} is compressed or encrypted, "
+                "which torch.save never does; save it again with torch.save"
+            )
+        if member.file_size > _MAX_PICKLE and member.filename.endswith("/data.pkl"):
+            raise CheckpointError(
+                f"{path} has {format_bytes(member.file_size)} of pickled objects besides its tensors, and at "
+                f"most {format_bytes(_MAX_PICKLE)} are read; {_SAVE_AS}"
+            )

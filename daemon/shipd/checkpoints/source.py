@@ -1,0 +1,111 @@
+"""What a push reads from, and how whatever a user hands over becomes one.
+
+``open_source`` imports torch only where it must: a safetensors file needs none.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Protocol, assert_never, runtime_checkable
+
+from shipd.checkpoints.content import Kind, identify
+from shipd.checkpoints.opened import OpenFile
+from shipd.checkpoints.wording import quoted
+from shipproto.limits import LEAF_SIZE
+from shipproto.structure import Structure
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MAX_READ: Final = 4 * LEAF_SIZE
+"""Bytes of one read. What is not contiguous in host memory passes through a buffer of this order."""
+
+
+def check_range(structure: Structure, row: int, size: int, start: int, stop: int) -> None:
+    """Raise ValueError where [start, stop) may not be read of the ``size`` bytes of the tensor in ``row``."""
+    if not 0 <= start <= stop <= size or stop - start > MAX_READ:
+        raise ValueError(
+            f"bytes {start} to {stop} of tensor {quoted(structure.names[row])} ({size} bytes) cannot be "
+            f"read: a read lies inside the tensor and has at most {MAX_READ} bytes"
+        )
+
+
+@runtime_checkable
+class Source(Protocol):
+    """The tensors of one version, readable in any order and from several threads.
+
+    structure  names, dtypes, shapes and ties, sorted by name; rows are counted in it
+    origin     where they come from, for messages: a path, or ``"state dict"``
+    """
+
+    @property
+    def structure(self) -> Structure: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    def read(self, row: int, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of the tensor in ``row``, at most MAX_READ; little-endian, row-major.
+
+        A read-only view of the source's memory where that allows it; otherwise of a buffer that is the
+        calling thread's and valid until the same thread's next read of this source. Raises TensorChanged
+        where the bytes are gone, ValueError for a range that does not lie in the tensor.
+        """
+        ...
+
+    def changed(self) -> str | None:
+        """The name of a tensor or a description of the file that is known to have changed since opening.
+
+        None says that no change is known: what leaves no trace (a fused optimiser's step, a write within the
+        resolution of a file's time stamp) only shows in the digests.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the file or the tensors. Views already handed out stay valid. Harmless when repeated."""
+        ...
+
+
+def open_source(obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module", *, snapshot: bool = False) -> Source:
+    """The source for a checkpoint's path, a state dict or a module.
+
+    ``snapshot`` copies the tensors of a state dict or module to host memory first: training may go on.
+    A file is not copied: once open it cannot be replaced, and ``changed`` tells when it is written to.
+
+    Raises CheckpointError for a file that cannot be read, UnsupportedTensor for a tensor that cannot be
+    shipped, TypeError where ``obj`` is none of these.
+    """
+    if isinstance(obj, (str, os.PathLike)):
+        path = os.fspath(obj)
+        if not isinstance(path, str):
+            raise TypeError(f"a checkpoint's path must be text, not bytes: use os.fsdecode on {path!r}")
+        return _open_file(path)
+    torch = sys.modules.get("torch")
+    if not isinstance(obj, Mapping) and (torch is None or not isinstance(obj, torch.nn.Module)):
+        raise TypeError(
+            "what is pushed must be the path of a checkpoint, a mapping of names to tensors or an nn.Module; "
+            f"this is a {type(obj).__module__}.{type(obj).__qualname__}"
+        )
+    from shipd.checkpoints.state_dict import StateDict
+
+    return StateDict(obj, snapshot=snapshot)
+
+
+def _open_file(path: str) -> Source:
+    file = OpenFile.open(path)
+    try:
+        kind = identify(file)
+        match kind:
+            case Kind.SAFETENSORS:
+                from shipd.checkpoints.safetensors_file import SafetensorsFile
+
+                return SafetensorsFile(file)
+            case Kind.TORCH_ZIP | Kind.TORCH_LEGACY:
+                from shipd.checkpoints.torch_file import TorchFile
+
+                return TorchFile(file, mapped=kind is Kind.TORCH_ZIP)
+            case _:
+                assert_never(kind)
+    except BaseException:
+        file.close()
+        raise

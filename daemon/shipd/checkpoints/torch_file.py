@@ -1,0 +1,127 @@
+"""Files written by torch.save, read by torch's own loader and never with a pickle that may run code.
+
+Files in the zip format (torch 1.6 and later) are mapped, so that they cost no memory of the process. Files in
+the older format cannot be mapped: torch reads them whole, and they cost their size in memory.
+
+torch's loader checks the zip's checksums of the names and shapes, but not those of mapped tensors: content
+that was damaged on the disk is sent as it is found, as it would be loaded.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from shipd.checkpoints.opened import OpenFile
+from shipd.checkpoints.state_dict import StateDict
+from shipd.checkpoints.wording import listed, quoted
+from shipd.errors import CheckpointError
+from shipproto.structure import Structure
+
+_SAFE_SINCE: Final = (2, 10)
+"""Earlier releases can be made to run code or to corrupt memory in spite of weights_only=True
+(CVE-2025-32434, CVE-2026-24747)."""
+
+_CLASS: Final = re.compile(r"GLOBAL ([\w.]+)")
+
+_REFUSED: Final = "Weights only load failed."
+
+_HOW: Final = "save torch.save(model.state_dict(), other_path), or a safetensors file, and push that"
+
+
+class TorchFile:
+    """A ``Source`` over a file of torch.save. Takes ownership of ``file`` once it is constructed.
+
+    mapped  whether the file is in the zip format, and so read through a mapping
+    """
+
+    def __init__(self, file: OpenFile, *, mapped: bool) -> None:
+        _require_safe_torch(file.path)
+        self.origin = file.path
+        self._file = file
+        self._mapped = mapped
+        tensors = _flat(_load(file, mapped=mapped), file.path)
+        if what := file.changed():
+            raise CheckpointError(f"{what} changed while it was being opened; push it when it is complete")
+        self._tensors = StateDict(tensors, origin=quoted(file.path))
+        self.structure: Structure = self._tensors.structure
+        if not mapped:
+            file.close()  # Everything is in memory, so nothing can change any more.
+
+    def read(self, row: int, start: int, stop: int) -> memoryview:
+        """See ``Source.read``; of a mapped file's contiguous tensors a view of the mapping."""
+        if self._mapped:
+            self._file.require_whole(self.structure.names[row])
+        return self._tensors.read(row, start, stop)
+
+    def changed(self) -> str | None:
+        """See ``Source.changed``; by the file's size and time of change."""
+        return self._file.changed() if self._mapped else None
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        self._tensors.close()
+        self._file.close()
+
+
+def _require_safe_torch(path: str) -> None:
+    installed = torch.__version__
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < _SAFE_SINCE:
+        raise CheckpointError(
+            f"{quoted(path)} was written by torch.save, and torch {installed} cannot read such files safely "
+            "(CVE-2025-32434, CVE-2026-24747): update torch to 2.10 or later, or push a safetensors file"
+        )
+
+
+def _load(file: OpenFile, *, mapped: bool) -> object:
+    try:
+        return torch.load(file.stable_path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # The loader meets damage with whatever the damage provokes.
+        raise CheckpointError(f"{quoted(file.path)} {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why torch did not load the file, as the end of a sentence that begins with its path."""
+    text = str(error)
+    if found := _CLASS.search(text):
+        return (
+            f"holds an object of {quoted(found[1])} and not tensors alone; to read such objects is to run their "
+            f"code, so it is not done. Where you trust the file, load it yourself, {_HOW}"
+        )
+    if text.startswith(_REFUSED):
+        return f"is damaged or holds more than tensors ({_brief(text.removeprefix(_REFUSED))}); {_HOW}"
+    return (
+        f"cannot be read: it is truncated or damaged ({type(error).__name__}: {_brief(text)}); fetch or save it again"
+    )
+
+
+def _brief(text: str) -> str:
+    """The line that says most of one of torch's messages, which can be pages."""
+    return (text.strip().splitlines() or ["no reason given"])[0][:200]
+
+
+def _flat(loaded: object, path: str) -> Mapping[str, Tensor]:
+    """``loaded`` if it is a state dict. Raises CheckpointError that says what it is instead."""
+    if isinstance(loaded, Mapping):
+        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
+            return loaded
+        if any(str(key).endswith("_extra_state") for key in loaded):
+            return loaded  # StateDict names it, and says what to do.
+        entries = listed(f"{quoted(str(key))} ({_kind(value)})" for key, value in loaded.items())
+        parts = [str(key) for key, value in loaded.items() if isinstance(value, Mapping)]
+        part = next((key for key in parts if "optim" not in key), "the model's part")
+        raise CheckpointError(
+            f"{quoted(path)} is not a flat mapping of names to tensors, a state dict; it holds {entries}. "
+            f"Save what is to be served by itself: torch.save(torch.load(path)[{quoted(part)}], other_path)"
+            if parts
+            else f"{quoted(path)} holds more than tensors: {entries}. Save the state dict alone: {_HOW}"
+        )
+    raise CheckpointError(f"{quoted(path)} holds a {_kind(loaded)} and not a state dict; {_HOW}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"mapping of {len(value)} entries"
+    return type(value).__name__

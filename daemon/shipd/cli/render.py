@@ -1,0 +1,96 @@
+"""What ``shipctl`` prints for people."""
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shipd.client.receipt import Receipt
+from shipd.units import format_bytes, format_seconds
+from shipproto.status import ModelStatus, Status, Verification
+
+
+def render_receipt(receipt: Receipt) -> str:
+    """A push in a few lines."""
+    if receipt.already:
+        return f"{receipt.model} is at {receipt.label} already, digest {receipt.digest}: nothing to send"
+    lines = [
+        f"{receipt.model} is at {receipt.label}",
+        f"  digest   {receipt.digest}",
+        f"  sent     {format_bytes(receipt.bytes_sent)} for {receipt.tensors} tensors of "
+        f"{format_bytes(receipt.bytes_total)}, in {format_seconds(receipt.seconds)} "
+        f"(wire {format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)})",
+    ]
+    if receipt.frames_resent:
+        names = ", ".join(receipt.resent_tensors[:3]) or "no tensor"
+        more = f" and {len(receipt.resent_tensors) - 3} more" if len(receipt.resent_tensors) > 3 else ""
+        lines.append(f"  resent   {receipt.frames_resent} damaged frame(s): {names}{more}")
+    if receipt.skipped:
+        lines.append(f"  skipped  {', '.join(receipt.skipped)}: kept in non-persistent buffers of the model")
+    if receipt.pause_seconds is None:
+        lines.append("  swapped  nothing is attached: the next process that attaches gets it")
+    else:
+        noun = "process" if receipt.swapped == 1 else "processes"
+        lines.append(f"  swapped  {receipt.swapped} {noun}, paused for at most {format_seconds(receipt.pause_seconds)}")
+    return "\n".join(lines)
+
+
+def print_status(status: Status, address: str) -> None:
+    """Models, their processes and what is under way."""
+    console = Console(highlight=False)
+    console.print(
+        f"{address}: {status.agent}, pid {status.pid}, up {format_seconds(status.uptime_seconds)}, images "
+        f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}"
+    )
+    if not status.models:
+        console.print("no models: nothing is attached, and the configuration declares none")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("MODEL", "VERSION", "DIGEST", "TENSORS", "SIZE", "PROCESSES", "COMMITTED"):
+        table.add_column(heading, justify="right" if heading in ("TENSORS", "SIZE") else "left", overflow="fold")
+    for model in status.models:
+        table.add_row(
+            model.name, model.label or "none", model.digest[:16] or "-", str(model.tensors), format_bytes(model.bytes),
+            _processes(model), _when(model),
+        )
+    console.print(table)
+    for model in status.models:
+        if model.transfer is not None:
+            transfer = model.transfer
+            share = 100 * transfer.bytes_held / max(1, transfer.bytes_total)
+            state = "" if transfer.connected else ", sender gone, waiting for it"
+            console.print(
+                f"{model.name}: {transfer.stage} a push from {transfer.peer}: {format_bytes(transfer.bytes_held)} of "
+                f"{format_bytes(transfer.bytes_total)} ({share:.0f} %){state}"
+            )
+
+
+def _processes(model: ModelStatus) -> Text:
+    text = Text(", ".join(f"{process.pid} {process.state}" for process in model.processes) or "none")
+    if any(process.state == "stale" for process in model.processes):
+        text.stylize("red")
+    return text
+
+
+def _when(model: ModelStatus) -> str:
+    if not model.committed_at:
+        return "came with its process" if model.label else "-"
+    return f"{format_seconds(max(0.0, time.time() - model.committed_at))} ago"
+
+
+def print_verification(answer: Verification) -> None:
+    """The committed digest beside what every process read back."""
+    console = Console(highlight=False)
+    if not answer.label:
+        console.print(f"{answer.model} has no version yet")
+        return
+    console.print(f"{answer.model} {answer.label}\ncommitted       {answer.digest}")
+    if not answer.processes:
+        console.print("nothing is attached")
+    for process in answer.processes:
+        verdict = "the same" if process.matches else "DIFFERS"
+        console.print(
+            f"process {process.pid:<7} {process.digest or '-'}  {process.error or verdict}",
+            style=None if process.matches else "red",
+        )

@@ -1,0 +1,43 @@
+"""A push with a progress bar on a terminal, that Ctrl-C ends cleanly."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from shipd.client import push as pushing
+from shipd.client.client import Client
+from shipd.client.receipt import Receipt
+
+
+async def run_push(
+    client: Client, checkpoint: Path, *, model: str, label: str | None, timeout: float | None, stall: float, quiet: bool
+) -> Receipt:
+    """Push, showing progress on stderr where that is a terminal. SIGTERM ends it like Ctrl-C."""
+    bar = Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=36),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    )
+    task = bar.add_task("connecting", total=None)
+
+    def show(progress: pushing.Progress) -> None:
+        bar.update(task, description=progress.stage, completed=progress.bytes_done, total=progress.bytes_total)
+
+    running = asyncio.current_task()
+    assert running is not None
+    with bar, contextlib.suppress(NotImplementedError):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+        return await client.push(
+            checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show
+        )
+    raise AssertionError("unreachable")

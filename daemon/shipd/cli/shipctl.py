@@ -1,0 +1,185 @@
+"""The command ``shipctl``: push a version, ask what is being served, have it proved.
+
+stdout is data, stderr is talk. Exit codes are a contract: 0 done, 1 failed, 2 wrong usage, 3 partly done,
+10 no such model, 11 busy, 12 refused, 13 integrity, 78 configuration, 130 interrupted.
+Nothing heavy is imported before a command needs it: ``shipctl --help`` answers at once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from shipd.errors import ConfigError, ShipError, TensorMismatch
+
+if TYPE_CHECKING:
+    from shipd.client.client import Client
+
+_DEFAULT = "127.0.0.1:7447"
+PARTLY_DONE = 3
+
+_to = click.option(
+    "--to", "address", metavar="HOST[:PORT]", default=_DEFAULT, show_default=True, envvar="SHIPD_HOST", show_envvar=True,
+    help="The daemon, or the path of its Unix socket.",
+)
+_token = click.option(
+    "--token-file", type=click.Path(path_type=Path), envvar="SHIPD_TOKEN_FILE", show_envvar=True,
+    help="File with the token that the daemon asks for.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, each with a type.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option("0.1.0", prog_name="shipctl")
+def shipctl() -> None:
+    """Ship new versions of PyTorch models into the processes that serve them."""
+
+
+@shipctl.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_to
+@click.option("--model", required=True, metavar="NAME", help="The name that the model is served under.")
+@click.option("--label", metavar="LABEL", help="Name of the version; by default UTC time and digits of its digest.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole push; none by default.")
+@click.option("--stall", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+              help="Seconds without a sign of life after which to give up.")
+@_token
+@_json
+def push(
+    checkpoint: Path, address: str, model: str, label: str | None, timeout: float | None, stall: float,
+    token_file: Path | None, as_json: bool,
+) -> None:
+    """Ship CHECKPOINT (safetensors, or a state dict written by torch.save) as the next version of a model.
+
+    Until the whole version has arrived and is proved to be what was sent, nothing that is being served changes.
+    """
+    from shipd.cli.running import run_push
+
+    receipt = _run(
+        lambda client: run_push(
+            client, checkpoint, model=model, label=label, timeout=timeout, stall=stall, quiet=as_json
+        ),
+        address, token_file, as_json,
+    )
+    if as_json:
+        _emit("receipt", receipt.as_dict())
+    else:
+        from shipd.cli.render import render_receipt
+
+        click.echo(render_receipt(receipt))
+    if receipt.stale:
+        click.echo(
+            f"shipctl: processes {', '.join(receipt.stale)} could not follow; they have stopped answering (fenced) and "
+            "come back by themselves once they have caught up",
+            err=True,
+        )
+        sys.exit(PARTLY_DONE)
+
+
+@shipctl.command()
+@_to
+@click.option("--model", metavar="NAME", help="Only this model.")
+@_token
+@_json
+def status(address: str, model: str | None, token_file: Path | None, as_json: bool) -> None:
+    """Show what a daemon serves: models, versions, processes, pushes under way."""
+    import msgspec
+
+    answer = _run(lambda client: client.status(model), address, token_file, as_json)
+    if model is not None and not answer.models:
+        _fail(f"no model {model!r} at {address}", 10, as_json)
+    if as_json:
+        _emit("status", msgspec.to_builtins(answer))
+    else:
+        from shipd.cli.render import print_status
+
+        print_status(answer, address)
+
+
+@shipctl.command()
+@_to
+@click.option("--model", required=True, metavar="NAME", help="The model to verify.")
+@_token
+@_json
+def verify(address: str, model: str, token_file: Path | None, as_json: bool) -> None:
+    """Have every serving process read its live parameters back and compare their digest with the committed one.
+
+    Exits with 13 if one differs.
+    """
+    import msgspec
+
+    answer = _run(lambda client: client.verify(model), address, token_file, as_json)
+    if as_json:
+        _emit("verification", msgspec.to_builtins(answer))
+    else:
+        from shipd.cli.render import print_verification
+
+        print_verification(answer)
+    if any(not process.matches for process in answer.processes):
+        sys.exit(13)
+
+
+def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
+    """Connect and run one conversation; every failure becomes one message and one exit code."""
+    import asyncio
+
+    from shipd.client.client import connect
+
+    async def converse() -> Any:
+        client: Client
+        async with connect(address, token=_read_token(token_file)) as client:
+            return await ask(client)
+
+    try:
+        return asyncio.run(converse())
+    except ShipError as error:
+        _fail(error, error.exit_code, as_json)
+    except ValueError as error:
+        _fail(f"--to: {error}", 2, as_json)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was swapped", 130, as_json)
+
+
+def _read_token(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    from shipd.service.config import read_token
+
+    return read_token(path)
+
+
+def _emit(kind: str, values: dict[str, Any]) -> None:
+    click.echo(json.dumps({"type": kind, **values}))
+
+
+def _fail(error: ShipError | str, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        kind = type(error).__name__ if isinstance(error, ShipError) else "Error"
+        details: dict[str, Any] = {"error": kind, "message": str(error), "exit_code": code}
+        if isinstance(error, ShipError):
+            fields = {name: getattr(error, name) for name in ("peer", "model", "tensor", "transfer_id")}
+            details.update({name: value for name, value in fields.items() if value is not None})
+        if isinstance(error, TensorMismatch):
+            details["problems"] = list(error.problems)
+        _emit("error", details)
+    click.echo(f"shipctl: {error}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point. A reader of our output that goes away is no error of ours."""
+    try:
+        shipctl()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except ConfigError as error:
+        click.echo(f"shipctl: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The sending side: what a trainer or ``shipctl`` uses to push a version and to ask a daemon questions."""

@@ -1,0 +1,177 @@
+"""The async client: ``async with shipd.connect("gpu-01:7447") as client``.
+
+Nothing here runs on the caller's event loop except waiting: every conversation has a thread of its own.
+"""
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self, TypeVar
+
+from shipd.address import Address, parse_address
+from shipd.checkpoints.source import Source, open_source
+from shipd.client.push import Progress, Push, PushOptions
+from shipd.client.receipt import Receipt
+from shipd.errors import ShipError
+from shipd.transfer.faults import peer_error, remote_error
+from shipd.transfer.lane import Lane, Waker
+from shipproto.connection import MessageArrived
+from shipproto.errors import ProtocolError
+from shipproto.frame import Buffer
+from shipproto.messages import Abort, Message, StatusIs, StatusRequest, VerifyIs, VerifyRequest
+from shipproto.sender import read_abort
+from shipproto.status import Status, Verification, decode_status, decode_verification
+
+if TYPE_CHECKING:
+    import torch
+
+_T = TypeVar("_T")
+
+_CONNECT_SECONDS: Final = 10.0
+_ANSWER_SECONDS: Final = 30.0
+_VERIFY_SECONDS: Final = 90.0
+
+
+def connect(address: str, *, token: str | bytes | None = None) -> "Client":
+    """A client of the daemon at ``address``: HOST, HOST:PORT (7447 by default), or the path of its Unix socket.
+
+    ``token`` is the secret that the daemon asks for; it is proved, never sent. ``async with`` connects, and
+    raises ConnectError, AuthError or PeerError where that fails. A malformed address raises ValueError.
+    """
+    target = Path(address) if "/" in address else parse_address(address)
+    return Client(target, token.encode() if isinstance(token, str) else token)
+
+
+class Client:
+    """Talks to one daemon. Usable from one event loop; pushes of different models may run at once."""
+
+    def __init__(self, address: Address | Path, token: bytes | None) -> None:
+        self.address = address
+        self._token = token
+        self._lane: Lane | None = None
+
+    async def __aenter__(self) -> Self:
+        self._lane = await _in_thread(lambda: self._open(None), lambda: None)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            lane.close()
+
+    async def push(
+        self,
+        checkpoint: "Mapping[str, torch.Tensor] | torch.nn.Module | str | PathLike[str]",
+        *,
+        model: str,
+        label: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        snapshot: bool = False,
+        timeout: float | None = None,
+        stall: float = 30.0,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Receipt:
+        """Ship a version of ``model`` and have it swapped in.
+
+        checkpoint   a state dict, a module, or the path of a safetensors or torch.save file. Its tensors must
+                     not change until this returns; ``snapshot=True`` copies them first
+        label        name of the version; by default UTC time and eight digits of the digest
+        timeout      seconds for the whole push, None for as long as it takes
+        stall        seconds without any sign of life after which the push is given up
+        on_progress  called on another thread while the push runs
+
+        Cancelling ends the push, unless its commit is under way: that is waited for. Raises a ShipError that
+        says what happened; whatever it is, the previous version serves, unless it is OutcomeUnknown.
+        """
+        options = PushOptions(
+            model=model,
+            label=label,
+            metadata=metadata or {},
+            token=self._token,
+            timeout=timeout,
+            stall=stall,
+            on_progress=on_progress,
+        )
+        lane, self._lane = self._lane, None
+        running: list[Push] = []
+
+        def run() -> Receipt:
+            try:
+                source: Source = open_source(checkpoint, snapshot=snapshot)
+            except BaseException:
+                if lane is not None:
+                    lane.close()
+                raise
+            try:
+                push = Push(source, self.address, options, lane=lane)
+                running.append(push)
+                return push.run()
+            finally:
+                source.close()
+
+        return await _in_thread(run, lambda: running[0].cancel() if running else None)
+
+    async def status(self, model: str | None = None) -> Status:
+        """What the daemon is serving and doing: all of it, or one model."""
+        return decode_status(await self._ask(StatusRequest(model=model or ""), StatusIs, _ANSWER_SECONDS))
+
+    async def verify(self, model: str) -> Verification:
+        """Have every serving process of ``model`` read its live parameters back and digest them."""
+        return decode_verification(await self._ask(VerifyRequest(model=model), VerifyIs, _VERIFY_SECONDS))
+
+    async def _ask(self, question: Message, answer: type[Message], seconds: float) -> Buffer:
+        lane, self._lane = self._lane, None
+        waker = Waker()
+        try:
+            return await _in_thread(lambda: self._ask_blocking(lane, waker, question, answer, seconds), waker.wake)
+        finally:
+            waker.close()
+
+    def _ask_blocking(
+        self, lane: Lane | None, waker: Waker, question: Message, answer: type[Message], seconds: float
+    ) -> Buffer:
+        lane = lane or self._open(waker)
+        lane.use(waker)
+        try:
+            return ask(lane, question, answer, seconds)
+        finally:
+            lane.close()
+
+    def _open(self, waker: Waker | None) -> Lane:
+        return Lane.open(self.address, token=self._token, timeout=_CONNECT_SECONDS, waker=waker)
+
+
+def ask(lane: Lane, question: Message, answer: type[Message], seconds: float) -> Buffer:
+    """Ask over an established lane and wait for the body of the answer. Raises ShipError."""
+    lane.connection.send(question)
+    deadline = time.monotonic() + seconds
+    while True:
+        for event in lane.exchange(deadline):
+            if not isinstance(event, MessageArrived):
+                continue
+            if isinstance(event.message, Abort):
+                try:
+                    raise remote_error(read_abort(event.message, event.body), lane.peer)
+                except ProtocolError as error:
+                    raise peer_error(error, lane.peer) from error
+            if isinstance(event.message, answer):
+                return bytes(event.body)
+
+
+async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
+    """Run ``work`` on a thread of its own. When the caller is cancelled, ``cancel`` it and wait for its end."""
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-client")
+    future = asyncio.get_running_loop().run_in_executor(pool, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        cancel()
+        await asyncio.wait({future})
+        if not future.cancelled() and (error := future.exception()) is not None and not isinstance(error, ShipError):
+            raise error from None
+        raise
+    finally:
+        pool.shutdown(wait=False)

@@ -1,0 +1,290 @@
+"""One push, on one blocking thread: connect, offer, send, wait for the commit; and again where the line breaks."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from shipd.address import Address
+from shipd.checkpoints.source import Source
+from shipd.client.chunks import ChunkReader
+from shipd.client.receipt import Receipt
+from shipd.errors import ConnectError, Interrupted, OutcomeUnknown, ShipError, Stalled, TensorChanged, TransferFailed
+from shipd.transfer.faults import as_transfer_error, peer_error, remote_error
+from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipproto.connection import Event
+from shipproto.errors import AbortCode, ProtocolError, TransferError
+from shipproto.limits import TRANSFER_ID_SIZE
+from shipproto.messages import Committed
+from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
+
+_CONNECT_SECONDS: Final = 10.0
+_BACKOFF: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Pauses between attempts to reconnect; the last one repeats."""
+_MAX_BREAKS: Final = 5
+"""Connections in a row that broke without a single chunk getting through: the path is broken, not unlucky."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a push stands; ``stage`` is connecting, sending, or what the daemon says it is doing."""
+
+    stage: str
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(kw_only=True)
+class PushOptions:
+    """What can be chosen for a push. Times are seconds; None means no limit.
+
+    ``on_progress`` is called on the push's own thread, at most some ten times a second.
+    """
+
+    model: str
+    label: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    token: bytes | None = None
+    timeout: float | None = None
+    stall: float = 30.0
+    on_progress: Callable[[Progress], None] | None = None
+
+
+class Push:
+    """One push of one source to one daemon. ``run`` on any thread; ``cancel`` from any other."""
+
+    def __init__(self, source: Source, address: Address | Path, options: PushOptions, *, lane: Lane | None = None) -> None:
+        self.transfer = secrets.token_bytes(TRANSFER_ID_SIZE)
+        self._source = source
+        self._address = address
+        self._options = options
+        self._waker = Waker()
+        self._spare = lane
+        self._sender = Sender(
+            transfer=self.transfer,
+            model=options.model,
+            structure=source.structure,
+            label=options.label,
+            make_label=default_label,
+            metadata=options.metadata,
+        )
+        self._bytes_sent = 0
+        self._frames_resent = 0
+        self._first_data: float | None = None
+        self._all_held: float | None = None
+        self._progress_at = 0.0
+        self._commit_sent = False
+        self._reached = False
+
+    def cancel(self) -> None:
+        """End the push, unless its commit is already under way. Any thread, also a signal handler."""
+        if not self._commit_sent:
+            self._waker.wake()
+
+    def run(self) -> Receipt:
+        """Push. Raises ShipError; whatever it is, the previous version is still serving, unless it is OutcomeUnknown."""
+        started = time.monotonic()
+        deadline = started + self._options.timeout if self._options.timeout is not None else float("inf")
+        try:
+            committed = self._deliver(deadline)
+        finally:
+            self._waker.close()
+        return self._receipt(committed, time.monotonic() - started)
+
+    # --- connections ---------------------------------------------------------------------------------------
+
+    def _deliver(self, deadline: float) -> Committed:
+        """Over as many connections as it takes."""
+        breaks = 0
+        moved = time.monotonic()
+        while True:
+            held = self._sender.held
+            try:
+                return self._over_one_connection(deadline)
+            except (ConnectError, Stalled) as error:
+                if isinstance(error, ConnectError) and not isinstance(error, ConnectionLost) and not self._reached:
+                    raise
+                self._raise_if_over(error, deadline)
+                if self._sender.held > held:
+                    breaks, moved = 0, time.monotonic()
+                breaks += isinstance(error, ConnectionLost)
+                if isinstance(error, Stalled) or breaks >= _MAX_BREAKS or time.monotonic() - moved > self._options.stall:
+                    raise self._gave_up(error, breaks) from error
+                self._pause(_BACKOFF[min(breaks, len(_BACKOFF) - 1)])
+            except TransferError as error:
+                if not self._sender.revive() or time.monotonic() - moved > self._options.stall:
+                    raise self._failure(error) from error
+                self._pause(_BACKOFF[-1])
+
+    def _over_one_connection(self, deadline: float) -> Committed:
+        lane = self._spare or Lane.open(
+            self._address,
+            token=self._options.token,
+            timeout=min(_CONNECT_SECONDS, max(0.001, deadline - time.monotonic())),
+            waker=self._waker,
+        )
+        self._spare = None
+        lane.use(self._waker)
+        self._reached = True
+        sent_before = lane.bytes_sent
+        try:
+            self._sender.connected(lane.connection)
+            return self._converse(lane, deadline)
+        except (TransferError, ShipError) as error:
+            if not self._commit_sent and not isinstance(error, ConnectError):
+                reason = error if isinstance(error, TransferError) else as_transfer_error(error)
+                self._sender.abort(reason)
+            raise
+        except KeyboardInterrupt:
+            self._sender.abort(TransferError(AbortCode.INTERRUPTED, "the sender was interrupted"))
+            raise
+        finally:
+            lane.close(flush=True)
+            self._bytes_sent += lane.bytes_sent - sent_before
+            self._frames_resent += lane.connection.frames_resent
+
+    def _converse(self, lane: Lane, deadline: float) -> Committed:
+        sender = self._sender
+        reader = ChunkReader(sender, self._source)
+        layout = sender.layout
+        reader.check_ties()
+        while not sender.ended:
+            if sender.layout is not layout:
+                layout = sender.layout
+                reader = ChunkReader(sender, self._source)
+                reader.check_ties()
+            step = sender.next_step()
+            if isinstance(step, SendChunk):
+                self._send_chunk(lane, reader, step.chunk)
+            elif isinstance(step, DigestChunk):
+                sender.digest_chunk(step.chunk, reader.read(step.chunk))
+                self._take(lane.pump())
+            else:
+                if sender.state is SenderState.STAGED:
+                    self._before_commit()
+                    sender.commit()
+                    self._commit_sent = True
+                self._take(lane.exchange(self._wait_until(lane, deadline)))
+            if time.monotonic() > deadline:
+                raise Stalled(f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=lane.peer)
+            self._report(sender.stage if step is None else "sending")
+        if sender.committed is None:
+            assert sender.error is not None
+            raise sender.error
+        return sender.committed
+
+    def _send_chunk(self, lane: Lane, reader: ChunkReader, chunk: int) -> None:
+        content = reader.read(chunk)
+        self._sender.send_chunk(chunk, content)
+        if self._first_data is None:
+            self._first_data = time.monotonic()
+        # Until the kernel has it all: the next chunk may be gathered into the same memory.
+        self._take(lane.drain(time.monotonic() + self._options.stall))
+        self._take(lane.pump())
+
+    def _take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            try:
+                self._sender.receive(event)
+            except ProtocolError as error:
+                raise self._protocol_failure(error) from error
+        if self._all_held is None and self._first_data is not None and self._sender.held == self._sender.layout.chunks:
+            self._all_held = time.monotonic()
+
+    def _wait_until(self, lane: Lane, deadline: float) -> float:
+        return min(lane.last_heard + self._options.stall, deadline)
+
+    def _before_commit(self) -> None:
+        """A last look at the source: what was sent must be what is there."""
+        if name := self._source.changed():
+            raise TensorChanged(
+                f"{name} changed while it was being sent; nothing was swapped. Push again when it is at rest, or with "
+                "snapshot=True",
+                tensor=name,
+            )
+
+    def _pause(self, seconds: float) -> None:
+        if self._waker.wait(seconds):
+            raise Interrupted("interrupted while reconnecting; the previous version is serving")
+
+    # --- errors --------------------------------------------------------------------------------------------
+
+    def _raise_if_over(self, error: ShipError, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise self._outcome(error) from error
+
+    def _gave_up(self, error: ShipError, breaks: int) -> ShipError:
+        if self._commit_sent:
+            return self._outcome(error)
+        if breaks >= _MAX_BREAKS:
+            return TransferFailed(
+                f"the connection to {self._address} broke {breaks} times without a chunk getting through; the previous "
+                f"version is serving. Last: {error}",
+                peer=str(self._address), model=self._options.model, transfer_id=self.transfer.hex(),
+            )
+        error.model, error.transfer_id = self._options.model, self.transfer.hex()
+        return error
+
+    def _outcome(self, error: ShipError) -> ShipError:
+        if not self._commit_sent:
+            return error
+        return OutcomeUnknown(
+            f"the connection to {self._address} was lost after COMMIT ({error}): the version is either live or not. "
+            "Pushing it again is harmless and settles it.",
+            peer=str(self._address), model=self._options.model, transfer_id=self.transfer.hex(),
+        )
+
+    def _failure(self, error: TransferError) -> ShipError:
+        return remote_error(error, str(self._address), model=self._options.model, transfer_id=self.transfer.hex())
+
+    def _protocol_failure(self, error: ProtocolError) -> ShipError:
+        return peer_error(error, str(self._address))
+
+    # --- accounts ------------------------------------------------------------------------------------------
+
+    def _report(self, stage: str) -> None:
+        now = time.monotonic()
+        if self._options.on_progress is None or now - self._progress_at < 0.1:
+            return
+        self._progress_at = now
+        sender = self._sender
+        total = sender.layout.wire_bytes
+        done = total * sender.held // max(1, sender.layout.chunks)
+        self._options.on_progress(Progress(stage or "connecting", done, total))
+
+    def _receipt(self, committed: Committed, seconds: float) -> Receipt:
+        sender = self._sender
+        structure = sender.layout.structure
+        resent = dict.fromkeys(
+            name for chunk in sender.chunks_resent for name in sender.layout.chunk_names(chunk)
+        )
+        wire = (self._all_held or time.monotonic()) - self._first_data if self._first_data is not None else 0.0
+        return Receipt(
+            model=self._options.model,
+            label=committed.label,
+            digest=committed.digest.hex(),
+            transfer_id=self.transfer.hex(),
+            tensors=len(structure),
+            bytes_total=structure.total_bytes,
+            bytes_sent=self._bytes_sent,
+            frames_resent=self._frames_resent,
+            resent_tensors=tuple(resent),
+            skipped=tuple(sender.skipped),
+            swapped=committed.swapped,
+            stale=committed.stale,
+            already=committed.already,
+            seconds=seconds,
+            wire_seconds=wire,
+            stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
+            pause_seconds=committed.pause_seconds,
+        )
+
+
+def default_label(digest: bytes) -> str:
+    """UTC time and eight hexadecimal digits of the digest: unique enough, sortable, and it says what it is."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest.hex()[:8]}"
+
+

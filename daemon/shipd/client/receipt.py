@@ -1,0 +1,50 @@
+"""What a push came to."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Proof and account of one push.
+
+    model, label     what was committed
+    digest           version digest, hexadecimal: what the serving processes read back is compared with this
+    transfer_id      hexadecimal
+    tensors          tensors of the version
+    bytes_total      bytes of those tensors
+    bytes_sent       everything written to sockets, manifest, frames and what was sent again included
+    frames_resent    frames that went again because they had arrived damaged
+    resent_tensors   the tensors that those frames carried
+    skipped          tensors of the checkpoint that the model keeps in non-persistent buffers; not sent
+    swapped          serving processes that swapped
+    stale            those that could not follow, by process id; they are fenced until they have caught up
+    already          the version had been the current one: nothing was sent
+    seconds          the whole push
+    wire_seconds     first DATA byte written until the last frame was verified at the receiver
+    stage_seconds    serving processes making ready
+    pause_seconds    the longest time that any serving process held back its readers; None where none is attached
+    """
+
+    model: str
+    label: str
+    digest: str
+    transfer_id: str
+    tensors: int
+    bytes_total: int
+    bytes_sent: int
+    frames_resent: int
+    resent_tensors: tuple[str, ...]
+    skipped: tuple[str, ...]
+    swapped: int
+    stale: tuple[str, ...]
+    already: bool
+    seconds: float
+    wire_seconds: float
+    stage_seconds: float
+    pause_seconds: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json`` and for logs."""
+        return dataclasses.asdict(self)

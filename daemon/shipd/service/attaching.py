@@ -1,0 +1,165 @@
+"""How a serving process joins a model: it gets the images, and leaves with the version that is committed.
+
+The first process of a model brings its first version: it fills a slot with its live parameters. Every other
+one, and every one that comes when a version has been committed, has that version installed before its
+attach() returns. Two processes of one name never serve two versions.
+"""
+
+import logging
+from typing import Final
+
+import numpy as np
+
+from shipd.images.slots import Slot, SlotPool
+from shipd.service.incoming import Host
+from shipd.service.matching import mismatches, summarise
+from shipd.service.models import Model, Version
+from shipd.service.session import ON_ATTACH, Session
+from shipproto.digests import LeafDigests, digest_image
+from shipproto.errors import AbortCode, TransferError
+from shipproto.layout import Layout
+from shipproto.limits import MAX_PROCESSES
+from shipproto.messages import Attach, Attached
+from shipproto.resident import Resident
+
+log = logging.getLogger("shipd.session")
+
+INITIAL_LABEL: Final = "initial"
+"""Label of a version that nobody pushed: the one that the first process came with."""
+
+_SWAP_GRACE: Final = 5.0
+
+
+class Attaching:
+    """Takes processes in, one at a time for each model."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def attach(self, model: Model, session: Session, attach: Attach, resident: Resident) -> None:
+        """Bring ``session`` to the model's version. Raises TransferError, SessionLost or TimeoutError."""
+        while model.incoming is not None and model.incoming.has_own_images:
+            # Its images are laid out for what is being pushed; what that is will be known when it is over.
+            await model.incoming.wait()
+        async with model.lock:
+            if len(model.sessions) >= MAX_PROCESSES:
+                raise TransferError(AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already")
+            self._host.images.reclaim(model, attached_pid=session.pid)
+            pool = await self._pool(model, resident, slots=3 if attach.mode == "flip" else 2)
+            model.transient = resident.transient
+            version = model.version
+            if version is None:
+                version = await self._first_version(model, pool, session, attach)
+            else:
+                session.give_images(pool.slots)
+                pool.lease(session.number, version.slot)
+                if attach.digest != version.digest:
+                    await self._install(session, version)
+            session.serves(version.label, version.digest)
+            model.sessions.append(session)
+            session.peer.send(
+                Attached(
+                    digest=version.digest, generation=version.slot.generation, label=version.label, slot=version.slot.index
+                )
+            )
+        log.info(
+            "a process has attached",
+            extra={"model": model.name, "pid": session.pid, "mode": session.mode, "label": version.label,
+                   "digest": version.digest.hex(), "pinned": session.pinned},
+        )
+
+    async def _pool(self, model: Model, resident: Resident, slots: int) -> SlotPool:
+        """The model's images, laid out for ``resident``."""
+        pool = model.pool
+        if pool is not None and pool.layout.structure.digest != resident.structure.digest:
+            problems = await self._host.work(mismatches, pool.layout.structure, resident.structure, resident.transient)
+            if problems and (model.sessions or (model.version is not None and model.version.pushed)):
+                raise TransferError(
+                    AbortCode.MISMATCH,
+                    f"this is not the model that is {'served' if model.sessions else 'committed'} as {model.name!r} here: "
+                    f"{summarise(problems, model.name)}. Attach it under another name.",
+                    details=tuple(problems),
+                )
+            if model.sessions or model.incoming is not None:
+                raise TransferError(
+                    AbortCode.BUSY, f"model {model.name!r} is in use with slightly different tensors; attach it under another name"
+                )
+            await self._lay_out_anew(model, pool, Layout(resident.structure), keep=not problems)
+            pool = model.pool
+        if pool is None:
+            pool = model.pool = await self._host.work(
+                self._host.images.make_pool, model, await self._host.work(Layout, resident.structure), slots
+            )
+            self._populate(pool)
+        while len(pool.slots) < slots:
+            await self._host.work(self._host.images.grow_pool, model, pool)
+        return pool
+
+    def _populate(self, pool: SlotPool) -> None:
+        """Fault the pages in, in the background: the first touch of fresh memory costs 0.5 to 3 s a GB."""
+        for slot in pool.slots[1:]:
+            self._host.background(slot.memory.mapping.populate)
+
+    async def _lay_out_anew(self, model: Model, old: SlotPool, layout: Layout, *, keep: bool) -> None:
+        """Move the committed version into images of a process's layout, or drop one that nobody pushed."""
+        version = model.version
+        if version is None or not keep:
+            model.version = None
+            model.pool = None
+            self._host.images.free_pool(old)
+            return
+        pool = await self._host.work(self._host.images.make_pool, model, layout, 2)
+        slot = pool.slots[0]
+        pool.begin(slot)
+        digests = await self._host.work(_copy_version, old.layout, version.slot, layout, slot)
+        pool.commit(slot, digests)
+        model.version = Version(version.label, digests.version_digest(), slot, pushed=True, committed_at=version.committed_at)
+        model.pool = pool
+        self._host.images.free_pool(old)
+
+    async def _first_version(self, model: Model, pool: SlotPool, session: Session, attach: Attach) -> Version:
+        """The process's own parameters become the first version."""
+        slot = pool.find_writable()
+        if slot is None:
+            raise TransferError(AbortCode.BUSY, f"every image of model {model.name!r} is in use")
+        pool.begin(slot)
+        try:
+            session.give_images(pool.slots, writable=slot)
+            pool.lease(session.number, slot)
+            await session.fill(slot, self._host.config.stage_timeout)
+            digests: LeafDigests = await self._host.work(digest_image, pool.layout, slot.memory.view)
+        except BaseException:
+            pool.discard(slot)
+            raise
+        digest = digests.version_digest()
+        # A process that lost its daemon knows the name of what it holds; if that is still what it holds.
+        label = attach.label if attach.label and attach.digest == digest else INITIAL_LABEL
+        pool.commit(slot, digests)
+        model.version = Version(label, digest, slot, pushed=label != INITIAL_LABEL, committed_at=0.0)
+        return model.version
+
+    async def _install(self, session: Session, version: Version) -> None:
+        """Lead the process from whatever it has to the committed version."""
+        config = self._host.config
+        ready = await session.stage(ON_ATTACH, version.slot, version.label, version.digest, config.stage_timeout)
+        if ready.error:
+            raise TransferError(AbortCode.STAGE_FAILED, f"the committed version cannot be staged: {ready.error}")
+        swapped = await session.swap(ON_ATTACH, version.slot, config.commit_timeout, _SWAP_GRACE)
+        if swapped.error:
+            raise TransferError(AbortCode.SWAP_FAILED, f"the committed version cannot be swapped in: {swapped.error}")
+
+
+def _copy_version(old: Layout, source: Slot, new: Layout, target: Slot) -> LeafDigests:
+    """Copy a version between images of two layouts of the same tensors; the digests of the copy."""
+    for row, name in enumerate(new.structure.names):
+        at = old.structure.index.get(name)
+        if at is None:
+            # Tied in the new layout to a tensor that the old one has.
+            group = np.flatnonzero(new.structure.primary == new.structure.primary[row]).tolist()
+            at = next(old.structure.index[new.structure.names[other]] for other in group
+                      if new.structure.names[other] in old.structure.index)
+        size = int(new.structure.nbytes[row])
+        start, begin = int(new.offsets[row]), int(old.offsets[at])
+        target.memory.view[start : start + size] = source.memory.view[begin : begin + size]
+    return digest_image(new, target.memory.view)
+

@@ -1,0 +1,448 @@
+"""One push as the daemon lives it: from the OFFER to the swap in every serving process, or to its end.
+
+    settle the structure -> take a slot -> receive -> verify -> stage everywhere -> (COMMIT) -> swap everywhere
+
+The task runs through these steps; connections of the sender come and go meanwhile. Until a process has
+swapped, every way out leaves the previous version serving. Once the sender has asked for the commit, nothing
+interrupts it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeVar
+
+from shipd.images.slots import Slot, SlotPool
+from shipd.service.config import Config
+from shipd.service.matching import mismatches, summarise
+from shipd.service.models import ImageStore, Model, Version
+from shipd.service.session import Session, SessionLost
+from shipd.transfer.peer import Peer
+from shipd.units import format_bytes
+from shipproto.connection import Event
+from shipproto.errors import AbortCode, TransferError
+from shipproto.layout import Layout
+from shipproto.messages import Committed, Offer, Swapped
+from shipproto.rangeset import RangeSet
+from shipproto.receiver import (
+    ChunkHeld,
+    CommitRequested,
+    ReadyToVerify,
+    Receiver,
+    ReceiverState,
+    StructureArrived,
+    TransferAborted,
+)
+from shipproto.structure import Structure
+
+log = logging.getLogger("shipd.transfer")
+
+_REPORT_SECONDS: Final = 2.0
+"""How often the sender hears from a daemon that is waiting for serving processes."""
+
+_ARRIVING_CHUNKS: Final = 32
+"""Chunks after which a process that copies ahead is told of them: 16 MiB."""
+
+_SWAP_GRACE: Final = 5.0
+"""Seconds beyond the commit timeout for a process to say how its swap went."""
+
+_T = TypeVar("_T")
+
+
+class Host(Protocol):
+    """What a push needs of the daemon around it."""
+
+    config: Config
+    images: ImageStore
+
+    async def work(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Run ``function`` off the loop."""
+
+    def background(self, function: Callable[[], object]) -> None:
+        """Run ``function`` off the loop, some time; nobody waits for it."""
+
+    def finished(self, incoming: "Incoming") -> None:
+        """The push is over."""
+
+
+class Incoming:
+    """One push of one version into one model."""
+
+    def __init__(self, host: Host, model: Model, peer: Peer, offer: Offer) -> None:
+        self.model = model
+        self.receiver = Receiver(offer)
+        self.peer: Peer | None = None
+        self.peer_name = peer.name
+        self.committing = False
+        self._host = host
+        self._slot: Slot | None = None
+        self._pool: SlotPool | None = None
+        self._structure: asyncio.Future[Structure] = asyncio.get_running_loop().create_future()
+        self._verify = asyncio.Event()
+        self._commit = asyncio.Event()
+        self._reason: TransferError | None = None
+        self._told: list[Session] = []
+        self._ahead = RangeSet()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run(peer, offer), name=f"push to {model.name}")
+
+    @property
+    def has_own_images(self) -> bool:
+        """Whether it fills images of its own layout, so that nothing can attach before it is over."""
+        return self._pool is not None
+
+    @property
+    def transfer_id(self) -> str:
+        """The transfer's id in hexadecimal."""
+        return self.receiver.transfer.hex()
+
+    # --- the sender's connections --------------------------------------------------------------------------
+
+    def connected(self, peer: Peer, offer: Offer) -> None:
+        """The sender is here, for the first time or again."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if self.peer is not None and self.peer is not peer:
+            self.peer.close("the sender opened another connection")
+        self.receiver.connected(peer.connection, offer)
+        self.peer = peer
+        self.peer_name = peer.name
+        self.flush()
+
+    def disconnected(self, peer: Peer) -> None:
+        """A connection of the sender's is gone."""
+        self.receiver.disconnected(peer.connection)
+        if self.peer is not peer:
+            return
+        self.peer = None
+        if not self.receiver.ended:
+            window = self._host.config.resume_window
+            log.info("the sender is gone", extra={**self._context(), "held": len(self.receiver.held), "resume_window": window})
+            self._expiry = asyncio.get_running_loop().call_later(window, self._expire)
+
+    def on_event(self, peer: Peer, event: Event) -> None:
+        """Take an event of one of the sender's connections. Raises ProtocolError."""
+        for outcome in self.receiver.receive(peer.connection, event):
+            if isinstance(outcome, ChunkHeld):
+                self._tell_ahead(outcome.chunk)
+            elif isinstance(outcome, StructureArrived):
+                if not self._structure.done():
+                    self._structure.set_result(outcome.structure)
+            elif isinstance(outcome, ReadyToVerify):
+                self._verify.set()
+            elif isinstance(outcome, CommitRequested):
+                self.committing = True
+                self._commit.set()
+            elif isinstance(outcome, TransferAborted):
+                self.fail(outcome.error)
+
+    def flush(self) -> None:
+        """Write what the receiver has to say."""
+        if self.peer is not None:
+            self.peer.flush()
+
+    def fail(self, reason: TransferError) -> None:
+        """End the push, unless it is being committed."""
+        if not self.committing and not self._task.done():
+            self._reason = self._reason or reason
+            self._task.cancel()
+
+    async def wait(self) -> None:
+        """Until the push is over."""
+        await asyncio.wait({self._task})
+
+    def _expire(self) -> None:
+        window = self._host.config.resume_window
+        self.fail(TransferError(AbortCode.STALLED, f"the sender did not come back within {window:.0f} s"))
+
+    # --- the push ------------------------------------------------------------------------------------------
+
+    async def _run(self, peer: Peer, offer: Offer) -> None:
+        reporter = asyncio.get_running_loop().create_task(self._keep_reporting())
+        try:
+            self.connected(peer, offer)
+            log.info("push offered", extra={**self._context(), "label": offer.label, "bytes": offer.nbytes})
+            layout = await self._settle_structure(offer)
+            version = self.model.version
+            if offer.label and version is not None and version.label == offer.label and version.slot.digests is not None:
+                await self._compare(version)
+                return
+            slot = await self._take_slot(layout)
+            self.receiver.accept(layout, slot.memory.view)
+            self.flush()
+            await self._receive()
+            await self._refuse_conflict()
+            if self.receiver.ended:
+                return
+            async with self.model.lock:
+                sessions = await self._stage(slot)
+                await self._commit.wait()
+                await self._swap(slot, sessions)
+        except TransferError as error:
+            self._abort(error)
+        except asyncio.CancelledError:
+            self._abort(self._reason or TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down"))
+        except Exception:
+            log.exception("a push failed unexpectedly", extra=self._context())
+            self._abort(TransferError(AbortCode.INTERNAL, "the daemon failed; its log says how"))
+        finally:
+            reporter.cancel()
+            self._clean_up()
+
+    async def _settle_structure(self, offer: Offer) -> Layout:
+        """The layout to receive in: the resident model's, where there is one."""
+        pool = self.model.pool
+        if pool is not None and pool.layout.structure.digest == offer.structure:
+            return pool.layout
+        self.receiver.want_structure()
+        self.flush()
+        offered = await self._structure
+        resident = self.model.structure
+        if resident is not None:
+            problems = await self._host.work(mismatches, offered, resident, self.model.transient)
+            if not problems:
+                assert self.model.pool is not None
+                return self.model.pool.layout
+            if self.model.sessions:
+                raise TransferError(
+                    AbortCode.MISMATCH, summarise(problems, self.model.name), details=tuple(problems)
+                )
+        if not len(offered):
+            raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
+        return await self._host.work(Layout, offered)
+
+    async def _take_slot(self, layout: Layout) -> Slot:
+        """A slot to fill: of the model's pool, or of a new one where the layout is another."""
+        declared = self.model.declared
+        if declared is not None and layout.structure.total_bytes > declared.limit:
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT,
+                f"model {self.model.name!r} may have {format_bytes(declared.limit)} (max_bytes), and this version has "
+                f"{format_bytes(layout.structure.total_bytes)}",
+            )
+        pool = self.model.pool
+        if pool is None or pool.layout is not layout:
+            self._pool = pool = await self._host.work(self._host.images.make_pool, self.model, layout, 2)
+        slot = pool.find_writable()
+        if slot is None:
+            slot = await self._free_slot(pool)
+        pool.begin(slot)
+        self._slot = slot
+        return slot
+
+    async def _free_slot(self, pool: SlotPool) -> Slot:
+        """Wait for a slot to be released; past the deadline, evict whoever holds it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._host.config.stage_timeout
+        while (slot := pool.find_writable()) is None:
+            stale = next((slot for slot in pool.slots if slot.leases and self._is_free(slot)), None)
+            if loop.time() >= deadline and stale is not None:
+                holders = pool.holders(stale)
+                for session in [session for session in self.model.sessions if session.number in holders]:
+                    self._host.images.replace(self.model, stale, session.pid)
+                    session.evict("it did not release an image in time")
+                continue
+            if loop.time() >= deadline:
+                raise TransferError(AbortCode.BUSY, f"every image of model {self.model.name!r} is in use")
+            await asyncio.sleep(0.01)
+        return slot
+
+    def _is_free(self, slot: Slot) -> bool:
+        version = self.model.version
+        return version is None or version.slot is not slot
+
+    async def _receive(self) -> None:
+        """Until everything has arrived and its digests are the sender's."""
+        while True:
+            await self._verify.wait()
+            self._verify.clear()
+            if self.receiver.verified(await self._host.work(self.receiver.verify)):
+                return
+            log.warning("tensors arrived with other digests and were asked for again", extra=self._context())
+            self.flush()
+
+    async def _compare(self, version: Version) -> None:
+        """The label is the current version's: only the digests decide whether the content is, too."""
+        digests = version.slot.digests
+        assert digests is not None
+        self.receiver.compare(digests)
+        self.flush()
+        await self._verify.wait()
+        if await self._host.work(self.receiver.verify):
+            raise self._conflict(version)
+        self.receiver.verified(())
+        self._already(version)
+
+    async def _refuse_conflict(self) -> None:
+        """The label may have come only with FINISH."""
+        version = self.model.version
+        if version is not None and version.label == self.receiver.label:
+            if version.digest != self.receiver.digest:
+                raise self._conflict(version)
+            self._already(version)
+
+    def _conflict(self, version: Version) -> TransferError:
+        return TransferError(
+            AbortCode.LABEL_CONFLICT,
+            f"model {self.model.name!r} already has a version {version.label!r} with other content (digest "
+            f"{version.digest.hex()}): choose another label",
+        )
+
+    def _already(self, version: Version) -> None:
+        log.info("the version is current already", extra={**self._context(), "label": version.label})
+        self.receiver.committed(
+            Committed(already=True, digest=version.digest, label=version.label, transfer=self.receiver.transfer)
+        )
+        self.flush()
+
+    # --- serving processes ---------------------------------------------------------------------------------
+
+    async def _stage(self, slot: Slot) -> list[Session]:
+        """Every process makes ready. Those that die or do not answer are left behind, unless nobody remains."""
+        started = asyncio.get_running_loop().time()
+        sessions = [session for session in self.model.sessions if not session.lost]
+        timeout = self._host.config.stage_timeout
+        pool = self._pool or self.model.pool
+        assert pool is not None
+        for session in sessions:
+            pool.lease(session.number, slot)
+            if session not in self._told:
+                self._told.append(session)
+        answers = await asyncio.gather(
+            *(
+                session.stage(self.receiver.transfer, slot, self.receiver.label, self.receiver.digest, timeout)
+                for session in sessions
+            ),
+            return_exceptions=True,
+        )
+        ready = []
+        failures = []
+        for session, answer in zip(sessions, answers, strict=True):
+            if isinstance(answer, SessionLost):
+                failures.append(f"process {session.pid} died while staging")
+            elif isinstance(answer, TimeoutError):
+                failures.append(f"process {session.pid} was not ready within {timeout:.0f} s")
+                session.evict(f"it was not ready to swap within {timeout:.0f} s")
+            elif isinstance(answer, BaseException):
+                raise answer
+            elif answer.error:
+                raise TransferError(AbortCode.STAGE_FAILED, f"process {session.pid} cannot take the version: {answer.error}")
+            else:
+                ready.append(session)
+        if sessions and not ready:
+            raise TransferError(AbortCode.STAGE_FAILED, f"no serving process is left to swap: {'; '.join(failures)}")
+        self.receiver.staged(len(ready), asyncio.get_running_loop().time() - started)
+        self.flush()
+        return ready
+
+    async def _swap(self, slot: Slot, sessions: list[Session]) -> None:
+        """Every process swaps. If none can, the old version stays; if some cannot, they are fenced."""
+        timeout = self._host.config.commit_timeout
+        answers = await asyncio.gather(
+            *(session.swap(self.receiver.transfer, slot, timeout, _SWAP_GRACE) for session in sessions),
+            return_exceptions=True,
+        )
+        swapped = [answer for answer in answers if isinstance(answer, Swapped) and not answer.error]
+        refused = [
+            (session, answer.error)
+            for session, answer in zip(sessions, answers, strict=True)
+            if isinstance(answer, Swapped) and answer.error
+        ]
+        if sessions and len(refused) == len(sessions):
+            # Everyone has said that the old version is live and whole: nothing has happened.
+            raise TransferError(
+                AbortCode.SWAP_FAILED, "; ".join(f"process {session.pid}: {why}" for session, why in refused)
+            )
+        version = Version(self.receiver.label, self.receiver.digest, slot, pushed=True)
+        self._install(version)
+        stale = []
+        for session, answer in zip(sessions, answers, strict=True):
+            if isinstance(answer, Swapped) and not answer.error:
+                session.serves(version.label, version.digest)
+            elif not isinstance(answer, SessionLost):
+                stale.append(str(session.pid))
+                session.evict(answer.error if isinstance(answer, Swapped) else "it did not swap in time")
+        log.info(
+            "committed",
+            extra={**self._context(), "label": version.label, "digest": version.digest.hex(), "swapped": len(swapped),
+                   "stale": stale, "damaged": self.receiver.chunks_damaged},
+        )
+        self.receiver.committed(
+            Committed(
+                digest=version.digest,
+                label=version.label,
+                pause_seconds=max((answer.pause_seconds for answer in swapped), default=None),
+                stale=tuple(stale),
+                swapped=len(swapped),
+                transfer=self.receiver.transfer,
+            )
+        )
+        self.flush()
+
+    def _install(self, version: Version) -> None:
+        """``version`` is the current one from here on."""
+        old = self.model.pool
+        if self._pool is not None:
+            self.model.pool = self._pool
+            self._pool = None
+            if old is not None:
+                self._host.images.free_pool(old)
+        assert self.model.pool is not None
+        self.model.pool.commit(version.slot, self.receiver.digests)
+        self.model.version = version
+        self._slot = None
+
+    def _tell_ahead(self, chunk: int) -> None:
+        """Processes that copy to a device may begin with what has arrived."""
+        slot = self._slot
+        pool = self.model.pool
+        if slot is None or pool is None or self._pool is not None:
+            return
+        sessions = [session for session in self.model.sessions if session.pinned and not session.lost]
+        if not sessions:
+            return
+        self._ahead.add(chunk)
+        if len(self._ahead) < _ARRIVING_CHUNKS and len(self.receiver.held) < pool.layout.chunks:
+            return
+        for session in sessions:
+            if session not in self._told:
+                # It knows nothing of what came before, and will copy that when it stages.
+                self._told.append(session)
+                pool.lease(session.number, slot)
+            session.arriving(self.receiver.transfer, slot, self._ahead)
+        self._ahead = RangeSet()
+
+    # --- ends ----------------------------------------------------------------------------------------------
+
+    async def _keep_reporting(self) -> None:
+        """Tell the sender, while it waits for serving processes or for a slot, that it is not forgotten."""
+        while True:
+            await asyncio.sleep(_REPORT_SECONDS)
+            if self.receiver.state is not ReceiverState.RECEIVING:
+                self.receiver.report(self.receiver.state.name.lower())
+                self.flush()
+
+    def _abort(self, error: TransferError) -> None:
+        log.warning("push ended without effect", extra={**self._context(), "code": str(error.code), "why": str(error)})
+        self.receiver.abort(error)
+        self.flush()
+
+    def _clean_up(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            pool = self._pool or self.model.pool
+            assert pool is not None
+            pool.discard(slot)
+            for session in self._told:
+                session.unstage(self.receiver.transfer, slot)
+        if self._pool is not None:
+            self._host.images.free_pool(self._pool)
+            self._pool = None
+        self.model.incoming = None
+        self._host.finished(self)
+
+    def _context(self) -> dict[str, object]:
+        return {"model": self.model.name, "transfer": self.transfer_id, "peer": self.peer_name}

@@ -1,0 +1,149 @@
+"""What the daemon knows of each model: its structure, its images, the version that is current, its processes."""
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shipd.images.slots import Budget, ImageMemory, Slot, SlotPool
+from shipd.service.config import ModelConfig
+from shipd.service.session import Session
+from shipd.units import format_bytes
+from shipproto.errors import AbortCode, TransferError
+from shipproto.layout import Layout
+from shipproto.structure import Structure
+
+if TYPE_CHECKING:
+    from shipd.service.incoming import Incoming
+
+NOTHING = Structure.build(())
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The committed version. ``pushed``: it came over the wire, not with a process that attached."""
+
+    label: str
+    digest: bytes
+    slot: Slot
+    pushed: bool
+    committed_at: float = field(default_factory=time.time)
+
+
+class Model:
+    """One name. It exists while it is declared, or has been attached to or pushed to."""
+
+    def __init__(self, name: str, declared: ModelConfig | None = None) -> None:
+        self.name = name
+        self.declared = declared
+        self.transient: Structure = NOTHING
+        self.pool: SlotPool | None = None
+        self.version: Version | None = None
+        self.sessions: list[Session] = []
+        self.incoming: Incoming | None = None
+        self.attaching = 0
+        """Processes that are in the middle of attaching."""
+        self.lock = asyncio.Lock()
+        """Held while sessions are led from one version to another, by a push or because one attaches."""
+        self.abandoned: list[tuple[ImageMemory, int]] = []
+        """Images that a straggling process (by pid) may still map: they stay in the budget while it lives."""
+
+    @property
+    def structure(self) -> Structure | None:
+        """What a version must consist of, if anything is known of it yet."""
+        return None if self.pool is None else self.pool.layout.structure
+
+
+class ImageStore:
+    """Makes and frees the images of all models within the memory limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.budget = Budget(limit)
+
+    def make_pool(self, model: Model, layout: Layout, slots: int) -> SlotPool:
+        """A pool with ``slots`` images. Raises TransferError where it does not fit."""
+        self._reserve(model, layout.size * slots, f"{slots} images of {format_bytes(layout.size)}")
+        pool = SlotPool(model.name, layout)
+        try:
+            for _ in range(slots):
+                pool.grow()
+        except OSError as error:
+            self._undo(pool, layout.size * slots)
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT, f"model {model.name!r}: the kernel refused the images: {error.strerror}"
+            ) from error
+        return pool
+
+    def grow_pool(self, model: Model, pool: SlotPool) -> None:
+        """One more image in a pool."""
+        self._reserve(model, pool.layout.size, "one more image")
+        try:
+            pool.grow()
+        except OSError as error:
+            self.budget.release(pool.layout.size)
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT, f"model {model.name!r}: the kernel refused an image: {error.strerror}"
+            ) from error
+
+    def free_pool(self, pool: SlotPool) -> None:
+        """Give a pool's images back."""
+        self._undo(pool, pool.size)
+
+    def replace(self, model: Model, slot: Slot, pid: int) -> None:
+        """Give a slot that process ``pid`` cannot be made to release new memory."""
+        assert model.pool is not None
+        self.reclaim(model)
+        self._reserve(model, slot.memory.size, f"a new image, since process {pid} does not release the old one")
+        try:
+            old = model.pool.replace(slot)
+        except OSError as error:
+            self.budget.release(slot.memory.size)
+            raise TransferError(
+                AbortCode.BUSY, f"model {model.name!r}: process {pid} still uses the image that is needed"
+            ) from error
+        model.abandoned.append((old, pid))
+
+    def reclaim(self, model: Model, attached_pid: int | None = None) -> None:
+        """Free abandoned images whose process has died, or has attached anew and so let go of them."""
+        kept = []
+        for memory, pid in model.abandoned:
+            if pid != attached_pid and _alive(pid):
+                kept.append((memory, pid))
+            else:
+                self.budget.release(memory.size)
+                memory.close()
+        model.abandoned = kept
+
+    def close(self, model: Model) -> None:
+        """Free everything of a model."""
+        if model.pool is not None:
+            self.free_pool(model.pool)
+            model.pool = None
+        for memory, _pid in model.abandoned:
+            self.budget.release(memory.size)
+            memory.close()
+        model.abandoned.clear()
+
+    def _reserve(self, model: Model, amount: int, what: str) -> None:
+        if not self.budget.reserve(amount):
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT,
+                f"model {model.name!r} needs {format_bytes(amount)} ({what}), and of the daemon's memory_limit of "
+                f"{format_bytes(self.budget.limit)} only {format_bytes(max(0, self.budget.limit - self.budget.used))} "
+                "are left",
+            )
+
+    def _undo(self, pool: SlotPool, amount: int) -> None:
+        pool.close()
+        self.budget.release(amount)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,104 @@
+"""Answers to STATUS and VERIFY: what is being served, and whether it is really what is live."""
+
+import asyncio
+import os
+import time
+
+from shipd.service.models import ImageStore, Model
+from shipd.service.session import Session, SessionLost
+from shipd.transfer.lane import AGENT
+from shipproto.limits import MAX_TEXT
+from shipproto.status import (
+    ModelStatus,
+    ProcessStatus,
+    ProcessVerification,
+    Status,
+    TransferStatus,
+    Verification,
+)
+
+
+def status(models: list[Model], images: ImageStore, started: float) -> Status:
+    """The state of ``models``; ``started`` is when the daemon did, in Unix time."""
+    return Status(
+        agent=AGENT,
+        pid=os.getpid(),
+        uptime_seconds=time.time() - started,
+        memory_used=images.budget.used,
+        memory_limit=images.budget.limit,
+        models=[_model(model) for model in sorted(models, key=lambda model: model.name)],
+    )
+
+
+def _model(model: Model) -> ModelStatus:
+    version = model.version
+    structure = model.structure
+    return ModelStatus(
+        name=model.name,
+        label=version.label if version else "",
+        digest=version.digest.hex() if version else "",
+        tensors=len(structure) if structure else 0,
+        bytes=structure.total_bytes if structure else 0,
+        image_bytes=model.pool.size if model.pool else 0,
+        committed_at=version.committed_at if version else 0.0,
+        processes=[_process(session, model) for session in model.sessions],
+        transfer=_transfer(model),
+    )
+
+
+def _process(session: Session, model: Model) -> ProcessStatus:
+    current = model.version is not None and session.digest == model.version.digest
+    return ProcessStatus(
+        pid=session.pid,
+        state=session.state if current or session.state != "serving" else "stale",
+        mode=session.mode,
+        label=session.label,
+        digest=session.digest.hex(),
+        attached_seconds=time.time() - session.attached_at,
+        pinned=session.pinned,
+    )
+
+
+def _transfer(model: Model) -> TransferStatus | None:
+    incoming = model.incoming
+    if incoming is None:
+        return None
+    receiver = incoming.receiver
+    layout = receiver.layout
+    held = 0
+    if layout is not None:
+        held = sum(int(layout.chunk_sizes[start:stop].sum()) for start, stop in receiver.held.ranges())
+    return TransferStatus(
+        transfer_id=incoming.transfer_id,
+        peer=incoming.peer_name,
+        stage=receiver.state.name.lower(),
+        label=receiver.label,
+        bytes_held=held,
+        bytes_total=layout.wire_bytes if layout is not None else receiver.offer.nbytes,
+        connected=receiver.attended,
+    )
+
+
+async def verify(model: Model, timeout: float) -> Verification:
+    """Have every process of ``model`` read back its live parameters."""
+    version = model.version
+    answers = await asyncio.gather(*(_read_back(session, model, timeout) for session in model.sessions))
+    return Verification(
+        model=model.name,
+        label=version.label if version else "",
+        digest=version.digest.hex() if version else "",
+        processes=list(answers),
+    )
+
+
+async def _read_back(session: Session, model: Model, timeout: float) -> ProcessVerification:
+    try:
+        answer = await session.read_back(timeout)
+    except SessionLost as error:
+        return ProcessVerification(pid=session.pid, error=str(error))
+    except TimeoutError:
+        return ProcessVerification(pid=session.pid, error=f"no answer within {timeout:.0f} s")
+    matches = model.version is not None and answer.digest == model.version.digest
+    return ProcessVerification(
+        pid=session.pid, label=answer.label, digest=answer.digest.hex(), matches=matches, error=answer.error[:MAX_TEXT]
+    )

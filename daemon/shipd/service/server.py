@@ -1,0 +1,446 @@
+"""The daemon itself: listeners, connections and which of its parts each message is for."""
+
+import asyncio
+import concurrent.futures
+import functools
+import grp
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from shipd.errors import ConfigError
+from shipd.service import questions
+from shipd.service.attaching import Attaching
+from shipd.service.config import RELOADABLE, Config
+from shipd.service.incoming import Incoming
+from shipd.service.models import ImageStore, Model
+from shipd.service.session import Session, SessionLost
+from shipd.transfer.lane import AGENT
+from shipd.transfer.peer import Peer
+from shipd.transfer.stream import StreamPeer
+from shipd.transfer.unixpeer import UnixPeer
+from shipproto.connection import Connection, Established, Event, MessageArrived
+from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
+from shipproto.frame import Buffer
+from shipproto.limits import NONCE_SIZE
+from shipproto.messages import (
+    Abort,
+    Attach,
+    Detach,
+    Offer,
+    Release,
+    StatusIs,
+    StatusRequest,
+    VerifyIs,
+    VerifyRequest,
+)
+from shipproto.receiver import Receiver
+from shipproto.resident import Resident
+from shipproto.sender import send_abort
+from shipproto.status import encode
+
+log = logging.getLogger("shipd.service")
+
+_MAX_CONNECTIONS: Final = 512
+_HANDSHAKE_SECONDS: Final = 10.0
+_IDLE_SECONDS: Final = 300.0
+_SWEEP_SECONDS: Final = 1.0
+_VERIFY_SECONDS: Final = 60.0
+_REMEMBERED: Final = 256
+"""Outcomes kept for senders that lost their connection before they heard."""
+
+_T = TypeVar("_T")
+
+
+class Server:
+    """One daemon on the running loop. ``start``, then ``stop``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.images = ImageStore(config.memory_bytes)
+        self.models: dict[str, Model] = {}
+        self.port = 0
+        self._token = config.read_token()
+        self._attaching = Attaching(self)
+        self._started = time.time()
+        self._draining = False
+        self._peers: dict[Peer, float] = {}
+        self._incoming: dict[Peer, Incoming] = {}
+        self._sessions: dict[Peer, Session] = {}
+        self._ended: dict[bytes, Receiver] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="shipd-work")
+        self._closing = False
+        self._tcp: asyncio.Server | None = None
+        self._unix: socket.socket | None = None
+        self._unix_inode = (0, 0)
+        self._sweep: asyncio.TimerHandle | None = None
+        self._declare()
+
+    def _declare(self) -> None:
+        for name, declared in self.config.models.items():
+            self.models.setdefault(name, Model(name)).declared = declared
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen. Raises ConfigError where that is not possible."""
+        loop = asyncio.get_running_loop()
+        address = self.config.address
+        try:
+            self._tcp = await loop.create_server(self._accept_tcp, address.host, address.port, reuse_address=True)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
+        self.port = self._tcp.sockets[0].getsockname()[1]
+        try:
+            self._unix = self._listen_unix()
+        except BaseException:
+            self._tcp.close()
+            raise
+        loop.add_reader(self._unix.fileno(), self._accept_unix)
+        self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_silent)
+        log.info("listening", extra={"address": str(address), "port": self.port, "socket": self.config.socket,
+                                     "auth": "token" if self._token else "none"})
+
+    def _listen_unix(self) -> socket.socket:
+        path = Path(self.config.socket)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if path.is_socket():
+                _remove_stale(path)
+            previous = os.umask(0o117)
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(previous)
+            if self.config.socket_group is not None:
+                os.chown(path, -1, grp.getgrnam(self.config.socket_group).gr_gid)
+            sock.listen(64)
+            sock.setblocking(False)
+        except (OSError, KeyError) as error:
+            sock.close()
+            why = error.strerror if isinstance(error, OSError) else f"no group {self.config.socket_group!r}"
+            raise ConfigError(f"cannot listen on {path}: {why}") from error
+        info = path.stat()
+        self._unix_inode = (info.st_dev, info.st_ino)
+        return sock
+
+    async def drain(self) -> None:
+        """Take no new pushes and wait for those under way, at most ``drain_timeout``."""
+        self._draining = True
+        under_way = [incoming.wait() for incoming in set(self._incoming_all())]
+        if under_way:
+            log.info("draining", extra={"pushes": len(under_way), "timeout": self.config.drain_timeout})
+            await asyncio.wait([asyncio.ensure_future(wait) for wait in under_way], timeout=self.config.drain_timeout)
+
+    async def stop(self) -> None:
+        """End everything: pushes are aborted (a commit is waited for), serving processes keep what they have."""
+        self._draining = self._closing = True
+        loop = asyncio.get_running_loop()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._tcp is not None:
+            self._tcp.close()
+        if self._unix is not None:
+            loop.remove_reader(self._unix.fileno())
+            self._unix.close()
+            _unlink_own(Path(self.config.socket), self._unix_inode)
+        for incoming in set(self._incoming_all()):
+            incoming.fail(TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down; it may be back in a moment"))
+            await incoming.wait()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for peer in list(self._peers):
+            peer.close()
+        if self._tcp is not None:
+            await self._tcp.wait_closed()
+        # Populating is abandoned between two slices; anything else takes milliseconds.
+        await loop.run_in_executor(None, functools.partial(self._pool.shutdown, wait=True, cancel_futures=True))
+        for model in self.models.values():
+            self.images.close(model)
+
+    def reload(self, config: Config) -> list[str]:
+        """Take over what can change while running. Returns the keys that would need a restart."""
+        token = config.read_token()
+        fixed = [
+            name
+            for name in config.__struct_fields__
+            if name not in RELOADABLE and getattr(config, name) != getattr(self.config, name)
+        ]
+        keep = {name: getattr(self.config, name) for name in config.__struct_fields__ if name not in RELOADABLE}
+        changed = {name: getattr(config, name) for name in RELOADABLE}
+        self.config = Config(**{**keep, **changed})
+        self._token = token
+        self.images.budget.limit = config.memory_bytes
+        for model in self.models.values():
+            model.declared = config.models.get(model.name)
+        self._declare()
+        return fixed
+
+    # --- Host: what pushes and attaches need ---------------------------------------------------------------
+
+    async def work(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Run ``function`` on a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def background(self, function: Callable[[Callable[[], bool]], object]) -> None:
+        """Run ``function`` on a worker thread, some time; it is given a way to see that it should stop."""
+        self._pool.submit(function, lambda: self._closing)
+
+    def finished(self, incoming: Incoming) -> None:
+        """A push is over: remember how it ended."""
+        self._ended[incoming.receiver.transfer] = incoming.receiver
+        while len(self._ended) > _REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+        self._forget_unpushed(incoming.model)
+
+    # --- connections ---------------------------------------------------------------------------------------
+
+    def _connection(self, token: bytes | None) -> Connection:
+        return Connection(initiator=False, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
+
+    def _accept_tcp(self) -> StreamPeer:
+        return StreamPeer(self._connection(self._token), self._opened, self._on_event, self._on_lost)
+
+    def _accept_unix(self) -> None:
+        assert self._unix is not None
+        try:
+            sock, _address = self._unix.accept()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                log.warning("cannot accept a local connection", extra={"why": error.strerror})
+            return
+        self._opened(UnixPeer(sock, self._connection(None), self._on_event, self._on_lost))
+
+    def _opened(self, peer: Peer) -> None:
+        if len(self._peers) >= _MAX_CONNECTIONS:
+            log.warning("too many connections", extra={"peer": peer.name, "limit": _MAX_CONNECTIONS})
+            peer.close()
+            return
+        self._peers[peer] = asyncio.get_running_loop().time()
+
+    def _on_lost(self, peer: Peer) -> None:
+        self._peers.pop(peer, None)
+        incoming = self._incoming.pop(peer, None)
+        if incoming is not None:
+            incoming.disconnected(peer)
+        session = self._sessions.pop(peer, None)
+        if session is not None:
+            self._session_lost(session)
+
+    def _sweep_silent(self) -> None:
+        """Close connections that have been silent for longer than what they are doing allows."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for peer, since in list(self._peers.items()):
+            if not peer.connection.established:
+                if now - since > _HANDSHAKE_SECONDS:
+                    peer.close("no handshake in time")
+            elif peer in self._incoming:
+                if now - peer.last_heard > self.config.stall:
+                    peer.close(f"silent for {self.config.stall:.0f} s in the middle of a transfer")
+            elif peer not in self._sessions and now - peer.last_heard > _IDLE_SECONDS:
+                peer.close("idle")
+        self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_silent)
+
+    def _on_event(self, peer: Peer, event: Event) -> None:
+        """Hand an event to whom it concerns. Raises ProtocolError: the connection is closed."""
+        if isinstance(event, Established):
+            return
+        message = event.message if isinstance(event, MessageArrived) else None
+        body: Buffer = event.body if isinstance(event, MessageArrived) else b""
+        session = self._sessions.get(peer)
+        if isinstance(message, Offer):
+            self._offered(peer, message)
+        elif isinstance(message, Attach) and isinstance(peer, UnixPeer) and session is None:
+            self._begin_attach(peer, message, body)
+        elif isinstance(message, StatusRequest):
+            models = [model for model in self.models.values() if message.model in ("", model.name)]
+            peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
+        elif isinstance(message, VerifyRequest):
+            self._spawn(self._verify(peer, message))
+        elif session is not None and message is not None:
+            if isinstance(message, Release):
+                self._release(session, message)
+            elif isinstance(message, Detach):
+                peer.close("detached")
+            else:
+                session.on_message(message)
+        elif peer in self._incoming:
+            self._incoming[peer].on_event(peer, event)
+        elif not isinstance(message, Abort):
+            # The transfer that it belongs to has ended, and the sender has been told; or there never was one.
+            if message is None or not getattr(message, "transfer", b""):
+                raise UnexpectedMessage(f"{type(message or event).__name__} outside a transfer")
+
+    # --- pushes --------------------------------------------------------------------------------------------
+
+    def _incoming_all(self) -> list[Incoming]:
+        return [model.incoming for model in self.models.values() if model.incoming is not None]
+
+    def _offered(self, peer: Peer, offer: Offer) -> None:
+        try:
+            self._take_offer(peer, offer)
+        except TransferError as error:
+            log.warning("push refused", extra={"peer": peer.name, "model": offer.model, "code": str(error.code), "why": str(error)})
+            send_abort(peer.connection, offer.transfer, error)
+
+    def _take_offer(self, peer: Peer, offer: Offer) -> None:
+        ended = self._ended.get(offer.transfer)
+        if ended is not None and not _may_retry(ended):
+            ended.connected(peer.connection, offer)
+            ended.disconnected(peer.connection)
+            return
+        model = self.models.get(offer.model)
+        if model is not None and model.incoming is not None and model.incoming.receiver.transfer == offer.transfer:
+            self._incoming[peer] = model.incoming
+            model.incoming.connected(peer, offer)
+            return
+        if self._draining:
+            raise TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down")
+        if peer in self._incoming:
+            raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
+        if model is None:
+            known = ", ".join(sorted(self.models)) or "none"
+            raise TransferError(
+                AbortCode.UNKNOWN_MODEL,
+                f"no model {offer.model!r} here: nothing is attached under that name and no configuration declares it "
+                f"(models here: {known})",
+            )
+        if model.incoming is not None:
+            self._spawn(self._supersede(peer, offer, model, model.incoming))
+            return
+        self._begin_push(peer, offer, model)
+
+    def _begin_push(self, peer: Peer, offer: Offer, model: Model) -> None:
+        self._ended.pop(offer.transfer, None)
+        model.incoming = Incoming(self, model, peer, offer)
+        self._incoming[peer] = model.incoming
+
+    async def _supersede(self, peer: Peer, offer: Offer, model: Model, running: Incoming) -> None:
+        """Another push of the model is under way: it goes on, unless its sender has gone."""
+        if running.receiver.attended or running.committing:
+            error = TransferError(
+                AbortCode.BUSY,
+                f"model {model.name!r} is being pushed by {running.peer_name} (transfer {running.transfer_id}, "
+                f"{running.receiver.state.name.lower()}): try again when it is done",
+            )
+            send_abort(peer.connection, offer.transfer, error)
+            peer.flush()
+            return
+        running.fail(TransferError(AbortCode.SUPERSEDED, f"a newer push, from {peer.name}, took its place"))
+        await running.wait()
+        if not peer.closed:
+            self._offered(peer, offer)
+            peer.flush()
+
+    # --- serving processes ---------------------------------------------------------------------------------
+
+    def _begin_attach(self, peer: UnixPeer, attach: Attach, body: Buffer) -> None:
+        session = Session(peer, attach)
+        self._sessions[peer] = session
+        self._spawn(self._attach(peer, session, attach, bytes(body)))
+
+    async def _attach(self, peer: UnixPeer, session: Session, attach: Attach, body: bytes) -> None:
+        model = self.models.get(attach.model)
+        if model is None:
+            model = self.models[attach.model] = Model(attach.model)
+        model.attaching += 1
+        error: TransferError | None = None
+        try:
+            resident = await self.work(Resident.decode, body)
+            await self._attaching.attach(model, session, attach, resident)
+        except TransferError as refusal:
+            error = refusal
+        except ProtocolError as broken:
+            error = TransferError(AbortCode.PROTOCOL, str(broken))
+        except TimeoutError:
+            error = TransferError(AbortCode.STALLED, "the process did not answer in time")
+        except SessionLost as lost:
+            log.info("a process left while attaching", extra={"model": attach.model, "why": str(lost)})
+        finally:
+            model.attaching -= 1
+            if error is not None:
+                log.warning("attach refused", extra={"model": attach.model, "pid": session.pid, "why": str(error)})
+                if not peer.closed:
+                    send_abort(peer.connection, b"", error)
+                peer.close()
+            if session not in model.sessions:
+                self._session_lost(session)
+
+    def _session_lost(self, session: Session) -> None:
+        session.on_lost()
+        model = self.models.get(session.model)
+        if model is None:
+            return
+        if model.pool is not None:
+            model.pool.release_all(session.number)
+        if session in model.sessions:
+            model.sessions.remove(session)
+            log.info("a process has gone", extra={"model": model.name, "pid": session.pid})
+        self._forget_unpushed(model)
+
+    def _forget_unpushed(self, model: Model) -> None:
+        """A version that came with a process goes with the last one: the next process may bring a newer."""
+        if model.sessions or model.attaching or model.incoming is not None:
+            return
+        if model.version is None or not model.version.pushed:
+            model.version = None
+            self.images.close(model)
+            if model.declared is None and not self._closing:
+                self.models.pop(model.name, None)
+
+    def _release(self, session: Session, release: Release) -> None:
+        model = self.models.get(session.model)
+        if model is not None and model.pool is not None:
+            model.pool.release(session.number, release.slot, release.generation)
+
+    async def _verify(self, peer: Peer, request: VerifyRequest) -> None:
+        model = self.models.get(request.model)
+        if model is None:
+            error = TransferError(AbortCode.UNKNOWN_MODEL, f"no model {request.model!r} here")
+            send_abort(peer.connection, b"", error)
+            peer.flush()
+            return
+        peer.send(VerifyIs(), encode(await questions.verify(model, _VERIFY_SECONDS)))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _may_retry(ended: Receiver) -> bool:
+    """Whether a repeated OFFER starts the transfer anew: it was cut off, not refused or committed."""
+    return ended.error is not None and ended.error.code in (AbortCode.STALLED, AbortCode.SHUTTING_DOWN)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on any more. Raises ConfigError if somebody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise ConfigError(f"cannot tell whether {path} is in use: {error.strerror or error}") from error
+    raise ConfigError(f"another daemon is listening on {path}")
+
+
+def _unlink_own(path: Path, inode: tuple[int, int]) -> None:
+    """Remove our socket, but not one that a newer daemon has put in its place."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISSOCK(info.st_mode) and (info.st_dev, info.st_ino) == inode:
+        path.unlink(missing_ok=True)

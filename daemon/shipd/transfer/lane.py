@@ -1,0 +1,287 @@
+"""A connection on a thread of its own: blocking code around a non-blocking socket and poll().
+
+Used by everything that connects: pushes, questions to a daemon, and serving processes on the Unix socket.
+CRC, digest and sendmsg happen inline on this thread; every wait has a deadline.
+"""
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from shipd.address import Address
+from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
+from shipd.transfer.faults import peer_error
+from shipproto.connection import Connection, Established, Event
+from shipproto.errors import ProtocolError
+from shipproto.frame import Buffer
+from shipproto.limits import MAX_SLOTS, NONCE_SIZE
+
+AGENT: Final = "shipd/0.1.0"
+
+_GOODBYE_SECONDS: Final = 1.0
+
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_SLOTS) if hasattr(socket, "CMSG_SPACE") else 0
+
+
+class ConnectionLost(ConnectError):
+    """The connection broke; what it was part of may go on over another one."""
+
+
+class Waker:
+    """Wakes a lane from another thread, for good: once woken, every wait on it raises Interrupted."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        self.woken = False
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable."""
+        return self._read
+
+    def wake(self) -> None:
+        """May be called from any thread, and from a signal handler."""
+        if not self.woken:
+            self.woken = True
+            os.write(self._write, b"!")
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but not through a wake-up. True if there was one."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        poll.poll(seconds * 1000)
+        return self.woken
+
+    def close(self) -> None:
+        """Release the descriptors."""
+        self.woken = True
+        os.close(self._read)
+        os.close(self._write)
+
+
+class Lane:
+    """One established connection. Not thread-safe: one thread reads, writes and closes it.
+
+    ``with_fds`` receives descriptors too, into ``fds``, in the order in which they were sent.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, *, token: bytes | None = None, waker: Waker | None = None,
+                 with_fds: bool = False) -> None:
+        self.peer = peer
+        self.connection = Connection(initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
+        self.fds: deque[int] = deque()
+        self.bytes_sent = 0
+        self.last_heard = time.monotonic()
+        self._sock = sock
+        self._waker = waker
+        self._with_fds = with_fds
+        self._outgoing: deque[Buffer] = deque()
+        sock.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._interest = select.POLLIN
+        if waker is not None:
+            self._poll.register(waker, select.POLLIN)
+
+    @classmethod
+    def open(
+        cls, target: Address | Path, *, token: bytes | None, timeout: float, waker: Waker | None = None
+    ) -> "Lane":
+        """Connect over TCP, or to a Unix socket, and do the handshake, all within ``timeout`` seconds.
+
+        Descriptors can be received over a Unix socket. Raises ConnectError, AuthError, PeerError or Stalled.
+        """
+        deadline = time.monotonic() + timeout
+        local = isinstance(target, Path)
+        try:
+            sock = _dial_unix(target, timeout) if isinstance(target, Path) else _dial_tcp(target, timeout)
+        except OSError as error:
+            hint = "Is shipd running there?" if isinstance(error, ConnectionRefusedError | FileNotFoundError) else ""
+            raise ConnectError(f"cannot connect to {target}: {_reason(error)}. {hint}".rstrip(), peer=str(target)) from error
+        return cls(sock, str(target), token=token, waker=waker, with_fds=local)._shake_hands(deadline)
+
+    def _shake_hands(self, deadline: float) -> "Lane":
+        try:
+            while not self.connection.established:
+                for event in self.exchange(deadline):
+                    assert isinstance(event, Established)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    # --- I/O -----------------------------------------------------------------------------------------------
+
+    def exchange(self, deadline: float) -> Iterator[Event]:
+        """Write what is queued and wait until something has arrived; the events that came of it.
+
+        Raises Stalled past ``deadline`` (time.monotonic), Interrupted when woken, ConnectionLost, or what
+        the peer's breaking of the protocol reads as.
+        """
+        while True:
+            self._write()
+            remaining = deadline - time.monotonic()
+            if self._step(max(0.0, remaining)):
+                return self.connection.events()
+            if remaining <= 0:
+                raise Stalled(f"{self.peer} has not answered in time", peer=self.peer)
+
+    def pump(self) -> Iterator[Event]:
+        """Write and read as much as is possible without waiting; the events that came of it."""
+        self._write()
+        self._step(0.0)
+        return self.connection.events()
+
+    def drain(self, deadline: float, *, limit: int = 0) -> list[Event]:
+        """Wait until at most ``limit`` pieces are left to write; events that arrive meanwhile are returned.
+
+        ``deadline`` is when the peer must at the latest have taken at least some bytes.
+        """
+        events: list[Event] = []
+        sent = self.bytes_sent
+        grace = deadline - time.monotonic()
+        while True:
+            self._write()
+            if len(self._outgoing) <= limit:
+                return events
+            if self.bytes_sent != sent:
+                sent = self.bytes_sent
+                deadline = time.monotonic() + grace
+            remaining = deadline - time.monotonic()
+            if self._step(max(0.0, remaining)):
+                events.extend(self.connection.events())
+            elif remaining <= 0:
+                raise Stalled(f"{self.peer} has taken no bytes for {grace:.0f} s", peer=self.peer)
+
+    def _write(self) -> None:
+        self._outgoing.extend(self.connection.take_output())
+        while self._outgoing:
+            pieces = [self._outgoing[at] for at in range(min(len(self._outgoing), 64))]
+            try:
+                sent = self._sock.sendmsg(pieces)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                raise self._lost(error) from error
+            self.bytes_sent += sent
+            for piece in pieces:
+                if sent < len(piece):
+                    self._outgoing[0] = memoryview(piece)[sent:]
+                    break
+                sent -= len(piece)
+                self._outgoing.popleft()
+        interest = select.POLLIN | (select.POLLOUT if self._outgoing else 0)
+        if interest != self._interest:
+            self._poll.modify(self._sock, interest)
+            self._interest = interest
+
+    def _step(self, timeout: float) -> bool:
+        """Wait for the socket. True when bytes arrived, False when it is only writable or time is up."""
+        if self._waker is not None and self._waker.woken:
+            raise Interrupted("interrupted", peer=self.peer)
+        ready = self._poll.poll(timeout * 1000)
+        if self._waker is not None and self._waker.woken:
+            raise Interrupted("interrupted", peer=self.peer)
+        if not any(fd == self._sock.fileno() and mask & ~select.POLLOUT for fd, mask in ready):
+            return False
+        try:
+            count = self._receive(self.connection.get_buffer())
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            raise self._lost(error) from error
+        if not count:
+            raise self._lost(None)
+        self.last_heard = time.monotonic()
+        try:
+            self.connection.buffer_updated(count)
+        except ProtocolError as error:
+            raise self.fault(error) from error
+        return True
+
+    def _receive(self, view: memoryview) -> int:
+        if not self._with_fds:
+            return self._sock.recv_into(view)
+        count, ancillary, _flags, _address = self._sock.recvmsg_into([view], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self.fds.extend(memoryview(data)[: len(data) // 4 * 4].cast("i"))
+        return count
+
+    def fault(self, error: ProtocolError) -> ShipError:
+        """The error for a peer that broke the protocol on this lane."""
+        return peer_error(error, self.peer)
+
+    def _lost(self, error: OSError | None) -> ConnectionLost:
+        why = _reason(error) if error is not None else "it closed the connection"
+        return ConnectionLost(f"lost the connection to {self.peer}: {why}", peer=self.peer)
+
+    def use(self, waker: Waker | None) -> None:
+        """Be woken by ``waker`` from now on."""
+        if self._waker is not None:
+            self._poll.unregister(self._waker)
+        self._waker = waker
+        if waker is not None:
+            self._poll.register(waker, select.POLLIN)
+
+    def close(self, *, flush: bool = False) -> None:
+        """Close. With ``flush`` what is queued is written first, and the peer gets a second to read it."""
+        if self._sock.fileno() < 0:
+            return
+        if flush and self.connection.established:
+            self._say_goodbye()
+        self._sock.close()
+        while self.fds:
+            os.close(self.fds.popleft())
+
+    def _say_goodbye(self) -> None:
+        """Closing with received bytes unread would reset the connection, and with it what was just written."""
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        waste = bytearray(65536)
+        poll = select.poll()
+        try:
+            self._write()
+            if self._outgoing:
+                # In the middle of a frame and the peer takes no more: it will see the connection end.
+                return
+            self._sock.shutdown(socket.SHUT_WR)
+            poll.register(self._sock, select.POLLIN)
+            while poll.poll(max(0.0, deadline - time.monotonic()) * 1000) and self._sock.recv_into(waste):
+                pass
+        except (ShipError, OSError):
+            # It is gone already: nobody is left to say goodbye to.
+            return
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything queued has been handed to the kernel."""
+        return not self._outgoing and not self.connection.has_output
+
+
+def _dial_tcp(address: Address, timeout: float) -> socket.socket:
+    sock = socket.create_connection((address.host, address.port), timeout=timeout)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock
+
+
+def _dial_unix(path: Path, timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return error.strerror or str(error)

@@ -1,0 +1,30 @@
+"""What the daemon sees of a connection, whichever kind of socket carries it."""
+
+from typing import Protocol
+
+from shipproto.connection import Connection
+from shipproto.frame import Buffer
+from shipproto.messages import Message
+
+
+class Peer(Protocol):
+    """One connection of the daemon's. Its events go to the handler it was made with."""
+
+    connection: Connection
+    name: str
+    """The peer's address, or its process, for messages."""
+    last_heard: float
+    """Loop time at which bytes last arrived."""
+
+    def send(self, message: Message, body: Buffer = b"") -> None:
+        """Queue a message and write what is queued. A connection that is gone swallows it."""
+
+    def flush(self) -> None:
+        """Write what the connection has queued."""
+
+    def close(self, reason: str = "") -> None:
+        """Write what is queued and close."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent."""

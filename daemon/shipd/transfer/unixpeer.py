@@ -1,0 +1,163 @@
+"""Unix-socket connections of the daemon: the same frames, and file descriptors beside them.
+
+A plain non-blocking socket with the loop's add_reader: asyncio's transports drop descriptors silently.
+"""
+
+import array
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from shipproto.connection import Connection, Event
+from shipproto.errors import LocalError, ProtocolError
+from shipproto.frame import Buffer
+from shipproto.messages import Message
+
+log = logging.getLogger("shipd.transfer")
+
+_READS_PER_WAKE = 8
+"""Receives before other connections get their turn."""
+
+
+def peer_pid(sock: socket.socket) -> tuple[int, int]:
+    """Process and user id of whoever connected, as the kernel recorded them (SO_PEERCRED)."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return 0, -1
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid
+
+
+class UnixPeer:
+    """One accepted Unix connection. ``on_event`` may raise ProtocolError, which closes the connection."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        connection: Connection,
+        on_event: Callable[["UnixPeer", Event], None],
+        on_lost: Callable[["UnixPeer"], None],
+    ) -> None:
+        self.connection = connection
+        self.pid, self.uid = peer_pid(sock)
+        self.name = f"process {self.pid}"
+        self._sock = sock
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self.last_heard = self._loop.time()
+        self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+        self._writing = False
+        self._closed = False
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._closed
+
+    def send(self, message: Message, body: Buffer = b"") -> None:
+        """Queue a message and write what is queued."""
+        if not self._closed:
+            try:
+                self.connection.send(message, body)
+            except LocalError:
+                return
+            self.flush()
+
+    def send_with_fds(self, message: Message, fds: Sequence[int]) -> None:
+        """Send a message whose first byte carries ``fds``. They are duplicated: the caller may close its own."""
+        if self._closed:
+            return
+        self.flush()
+        self.connection.send(message)
+        pieces = self.connection.take_output()
+        self._outgoing.append((memoryview(pieces[0]), tuple(os.dup(fd) for fd in fds)))
+        self._outgoing.extend((memoryview(piece), ()) for piece in pieces[1:])
+        self._write()
+
+    def flush(self) -> None:
+        """Write what the connection has queued."""
+        if self._closed:
+            return
+        self._outgoing.extend((memoryview(piece), ()) for piece in self.connection.take_output())
+        self._write()
+
+    def close(self, reason: str = "") -> None:
+        """Write what can be written at once and close."""
+        if self._closed:
+            return
+        if reason:
+            log.info("closing a local connection", extra={"peer": self.name, "why": reason})
+        self.flush()
+        self._lose()
+
+    def _readable(self) -> None:
+        self.last_heard = self._loop.time()
+        try:
+            for _ in range(_READS_PER_WAKE):
+                try:
+                    count = self._sock.recv_into(self.connection.get_buffer())
+                except (BlockingIOError, InterruptedError):
+                    break
+                if not count:
+                    self._lose()
+                    return
+                self.connection.buffer_updated(count)
+                for event in self.connection.events():
+                    self._on_event(self, event)
+                if self._closed:
+                    return
+        except ProtocolError as error:
+            log.warning("closing a local connection", extra={"peer": self.name, "why": str(error)})
+            self.close()
+        except OSError as error:
+            log.info("local connection lost", extra={"peer": self.name, "why": str(error)})
+            self._lose()
+        else:
+            self.flush()
+
+    def _write(self) -> None:
+        while self._outgoing and not self._closed:
+            piece, fds = self._outgoing[0]
+            try:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                sent = self._sock.sendmsg([piece], ancillary)
+            except (BlockingIOError, InterruptedError):
+                if not self._writing:
+                    self._writing = True
+                    self._loop.add_writer(self._sock.fileno(), self._write)
+                return
+            except OSError as error:
+                log.info("local connection lost", extra={"peer": self.name, "why": str(error)})
+                self._lose()
+                return
+            _close_all(fds)
+            self._outgoing[0] = (piece[sent:], ())
+            if sent == len(piece):
+                self._outgoing.popleft()
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._sock.fileno())
+
+    def _lose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        if self._writing:
+            self._loop.remove_writer(self._sock.fileno())
+        for _piece, fds in self._outgoing:
+            _close_all(fds)
+        self._outgoing.clear()
+        self._sock.close()
+        self._on_lost(self)
+
+
+def _close_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        os.close(fd)
