@@ -95,8 +95,16 @@ class Refused(ShipError):
 class TensorMismatch(Refused):
     """The tensors differ from those of the resident model. ``problems`` lists every difference."""
 
-    def __init__(self, message: str, *, problems: tuple[str, ...] = (), peer: str | None = None, model: str | None = None,
-                 tensor: str | None = None, transfer_id: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        problems: tuple[str, ...] = (),
+        peer: str | None = None,
+        model: str | None = None,
+        tensor: str | None = None,
+        transfer_id: str | None = None,
+    ) -> None:
         super().__init__(message, peer=peer, model=model, tensor=tensor, transfer_id=transfer_id)
         self.problems = problems
 

@@ -242,7 +242,7 @@ class Connection:
         while True:
             available = self._have - at
             if self._prelude is None:
-                if self._expected == 0 and available >= len(MAGIC) and self._head[: len(MAGIC)] != MAGIC:
+                if self._expected == 0 and available >= len(MAGIC) and bytes(self._head[: len(MAGIC)]) != MAGIC:
                     raise ForeignPeer("the peer does not speak the shipd protocol", bytes(self._head[: self._have]))
                 if available < PRELUDE_SIZE:
                     break

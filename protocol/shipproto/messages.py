@@ -310,14 +310,16 @@ class Attached(Message, frozen=True, kw_only=True):
 class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
     """One image whose descriptor travels with the IMAGES message that lists it."""
 
-    generation: _U63
     size: Annotated[int, msgspec.Meta(ge=1, le=MAX_IMAGE_BYTES)]
     slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
     writable: bool = False
 
 
 class Images(Message, frozen=True, kw_only=True):
-    """Descriptors of images, in the order of ``slots``, as SCM_RIGHTS with this message's first byte."""
+    """Descriptors of images, in the order of ``slots``, as SCM_RIGHTS with this message's first byte.
+
+    A slot that was known before has new memory, or is no longer to be written.
+    """
 
     TYPE = 50
     slots: Annotated[tuple[ImageSlot, ...], msgspec.Meta(max_length=MAX_SLOTS)]

@@ -176,7 +176,7 @@ class Receiver:
         if self.state is ReceiverState.RECEIVING:
             # The sender starts over: it will say again that it is done.
             self._finish = self._sent_digests = None
-            self._listen(connection, resumed=offer.resumed)
+            self._listen(connection)
             self._want(self.held.missing(self._require_layout().chunks))
         elif self.state is ReceiverState.STRUCTURE:
             connection.send(StructureWanted(transfer=self.transfer))
@@ -250,7 +250,7 @@ class Receiver:
         self.state = ReceiverState.RECEIVING
         connection = self._connection
         if connection is not None:
-            self._listen(connection, resumed=False)
+            self._listen(connection)
             self._want(held.missing(layout.chunks))
 
     def report(self, stage: str) -> None:
@@ -404,10 +404,10 @@ class Receiver:
             digest = self._require_layout().structure.digest
             self._connection.send(Want(structure=digest, transfer=self.transfer), missing.encode())
 
-    def _listen(self, connection: Connection, *, resumed: bool) -> None:
+    def _listen(self, connection: Connection) -> None:
         connection.landing = partial(self._land, connection)
         structure = self._require_layout().structure
-        if structure.digest != self.offer.structure and not resumed:
+        if structure.digest != self.offer.structure:
             connection.send(StructureIs(transfer=self.transfer), structure.encoded)
 
     def _let_go(self) -> None:

@@ -116,7 +116,7 @@ def _flat(loaded: object, path: str) -> Mapping[str, Tensor]:
             f"{quoted(path)} is not a flat mapping of names to tensors, a state dict; it holds {entries}. "
             f"Save what is to be served by itself: torch.save(torch.load(path)[{quoted(part)}], other_path)"
             if parts
-            else f"{quoted(path)} holds more than tensors: {entries}. Save the state dict alone: {_HOW}"
+            else f"{quoted(path)} holds more than tensors: {entries}; {_HOW}"
         )
     raise CheckpointError(f"{quoted(path)} holds a {_kind(loaded)} and not a state dict; {_HOW}")
 

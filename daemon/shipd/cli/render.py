@@ -51,8 +51,13 @@ def print_status(status: Status, address: str) -> None:
         table.add_column(heading, justify="right" if heading in ("TENSORS", "SIZE") else "left", overflow="fold")
     for model in status.models:
         table.add_row(
-            model.name, model.label or "none", model.digest[:16] or "-", str(model.tensors), format_bytes(model.bytes),
-            _processes(model), _when(model),
+            model.name,
+            model.label or "none",
+            model.digest[:16] or "-",
+            str(model.tensors),
+            format_bytes(model.bytes),
+            _processes(model),
+            _when(model),
         )
     console.print(table)
     for model in status.models:

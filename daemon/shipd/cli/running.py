@@ -37,7 +37,5 @@ async def run_push(
     assert running is not None
     with bar, contextlib.suppress(NotImplementedError):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-        return await client.push(
-            checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show
-        )
+        return await client.push(checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show)
     raise AssertionError("unreachable")

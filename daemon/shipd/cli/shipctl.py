@@ -22,11 +22,20 @@ _DEFAULT = "127.0.0.1:7447"
 PARTLY_DONE = 3
 
 _to = click.option(
-    "--to", "address", metavar="HOST[:PORT]", default=_DEFAULT, show_default=True, envvar="SHIPD_HOST", show_envvar=True,
+    "--to",
+    "address",
+    metavar="HOST[:PORT]",
+    default=_DEFAULT,
+    show_default=True,
+    envvar="SHIPD_HOST",
+    show_envvar=True,
     help="The daemon, or the path of its Unix socket.",
 )
 _token = click.option(
-    "--token-file", type=click.Path(path_type=Path), envvar="SHIPD_TOKEN_FILE", show_envvar=True,
+    "--token-file",
+    type=click.Path(path_type=Path),
+    envvar="SHIPD_TOKEN_FILE",
+    show_envvar=True,
     help="File with the token that the daemon asks for.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, each with a type.")
@@ -43,14 +52,27 @@ def shipctl() -> None:
 @_to
 @click.option("--model", required=True, metavar="NAME", help="The name that the model is served under.")
 @click.option("--label", metavar="LABEL", help="Name of the version; by default UTC time and digits of its digest.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole push; none by default.")
-@click.option("--stall", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
-              help="Seconds without a sign of life after which to give up.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole push; none by default."
+)
+@click.option(
+    "--stall",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds without a sign of life after which to give up.",
+)
 @_token
 @_json
 def push(
-    checkpoint: Path, address: str, model: str, label: str | None, timeout: float | None, stall: float,
-    token_file: Path | None, as_json: bool,
+    checkpoint: Path,
+    address: str,
+    model: str,
+    label: str | None,
+    timeout: float | None,
+    stall: float,
+    token_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Ship CHECKPOINT (safetensors, or a state dict written by torch.save) as the next version of a model.
 
@@ -62,7 +84,9 @@ def push(
         lambda client: run_push(
             client, checkpoint, model=model, label=label, timeout=timeout, stall=stall, quiet=as_json
         ),
-        address, token_file, as_json,
+        address,
+        token_file,
+        as_json,
     )
     if as_json:
         _emit("receipt", receipt.as_dict())

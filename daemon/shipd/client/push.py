@@ -56,7 +56,9 @@ class PushOptions:
 class Push:
     """One push of one source to one daemon. ``run`` on any thread; ``cancel`` from any other."""
 
-    def __init__(self, source: Source, address: Address | Path, options: PushOptions, *, lane: Lane | None = None) -> None:
+    def __init__(
+        self, source: Source, address: Address | Path, options: PushOptions, *, lane: Lane | None = None
+    ) -> None:
         self.transfer = secrets.token_bytes(TRANSFER_ID_SIZE)
         self._source = source
         self._address = address
@@ -111,7 +113,11 @@ class Push:
                 if self._sender.held > held:
                     breaks, moved = 0, time.monotonic()
                 breaks += isinstance(error, ConnectionLost)
-                if isinstance(error, Stalled) or breaks >= _MAX_BREAKS or time.monotonic() - moved > self._options.stall:
+                if (
+                    isinstance(error, Stalled)
+                    or breaks >= _MAX_BREAKS
+                    or time.monotonic() - moved > self._options.stall
+                ):
                     raise self._gave_up(error, breaks) from error
                 self._pause(_BACKOFF[min(breaks, len(_BACKOFF) - 1)])
             except TransferError as error:
@@ -223,7 +229,9 @@ class Push:
             return TransferFailed(
                 f"the connection to {self._address} broke {breaks} times without a chunk getting through; the previous "
                 f"version is serving. Last: {error}",
-                peer=str(self._address), model=self._options.model, transfer_id=self.transfer.hex(),
+                peer=str(self._address),
+                model=self._options.model,
+                transfer_id=self.transfer.hex(),
             )
         error.model, error.transfer_id = self._options.model, self.transfer.hex()
         return error
@@ -234,7 +242,9 @@ class Push:
         return OutcomeUnknown(
             f"the connection to {self._address} was lost after COMMIT ({error}): the version is either live or not. "
             "Pushing it again is harmless and settles it.",
-            peer=str(self._address), model=self._options.model, transfer_id=self.transfer.hex(),
+            peer=str(self._address),
+            model=self._options.model,
+            transfer_id=self.transfer.hex(),
         )
 
     def _failure(self, error: TransferError) -> ShipError:
@@ -258,9 +268,7 @@ class Push:
     def _receipt(self, committed: Committed, seconds: float) -> Receipt:
         sender = self._sender
         structure = sender.layout.structure
-        resent = dict.fromkeys(
-            name for chunk in sender.chunks_resent for name in sender.layout.chunk_names(chunk)
-        )
+        resent = dict.fromkeys(name for chunk in sender.chunks_resent for name in sender.layout.chunk_names(chunk))
         wire = (self._all_held or time.monotonic()) - self._first_data if self._first_data is not None else 0.0
         return Receipt(
             model=self._options.model,
@@ -286,5 +294,3 @@ class Push:
 def default_label(digest: bytes) -> str:
     """UTC time and eight hexadecimal digits of the digest: unique enough, sortable, and it says what it is."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest.hex()[:8]}"
-
-

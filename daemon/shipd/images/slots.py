@@ -5,7 +5,8 @@
 
 A slot's generation names one filling of it. A lease says that a session may be reading one generation of a slot;
 the daemon takes it before it names the slot to anyone, and only the holder's RELEASE of that generation, or
-the end of its session, ends it. The daemon writes only into a slot that is FREE and without leases.
+the end of its session, ends it. The daemon writes only into a slot that is FREE and without leases, and if
+a process may still be reading although its session has ended, the slot gets new memory first.
 """
 
 import enum
@@ -70,6 +71,8 @@ class Slot:
     state: SlotState = SlotState.FREE
     digests: LeafDigests | None = None
     leases: set[Lease] = field(default_factory=set)
+    readers: set[int] = field(default_factory=set)
+    """Processes whose session ended while they had a lease: while they live they may still read this memory."""
 
     @property
     def writable(self) -> bool:
@@ -136,10 +139,17 @@ class SlotPool:
         self.slots[index].leases.discard(lease)
         return held
 
-    def release_all(self, session: int) -> None:
-        """End every lease of a session that is over."""
+    def release_all(self, session: int, reader: int | None = None) -> None:
+        """End every lease of a session that is over. ``reader`` is its process, if that may read on."""
         for slot in self.slots:
-            slot.leases -= {lease for lease in slot.leases if lease.session == session}
+            held = {lease for lease in slot.leases if lease.session == session}
+            slot.leases -= held
+            if held and reader is not None:
+                slot.readers.add(reader)
+
+    def forget(self, slot: Slot) -> None:
+        """End the leases of sessions that no longer exist on a slot."""
+        slot.leases.clear()
 
     def holders(self, slot: Slot) -> set[int]:
         """Sessions that have a lease on the slot."""
@@ -150,6 +160,7 @@ class SlotPool:
         old = slot.memory
         slot.memory = ImageMemory(f"{self.name}:{slot.index}", self.layout.size)
         slot.leases.clear()
+        slot.readers.clear()
         slot.digests = None
         return old
 

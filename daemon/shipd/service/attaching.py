@@ -43,7 +43,9 @@ class Attaching:
             await model.incoming.wait()
         async with model.lock:
             if len(model.sessions) >= MAX_PROCESSES:
-                raise TransferError(AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already")
+                raise TransferError(
+                    AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already"
+                )
             self._host.images.reclaim(model, attached_pid=session.pid)
             pool = await self._pool(model, resident, slots=3 if attach.mode == "flip" else 2)
             model.transient = resident.transient
@@ -59,13 +61,22 @@ class Attaching:
             model.sessions.append(session)
             session.peer.send(
                 Attached(
-                    digest=version.digest, generation=version.slot.generation, label=version.label, slot=version.slot.index
+                    digest=version.digest,
+                    generation=version.slot.generation,
+                    label=version.label,
+                    slot=version.slot.index,
                 )
             )
         log.info(
             "a process has attached",
-            extra={"model": model.name, "pid": session.pid, "mode": session.mode, "label": version.label,
-                   "digest": version.digest.hex(), "pinned": session.pinned},
+            extra={
+                "model": model.name,
+                "pid": session.pid,
+                "mode": session.mode,
+                "label": version.label,
+                "digest": version.digest.hex(),
+                "pinned": session.pinned,
+            },
         )
 
     async def _pool(self, model: Model, resident: Resident, slots: int) -> SlotPool:
@@ -82,7 +93,8 @@ class Attaching:
                 )
             if model.sessions or model.incoming is not None:
                 raise TransferError(
-                    AbortCode.BUSY, f"model {model.name!r} is in use with slightly different tensors; attach it under another name"
+                    AbortCode.BUSY,
+                    f"model {model.name!r} is in use with slightly different tensors; attach it under another name",
                 )
             await self._lay_out_anew(model, pool, Layout(resident.structure), keep=not problems)
             pool = model.pool
@@ -93,6 +105,8 @@ class Attaching:
             self._populate(pool)
         while len(pool.slots) < slots:
             await self._host.work(self._host.images.grow_pool, model, pool)
+            for session in model.sessions:
+                session.give_images(pool.slots[-1:])
         return pool
 
     def _populate(self, pool: SlotPool) -> None:
@@ -113,7 +127,9 @@ class Attaching:
         pool.begin(slot)
         digests = await self._host.work(_copy_version, old.layout, version.slot, layout, slot)
         pool.commit(slot, digests)
-        model.version = Version(version.label, digests.version_digest(), slot, pushed=True, committed_at=version.committed_at)
+        model.version = Version(
+            version.label, digests.version_digest(), slot, pushed=True, committed_at=version.committed_at
+        )
         model.pool = pool
         self._host.images.free_pool(old)
 
@@ -127,6 +143,7 @@ class Attaching:
             session.give_images(pool.slots, writable=slot)
             pool.lease(session.number, slot)
             await session.fill(slot, self._host.config.stage_timeout)
+            session.give_images([slot])
             digests: LeafDigests = await self._host.work(digest_image, pool.layout, slot.memory.view)
         except BaseException:
             pool.discard(slot)
@@ -156,10 +173,12 @@ def _copy_version(old: Layout, source: Slot, new: Layout, target: Slot) -> LeafD
         if at is None:
             # Tied in the new layout to a tensor that the old one has.
             group = np.flatnonzero(new.structure.primary == new.structure.primary[row]).tolist()
-            at = next(old.structure.index[new.structure.names[other]] for other in group
-                      if new.structure.names[other] in old.structure.index)
+            at = next(
+                old.structure.index[new.structure.names[other]]
+                for other in group
+                if new.structure.names[other] in old.structure.index
+            )
         size = int(new.structure.nbytes[row])
         start, begin = int(new.offsets[row]), int(old.offsets[at])
         target.memory.view[start : start + size] = source.memory.view[begin : begin + size]
     return digest_image(new, target.memory.view)
-

@@ -58,8 +58,8 @@ class Host(Protocol):
     async def work(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Run ``function`` off the loop."""
 
-    def background(self, function: Callable[[], object]) -> None:
-        """Run ``function`` off the loop, some time; nobody waits for it."""
+    def background(self, function: Callable[[Callable[[], bool]], object]) -> None:
+        """Run ``function`` off the loop, some time; it is given a way to see that it should stop."""
 
     def finished(self, incoming: "Incoming") -> None:
         """The push is over."""
@@ -118,7 +118,10 @@ class Incoming:
         self.peer = None
         if not self.receiver.ended:
             window = self._host.config.resume_window
-            log.info("the sender is gone", extra={**self._context(), "held": len(self.receiver.held), "resume_window": window})
+            log.info(
+                "the sender is gone",
+                extra={**self._context(), "held": len(self.receiver.held), "resume_window": window},
+            )
             self._expiry = asyncio.get_running_loop().call_later(window, self._expire)
 
     def on_event(self, peer: Peer, event: Event) -> None:
@@ -165,7 +168,12 @@ class Incoming:
             log.info("push offered", extra={**self._context(), "label": offer.label, "bytes": offer.nbytes})
             layout = await self._settle_structure(offer)
             version = self.model.version
-            if offer.label and version is not None and version.label == offer.label and version.slot.digests is not None:
+            if (
+                offer.label
+                and version is not None
+                and version.label == offer.label
+                and version.slot.digests is not None
+            ):
                 await self._compare(version)
                 return
             slot = await self._take_slot(layout)
@@ -205,9 +213,7 @@ class Incoming:
                 assert self.model.pool is not None
                 return self.model.pool.layout
             if self.model.sessions:
-                raise TransferError(
-                    AbortCode.MISMATCH, summarise(problems, self.model.name), details=tuple(problems)
-                )
+                raise TransferError(AbortCode.MISMATCH, summarise(problems, self.model.name), details=tuple(problems))
         if not len(offered):
             raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
         return await self._host.work(Layout, offered)
@@ -224,9 +230,9 @@ class Incoming:
         pool = self.model.pool
         if pool is None or pool.layout is not layout:
             self._pool = pool = await self._host.work(self._host.images.make_pool, self.model, layout, 2)
-        slot = pool.find_writable()
-        if slot is None:
-            slot = await self._free_slot(pool)
+        slot = pool.find_writable() or await self._free_slot(pool)
+        if self._host.images.renew(self.model, slot):
+            self._hand_out(slot)
         pool.begin(slot)
         self._slot = slot
         return slot
@@ -240,13 +246,18 @@ class Incoming:
             if loop.time() >= deadline and stale is not None:
                 holders = pool.holders(stale)
                 for session in [session for session in self.model.sessions if session.number in holders]:
-                    self._host.images.replace(self.model, stale, session.pid)
                     session.evict("it did not release an image in time")
+                pool.forget(stale)
                 continue
             if loop.time() >= deadline:
                 raise TransferError(AbortCode.BUSY, f"every image of model {self.model.name!r} is in use")
             await asyncio.sleep(0.01)
         return slot
+
+    def _hand_out(self, slot: Slot) -> None:
+        """A slot has new memory: every process needs its descriptor."""
+        for session in self.model.sessions:
+            session.give_images([slot])
 
     def _is_free(self, slot: Slot) -> bool:
         version = self.model.version
@@ -327,7 +338,9 @@ class Incoming:
             elif isinstance(answer, BaseException):
                 raise answer
             elif answer.error:
-                raise TransferError(AbortCode.STAGE_FAILED, f"process {session.pid} cannot take the version: {answer.error}")
+                raise TransferError(
+                    AbortCode.STAGE_FAILED, f"process {session.pid} cannot take the version: {answer.error}"
+                )
             else:
                 ready.append(session)
         if sessions and not ready:
@@ -365,8 +378,14 @@ class Incoming:
                 session.evict(answer.error if isinstance(answer, Swapped) else "it did not swap in time")
         log.info(
             "committed",
-            extra={**self._context(), "label": version.label, "digest": version.digest.hex(), "swapped": len(swapped),
-                   "stale": stale, "damaged": self.receiver.chunks_damaged},
+            extra={
+                **self._context(),
+                "label": version.label,
+                "digest": version.digest.hex(),
+                "swapped": len(swapped),
+                "stale": stale,
+                "damaged": self.receiver.chunks_damaged,
+            },
         )
         self.receiver.committed(
             Committed(

@@ -81,7 +81,10 @@ class Service:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--config", "path", type=click.Path(path_type=Path), help="TOML file; without one, the defaults and SHIPD_* variables."
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help="TOML file; without one, the defaults and SHIPD_* variables.",
 )
 @click.option("--check", is_flag=True, help="Check the configuration and exit.")
 @click.version_option(AGENT.partition("/")[2], prog_name="shipd")

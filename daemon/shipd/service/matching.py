@@ -12,9 +12,7 @@ def mismatches(offered: Structure, resident: Structure, transient: Structure) ->
     """
     missing: list[str] = []
     wrong: list[str] = []
-    offered_groups = {
-        int(resident.primary[resident.index[name]]) for name in offered.names if name in resident.index
-    }
+    offered_groups = {int(resident.primary[resident.index[name]]) for name in offered.names if name in resident.index}
     for row, name in enumerate(resident.names):
         at = offered.index.get(name)
         if at is None:
@@ -48,7 +46,15 @@ def _shape(structure: Structure, row: int) -> str:
 
 def summarise(problems: list[str], model: str) -> str:
     """The headline over a list of mismatches."""
-    counts = {kind: sum(problem.startswith(kind) for problem in problems) for kind in ("missing", "unexpected", "shape", "dtype")}
-    parts = [f"{count} {word}" for (kind, count), word in zip(
-        counts.items(), ("missing", "unexpected", "of another shape", "of another dtype"), strict=True) if count]
+    counts = {
+        kind: sum(problem.startswith(kind) for problem in problems)
+        for kind in ("missing", "unexpected", "shape", "dtype")
+    }
+    parts = [
+        f"{count} {word}"
+        for (kind, count), word in zip(
+            counts.items(), ("missing", "unexpected", "of another shape", "of another dtype"), strict=True
+        )
+        if count
+    ]
     return f"the tensors do not match model {model!r}: {', '.join(parts)}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -90,6 +91,15 @@ class ImageStore:
         """Give a pool's images back."""
         self._undo(pool, pool.size)
 
+    def renew(self, model: Model, slot: Slot) -> bool:
+        """Give a writable slot new memory if somebody may still be reading the old one. True if it did."""
+        living = {pid for pid in slot.readers if alive(pid)}
+        slot.readers &= living
+        if not living:
+            return False
+        self.replace(model, slot, min(living))
+        return True
+
     def replace(self, model: Model, slot: Slot, pid: int) -> None:
         """Give a slot that process ``pid`` cannot be made to release new memory."""
         assert model.pool is not None
@@ -108,7 +118,7 @@ class ImageStore:
         """Free abandoned images whose process has died, or has attached anew and so let go of them."""
         kept = []
         for memory, pid in model.abandoned:
-            if pid != attached_pid and _alive(pid):
+            if pid != attached_pid and alive(pid):
                 kept.append((memory, pid))
             else:
                 self.budget.release(memory.size)
@@ -139,11 +149,16 @@ class ImageStore:
         self.budget.release(amount)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process runs. One that has ended but that its parent has not asked after does not."""
     try:
-        os.kill(pid, 0)
+        process = os.pidfd_open(pid)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except OSError:
+        # No pidfds here: better to keep memory too long than to write under somebody's eyes.
         return True
-    return True
+    try:
+        return not select.select([process], [], [], 0)[0]
+    finally:
+        os.close(process)

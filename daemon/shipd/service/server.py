@@ -104,8 +104,15 @@ class Server:
             raise
         loop.add_reader(self._unix.fileno(), self._accept_unix)
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_silent)
-        log.info("listening", extra={"address": str(address), "port": self.port, "socket": self.config.socket,
-                                     "auth": "token" if self._token else "none"})
+        log.info(
+            "listening",
+            extra={
+                "address": str(address),
+                "port": self.port,
+                "socket": self.config.socket,
+                "auth": "token" if self._token else "none",
+            },
+        )
 
     def _listen_unix(self) -> socket.socket:
         path = Path(self.config.socket)
@@ -151,7 +158,9 @@ class Server:
             self._unix.close()
             _unlink_own(Path(self.config.socket), self._unix_inode)
         for incoming in set(self._incoming_all()):
-            incoming.fail(TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down; it may be back in a moment"))
+            incoming.fail(
+                TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down; it may be back in a moment")
+            )
             await incoming.wait()
         for task in list(self._tasks):
             task.cancel()
@@ -270,6 +279,7 @@ class Server:
             if isinstance(message, Release):
                 self._release(session, message)
             elif isinstance(message, Detach):
+                session.detached = True
                 peer.close("detached")
             else:
                 session.on_message(message)
@@ -289,7 +299,10 @@ class Server:
         try:
             self._take_offer(peer, offer)
         except TransferError as error:
-            log.warning("push refused", extra={"peer": peer.name, "model": offer.model, "code": str(error.code), "why": str(error)})
+            log.warning(
+                "push refused",
+                extra={"peer": peer.name, "model": offer.model, "code": str(error.code), "why": str(error)},
+            )
             send_abort(peer.connection, offer.transfer, error)
 
     def _take_offer(self, peer: Peer, offer: Offer) -> None:
@@ -381,7 +394,7 @@ class Server:
         if model is None:
             return
         if model.pool is not None:
-            model.pool.release_all(session.number)
+            model.pool.release_all(session.number, None if session.detached else session.pid)
         if session in model.sessions:
             model.sessions.remove(session)
             log.info("a process has gone", extra={"model": model.name, "pid": session.pid})

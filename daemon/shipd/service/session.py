@@ -55,6 +55,8 @@ class Session:
         self.label = attach.label
         self.digest = b""
         self.attached_at = time.time()
+        self.detached = False
+        """It said that it reads no image any more."""
         self._waiting: dict[tuple[type[Message], int], asyncio.Future[Message]] = {}
         self._requests = itertools.count(1)
         self._arriving: bytes | None = None
@@ -97,11 +99,7 @@ class Session:
         fds = []
         for slot in slots:
             open_for_writing = slot is writable
-            entries.append(
-                ImageSlot(
-                    generation=slot.generation, size=slot.memory.size, slot=slot.index, writable=open_for_writing
-                )
-            )
+            entries.append(ImageSlot(size=slot.memory.size, slot=slot.index, writable=open_for_writing))
             fds.append(slot.memory.fd if open_for_writing else slot.memory.read_only_fd)
         self.peer.send_with_fds(Images(slots=tuple(entries)), fds)
 

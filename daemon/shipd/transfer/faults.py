@@ -13,7 +13,14 @@ for _code, _error in BY_CODE.items():
 
 def describe_opening(opening: bytes) -> str:
     """What kind of peer begins like this, in words."""
-    if opening.startswith(b"HTTP/") or opening.split(b" ", 1)[0] in (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"PRI"):
+    if opening.startswith(b"HTTP/") or opening.split(b" ", 1)[0] in (
+        b"GET",
+        b"POST",
+        b"PUT",
+        b"HEAD",
+        b"OPTIONS",
+        b"PRI",
+    ):
         return "it speaks HTTP"
     if opening[:2] == b"\x16\x03" or opening[:2] == b"\x15\x03":
         return "it speaks TLS"
@@ -25,7 +32,9 @@ def describe_opening(opening: bytes) -> str:
 def peer_error(error: ProtocolError, peer: str) -> ShipError:
     """The error to raise when ``peer`` broke the protocol."""
     if isinstance(error, ForeignPeer):
-        return PeerError(f"{peer} is no shipd: {describe_opening(error.opening)}. Check the host and the port.", peer=peer)
+        return PeerError(
+            f"{peer} is no shipd: {describe_opening(error.opening)}. Check the host and the port.", peer=peer
+        )
     if isinstance(error, AuthFailed):
         return AuthError(f"{peer}: {error}", peer=peer)
     if isinstance(error, VersionMismatch):
@@ -33,14 +42,21 @@ def peer_error(error: ProtocolError, peer: str) -> ShipError:
     return PeerError(f"{peer} broke the protocol: {error}", peer=peer)
 
 
-def remote_error(error: TransferError, peer: str, *, model: str | None = None, transfer_id: str | None = None) -> ShipError:
+def remote_error(
+    error: TransferError, peer: str, *, model: str | None = None, transfer_id: str | None = None
+) -> ShipError:
     """The error to raise when ``peer`` aborted, or when this side found a reason to end the transfer."""
     kind = BY_CODE[error.code]
     message = str(error) or f"{peer} gave no reason ({error.code})"
     if issubclass(kind, TensorMismatch):
         listing = "".join(f"\n  {detail}" for detail in error.details)
         return TensorMismatch(
-            message + listing, problems=error.details, peer=peer, model=model, transfer_id=transfer_id, tensor=error.tensor or None
+            message + listing,
+            problems=error.details,
+            peer=peer,
+            model=model,
+            transfer_id=transfer_id,
+            tensor=error.tensor or None,
         )
     return kind(message, peer=peer, model=model, tensor=error.tensor or None, transfer_id=transfer_id)
 

@@ -70,8 +70,15 @@ class Lane:
     ``with_fds`` receives descriptors too, into ``fds``, in the order in which they were sent.
     """
 
-    def __init__(self, sock: socket.socket, peer: str, *, token: bytes | None = None, waker: Waker | None = None,
-                 with_fds: bool = False) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        *,
+        token: bytes | None = None,
+        waker: Waker | None = None,
+        with_fds: bool = False,
+    ) -> None:
         self.peer = peer
         self.connection = Connection(initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
         self.fds: deque[int] = deque()
@@ -89,9 +96,7 @@ class Lane:
             self._poll.register(waker, select.POLLIN)
 
     @classmethod
-    def open(
-        cls, target: Address | Path, *, token: bytes | None, timeout: float, waker: Waker | None = None
-    ) -> "Lane":
+    def open(cls, target: Address | Path, *, token: bytes | None, timeout: float, waker: Waker | None = None) -> "Lane":
         """Connect over TCP, or to a Unix socket, and do the handshake, all within ``timeout`` seconds.
 
         Descriptors can be received over a Unix socket. Raises ConnectError, AuthError, PeerError or Stalled.
@@ -102,7 +107,9 @@ class Lane:
             sock = _dial_unix(target, timeout) if isinstance(target, Path) else _dial_tcp(target, timeout)
         except OSError as error:
             hint = "Is shipd running there?" if isinstance(error, ConnectionRefusedError | FileNotFoundError) else ""
-            raise ConnectError(f"cannot connect to {target}: {_reason(error)}. {hint}".rstrip(), peer=str(target)) from error
+            raise ConnectError(
+                f"cannot connect to {target}: {_reason(error)}. {hint}".rstrip(), peer=str(target)
+            ) from error
         return cls(sock, str(target), token=token, waker=waker, with_fds=local)._shake_hands(deadline)
 
     def _shake_hands(self, deadline: float) -> "Lane":

@@ -62,7 +62,9 @@ class StreamPeer(asyncio.BufferedProtocol):
             for event in self.connection.events():
                 self._on_event(self, event)
         except ForeignPeer as error:
-            log.warning("closing a foreign connection", extra={"peer": self.name, "why": describe_opening(error.opening)})
+            log.warning(
+                "closing a foreign connection", extra={"peer": self.name, "why": describe_opening(error.opening)}
+            )
             self.close()
         except ProtocolError as error:
             log.warning("closing a connection", extra={"peer": self.name, "why": str(error)})
