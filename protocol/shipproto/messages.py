@@ -294,7 +294,7 @@ class Attach(Message, frozen=True, kw_only=True):
     mode: _Word
     model: _Label
     pinned: bool = False
-    """It page-locks the images, for which CUDA may need writable descriptors."""
+    """It copies to a device, and ahead of time where it is told what has arrived."""
 
 
 class Attached(Message, frozen=True, kw_only=True):

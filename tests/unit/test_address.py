@@ -4,6 +4,7 @@ import ipaddress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shipd.address import DEFAULT_PORT, Address, parse_address
 
 
@@ -85,7 +86,7 @@ def test_the_default_port_can_be_another():
 def test_an_address_is_a_value():
     assert len({Address("a", 1), Address("a", 1), Address("a", 2)}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Address("a", 1).port = 2
+        Address("a", 1).port = 2  # type: ignore[misc]
 
 
 @given(st.ip_addresses(), st.integers(1, 65535))

@@ -3,6 +3,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shipd.units import format_bytes, format_seconds, parse_size
 
 

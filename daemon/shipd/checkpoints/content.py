@@ -58,6 +58,9 @@ def identify(file: OpenFile) -> Kind:
     opening = file.read_at(0, _OPENING)
     if not opening:
         raise CheckpointError(f"{quoted(file.path)} is empty: its save or download was interrupted")
+    # Before all else: the length in front of the brace can look like the beginning of anything.
+    if _headed(opening, 1 << 32):
+        return Kind.SAFETENSORS
     if opening.startswith(b"PK\x03\x04"):
         _require_torch_archive(file)
         return Kind.TORCH_ZIP
@@ -65,9 +68,8 @@ def identify(file: OpenFile) -> Kind:
         return Kind.TORCH_LEGACY
     if problem := _foreign(opening, file.size):
         raise CheckpointError(f"{quoted(file.path)} is {problem}")
-    # A header shorter than 2^48 bytes: text whose ninth character is a brace is not one.
-    if opening[8:9] == b"{" and int.from_bytes(opening[:8], "little") < 1 << 48:
-        return Kind.SAFETENSORS
+    if _headed(opening, 1 << 48):
+        return Kind.SAFETENSORS  # With a damaged length: its reader says so.
     if not any(opening):
         problem = "begins with nothing but zeros: it was allocated and never written, or its disk lost the content"
     elif file.size <= 8:
@@ -75,6 +77,11 @@ def identify(file: OpenFile) -> Kind:
     else:
         problem = f"begins with {opening[:16]!r}, which is neither safetensors nor torch.save; {_SAVE_AS}"
     raise CheckpointError(f"{quoted(file.path)} {problem}")
+
+
+def _headed(opening: bytes, longest: int) -> bool:
+    """Whether this is a length below ``longest`` and the brace of a header: text would be a longer one."""
+    return opening[8:9] == b"{" and int.from_bytes(opening[:8], "little") < longest
 
 
 def _foreign(opening: bytes, size: int) -> str | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from shipd.errors import ConfigError, ShipError, TensorMismatch
+from shipd.release import VERSION
 
 if TYPE_CHECKING:
     from shipd.client.client import Client
@@ -42,7 +43,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="One JSON object a 
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option("0.1.0", prog_name="shipctl")
+@click.version_option(VERSION, prog_name="shipctl")
 def shipctl() -> None:
     """Ship new versions of PyTorch models into the processes that serve them."""
 

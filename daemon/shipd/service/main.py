@@ -11,11 +11,11 @@ import click
 import uvloop
 
 from shipd.errors import ConfigError
+from shipd.release import VERSION
 from shipd.service.config import Config, load
 from shipd.service.logs import configure
 from shipd.service.notify import Notifier
 from shipd.service.server import Server
-from shipd.transfer.lane import AGENT
 
 log = logging.getLogger("shipd.service")
 
@@ -87,7 +87,7 @@ class Service:
     help="TOML file; without one, the defaults and SHIPD_* variables.",
 )
 @click.option("--check", is_flag=True, help="Check the configuration and exit.")
-@click.version_option(AGENT.partition("/")[2], prog_name="shipd")
+@click.version_option(VERSION, prog_name="shipd")
 def main(path: Path | None, check: bool) -> None:
     """Receive new versions of models over TCP and lead the processes that serve them from one to the next.
 

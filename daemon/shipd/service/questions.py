@@ -4,9 +4,9 @@ import asyncio
 import os
 import time
 
+from shipd.release import AGENT
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
-from shipd.transfer.lane import AGENT
 from shipproto.limits import MAX_TEXT
 from shipproto.status import (
     ModelStatus,

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from shipd.errors import ConfigError
+from shipd.release import AGENT
 from shipd.service import questions
 from shipd.service.attaching import Attaching
 from shipd.service.config import RELOADABLE, Config
 from shipd.service.incoming import Incoming
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
-from shipd.transfer.lane import AGENT
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer

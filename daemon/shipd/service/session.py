@@ -73,6 +73,7 @@ class Session:
 
     def on_message(self, message: Message) -> None:
         """Take an answer. Raises UnexpectedMessage for one that nobody waits for."""
+        key: tuple[type[Message], int]
         if isinstance(message, Filled | StageReady | Swapped):
             key = (type(message), message.generation)
         elif isinstance(message, DigestIs):

@@ -124,6 +124,7 @@ class Gate:
             self.wait_outside()
         slot.forward_of = id(module)
         slot.forward.acquire()
+        slot.stale = False
         if self.fenced is not None:
             slot.forward.release()
             raise Fenced(self.fenced)
@@ -213,10 +214,10 @@ class Gate:
                 closed_at = time.monotonic()
                 waited, holders = self._attempt(action, then, closed_at, min(deadline, closed_at + max_hold))
                 now = time.monotonic()
-                if not holders:
+                if holders is None:
                     return Pause(now - closed_at, waited, attempts)
                 if now >= deadline:
-                    who = ", ".join(holders)
+                    who = ", ".join(holders) or "(they left just then)"
                     raise SwapFailed(
                         f"not swapped: no moment without holds in {commit_timeout:g} s; when it was given up, these "
                         f"threads had been holding for at least {waited:.3g} s: {who}. The old version serves."
@@ -229,14 +230,20 @@ class Gate:
         then: Callable[[Version], object] | None,
         closed_at: float,
         until: float,
-    ) -> tuple[float, list[str]]:
-        """Close the gate, act if every holder leaves in time, open it. Seconds waited, and who did not leave."""
+    ) -> tuple[float, list[str] | None]:
+        """Close the gate, act if every holder leaves in time, open it.
+
+        Returns the seconds waited, and None, or the names of the threads that did not leave.
+        """
+        holders: list[str] | None = None
         taken: list[ReentrantLock] = []
         try:
             self._close()
-            holders = self._drain(taken, until)
+            drained = self._drain(taken, until)
             waited = time.monotonic() - closed_at
-            if not holders:
+            if not drained:
+                holders = self._holders()
+            else:
                 self._acting = threading.get_ident()
                 self.version = action()
                 if then is not None:
@@ -279,50 +286,55 @@ class Gate:
             if not self._waiting or time.monotonic() >= until:
                 return
 
-    def _drain(self, taken: list[ReentrantLock], until: float) -> list[str]:
-        """Acquire every lock of every slot. Returns the names of the threads that still hold at ``until``."""
+    def _drain(self, taken: list[ReentrantLock], until: float) -> bool:
+        """Acquire every lock of every slot. False where a thread still holds at ``until``."""
         for slot in list(self._slots.values()):
             # The forward's lock first. A thread inside a forward may hold explicitly as well, so the swapping thread
             # must not sit on ``slot`` while it waits for ``slot.forward``; the reverse cannot happen.
             for lock in (slot.forward, slot):
-                if self._take(slot, lock, until):
-                    taken.append(lock)
-                elif slot.lifetime() is not None and not (lock is slot.forward and slot.stale):
-                    return self._holders()
-        return []
-
-    def _take(self, slot: Slot, lock: ReentrantLock, until: float) -> bool:
-        """Acquire ``lock``, until ``until`` or until it turns out that nobody is going to release it."""
-        if lock.acquire(blocking=False):
-            return True
-        while not lock.acquire(timeout=max(0.0, min(LOOK, until - time.monotonic()))):
-            if slot.lifetime() is None or (lock is slot.forward and self._left_behind(slot)):
-                return False
-            if time.monotonic() >= until:
-                return False
+                if not self._take(slot, lock, taken, until):
+                    return False
         return True
 
+    def _take(self, slot: Slot, lock: ReentrantLock, taken: list[ReentrantLock], until: float) -> bool:
+        """Acquire ``lock``, or find out that nobody holds through it although it is locked. False at ``until``."""
+        patience = 0.0
+        while not lock.acquire(timeout=patience):
+            if patience and self._abandoned(slot, lock):
+                return True
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            patience = min(LOOK, left)
+        taken.append(lock)
+        return True
+
+    def _abandoned(self, slot: Slot, lock: ReentrantLock) -> bool:
+        """Whether what locked ``lock`` is over: its thread has died, or it was a forward that did not end properly."""
+        return slot.lifetime() is None or (lock is slot.forward and self._left_behind(slot))
+
     def _left_behind(self, slot: Slot) -> bool:
-        """Whether ``slot.forward`` is held by a forward that is over; then remembered until its thread enters."""
+        """Whether no forward goes on that could hold ``slot.forward``; then remembered until its thread enters."""
         serial = slot.serial
         certain, doubtful = self._calls(sys._current_frames().get(slot.ident), slot.forward_of)
         if certain or doubtful:
             return False
         with self._judging:
-            # If the thread has come back meanwhile, it has judged for itself, and this judgement is void.
-            if slot.serial == serial:
-                slot.stale = True
-            return slot.stale
+            # If the thread has come back meanwhile it has judged for itself, and this judgement is void.
+            if slot.serial != serial:
+                return False
+            slot.stale = True
+            return True
 
     def _holders(self) -> list[str]:
+        """Names of the threads that hold."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         found = []
         for slot in list(self._slots.values()):
-            locks = (slot,) if slot.stale else (slot.forward, slot)
-            for lock in locks:
+            for lock in (slot.forward, slot):
                 if lock.acquire(blocking=False):
                     lock.release()
-                elif slot.lifetime() is not None:
+                elif not self._abandoned(slot, lock):
                     found.append(names.get(slot.ident, f"thread {slot.ident}"))
                     break
         return found
@@ -358,7 +370,6 @@ class Gate:
         if mine:
             # Forked by the swapping thread, from within a swap: the child returns through the same swap.
             self._closed, self._acting = closed, me
-            self._swapping.acquire()
         elif torn:
             self.fenced = "this process was forked in the middle of a swap, so its weights are not whole"
         self.shut = self._closed or self.fenced is not None

@@ -80,7 +80,7 @@ class Slot(ReentrantLock):
     tasks       ``async with`` blocks that this thread's event loop is in
     """
 
-    __slots__ = ("__weakref__", "forward", "forward_of", "gate", "ident", "lifetime", "serial", "stale", "tasks")
+    __slots__ = ("forward", "forward_of", "gate", "ident", "lifetime", "serial", "stale", "tasks")
 
     def __init__(self, gate: "Gate", lifetime: "weakref.ref[Lifetime]") -> None:
         self.gate = gate

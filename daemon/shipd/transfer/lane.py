@@ -15,13 +15,12 @@ from typing import Final
 
 from shipd.address import Address
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
+from shipd.release import AGENT
 from shipd.transfer.faults import peer_error
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import ProtocolError
 from shipproto.frame import Buffer
 from shipproto.limits import MAX_SLOTS, NONCE_SIZE
-
-AGENT: Final = "shipd/0.1.0"
 
 _GOODBYE_SECONDS: Final = 1.0
 

@@ -10,11 +10,11 @@ import socket
 from collections.abc import Callable
 from typing import Any, cast
 
+from shipd.transfer.faults import describe_opening
 from shipproto.connection import Connection, Event
 from shipproto.errors import ForeignPeer, LocalError, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.messages import Message
-from shipd.transfer.faults import describe_opening
 
 log = logging.getLogger("shipd.transfer")
 

@@ -1,0 +1,406 @@
+"""The serving process's side of the session with its daemon: a thread that follows the daemon's lead.
+
+    connect -> ATTACH -> (FILL) or (STAGE, SWAP) -> ATTACHED -> { ARRIVING, STAGE, SWAP, UNSTAGE, DIGEST }* -> lost
+       ^___________________________ with backoff, reporting the version that is really held ________________|
+
+Losing the daemon never stops serving. Everything that touches the model happens on this one thread, in the
+order in which the daemon asks for it.
+"""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from shipd.errors import ConnectError, Fenced, Interrupted, ShipError, Stalled
+from shipd.images.memory import ImageMapping
+from shipd.serving.version import Version
+from shipd.transfer.faults import peer_error, remote_error
+from shipd.transfer.lane import Lane, Waker
+from shipproto.connection import MessageArrived
+from shipproto.errors import MalformedMessage, ProtocolError
+from shipproto.frame import Buffer
+from shipproto.limits import MAX_TEXT
+from shipproto.messages import (
+    Abort,
+    Arriving,
+    Attach,
+    Attached,
+    Detach,
+    DigestIs,
+    DigestRequest,
+    Evicted,
+    Fill,
+    Filled,
+    Images,
+    Message,
+    Release,
+    Stage,
+    StageReady,
+    Swap,
+    Swapped,
+    Unstage,
+)
+from shipproto.rangeset import RangeSet
+from shipproto.resident import Resident
+from shipproto.sender import read_abort
+
+log = logging.getLogger("shipd.serving")
+
+_CONNECT_SECONDS: Final = 10.0
+_BACKOFF: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+"""Pauses between attempts to come back to the daemon; the last one repeats."""
+_RELEASE_SECONDS: Final = 0.5
+"""How often to look whether anybody still uses the tensors of a version that is no longer served."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapTimes:
+    """``pause_seconds``: gate closed to gate open. ``copy_seconds``: the part that moved the weights."""
+
+    pause_seconds: float
+    copy_seconds: float
+
+
+class Follower(Protocol):
+    """The resident model as the link sees it. All of it is called on the link's thread.
+
+    private   whether a version is served out of its mapping, which then is copy on write and used only once
+    """
+
+    private: bool
+
+    def held(self) -> Version | None:
+        """The version that is live and whole; None while fenced, and before the first attach."""
+
+    def map(self, fd: int, size: int) -> ImageMapping:
+        """Map an image the way this model wants it."""
+
+    def fill(self, image: memoryview) -> None:
+        """Write the live parameters into an image."""
+
+    def arrived(self, mapping: ImageMapping, chunks: RangeSet) -> None:
+        """These chunks of the next version are in the image, unverified as a whole."""
+
+    def stage(self, mapping: ImageMapping) -> None:
+        """The version in this image is verified: make everything ready to swap."""
+
+    def unstage(self) -> None:
+        """Forget what was staged or has arrived."""
+
+    def swap(self, version: Version, timeout: float) -> SwapTimes:
+        """Swap to what is staged. Raises SwapFailed (the old version is whole) or Fenced (it is not)."""
+
+    def settled(self) -> bool:
+        """Whether nobody can read the previous version's image any more."""
+
+    def adopt(self, mapping: ImageMapping, version: Version) -> None:
+        """This version is live, and this image has its bytes."""
+
+    def read_back(self) -> bytes:
+        """Version digest of the live parameters."""
+
+    def fence(self, reason: str) -> None:
+        """Stop serving until a version has been installed."""
+
+    def let_go(self) -> None:
+        """Serve from memory of its own from now on: the images go back to the daemon."""
+
+
+@dataclass(slots=True)
+class _Image:
+    fd: int
+    size: int
+    mapping: ImageMapping | None = None
+
+
+class _Evicted(ConnectError):
+    """The daemon has given up on this process; it attaches again."""
+
+
+class Link:
+    """The session thread of one resident model. ``start`` returns when the model is attached."""
+
+    def __init__(self, follower: Follower, resident: Resident, *, model: str, socket: Path, mode: str, pinned: bool) -> None:
+        self.connected = False
+        self._follower = follower
+        self._resident = resident
+        self._model = model
+        self._socket = socket
+        self._mode = mode
+        self._pinned = pinned
+        self._lane: Lane | None = None
+        self._waker = Waker()
+        self._images: dict[int, _Image] = {}
+        self._slot_of: dict[int, int] = {}
+        self._current: int | None = None
+        self._staged: tuple[int, Version] | None = None
+        self._releasing: list[int] = []
+        self._attached = threading.Event()
+        self._refusal: BaseException | None = None
+        self._stopping = False
+        self._populating: list[threading.Thread] = []
+        self._thread = threading.Thread(target=self._run, name=f"shipd {model}", daemon=True)
+
+    # --- other threads -------------------------------------------------------------------------------------
+
+    def start(self, timeout: float) -> None:
+        """Attach. Raises ShipError: ConnectError, TensorMismatch, MemoryLimit, Stalled, …"""
+        self._thread.start()
+        if not self._attached.wait(timeout):
+            self.stop()
+            raise Stalled(f"{self._socket} did not attach model {self._model!r} within {timeout:.0f} s", model=self._model)
+        if self._refusal is not None:
+            self._thread.join()
+            self._waker.close()
+            raise self._refusal
+
+    def stop(self) -> None:
+        """Detach and end the thread. A swap that is under way is finished first."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._waker.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+            self._waker.close()
+
+    def abandon_after_fork(self) -> None:
+        """In a forked child: the session belongs to the parent, which must be the only one to keep it open."""
+        self._stopping = True
+        if self._lane is not None:
+            self._lane.close()
+        for image in self._images.values():
+            os.close(image.fd)
+        self._images.clear()
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping:
+            try:
+                self._session()
+            except Interrupted:
+                break
+            except ShipError as error:
+                if not self._attached.is_set():
+                    self._refusal = error
+                    break
+                failures = 0 if self.connected else failures + 1
+                log.warning("lost the daemon; serving goes on", extra={"model": self._model, "why": str(error)})
+            except BaseException as error:
+                self._refusal = error
+                if self._attached.is_set():
+                    log.exception("the session failed unexpectedly", extra={"model": self._model})
+                break
+            finally:
+                self._end_session()
+            if self._waker.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
+                break
+        for thread in self._populating:
+            thread.join()
+        self._attached.set()
+
+    def _session(self) -> None:
+        lane = self._lane = Lane.open(self._socket, token=None, timeout=_CONNECT_SECONDS, waker=self._waker)
+        held = self._follower.held()
+        attach = Attach(
+            digest=bytes.fromhex(held.digest) if held else b"",
+            label=held.label if held else "",
+            mode=self._mode,
+            model=self._model,
+            pinned=self._pinned,
+        )
+        lane.connection.send(attach, self._resident.encode())
+        while True:
+            try:
+                events = lane.exchange(time.monotonic() + _RELEASE_SECONDS)
+            except Stalled:
+                # Nothing to do, which is the usual state of a session.
+                events = iter(())
+            try:
+                for event in events:
+                    if isinstance(event, MessageArrived):
+                        self._handle(lane, event.message, event.body)
+            except ProtocolError as error:
+                raise peer_error(error, str(self._socket)) from error
+            self._release_settled(lane)
+
+    def _end_session(self) -> None:
+        """The daemon knows nothing of this process any more; mappings that are served from stay."""
+        self.connected = False
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            if self._stopping and lane.connection.established and self._current is not None:
+                self._follower.let_go()
+                lane.connection.send(Detach())
+                lane.close(flush=True)
+            lane.close()
+        if self._staged is not None:
+            self._follower.unstage()
+        self._staged = self._current = None
+        self._releasing.clear()
+        self._slot_of.clear()
+        for image in self._images.values():
+            os.close(image.fd)
+        self._images.clear()
+
+    def _handle(self, lane: Lane, message: Message, body: Buffer) -> None:
+        if isinstance(message, Images):
+            self._take_images(lane, message)
+        elif isinstance(message, Fill):
+            self._fill(lane, message)
+        elif isinstance(message, Arriving):
+            self._slot_of[message.generation] = message.slot
+            mapping = self._mapping(message.slot, fresh=False)
+            self._follower.arrived(mapping, RangeSet.decode(body, 1 << 32))
+        elif isinstance(message, Stage):
+            self._stage(lane, message)
+        elif isinstance(message, Swap):
+            self._swap(lane, message)
+        elif isinstance(message, Unstage):
+            self._unstage(lane, message)
+        elif isinstance(message, DigestRequest):
+            self._read_back(lane, message)
+        elif isinstance(message, Attached):
+            self._follow(message)
+        elif isinstance(message, Evicted):
+            self._follower.fence(f"the daemon has given up on this process: {message.reason}")
+            raise _Evicted(f"evicted: {message.reason}", model=self._model)
+        elif isinstance(message, Abort):
+            error = remote_error(read_abort(message, body), str(self._socket), model=self._model)
+            raise error
+        else:
+            raise MalformedMessage(f"{type(message).__name__} to a serving process")
+
+    # --- images --------------------------------------------------------------------------------------------
+
+    def _take_images(self, lane: Lane, message: Images) -> None:
+        if len(lane.fds) < len(message.slots):
+            raise MalformedMessage(f"{len(message.slots)} images and {len(lane.fds)} descriptors")
+        for entry in message.slots:
+            known = self._images.pop(entry.slot, None)
+            if known is not None:
+                os.close(known.fd)
+            image = self._images[entry.slot] = _Image(lane.fds.popleft(), entry.size)
+            if not entry.writable and not self._follower.private:
+                image.mapping = self._follower.map(image.fd, image.size)
+                self._populate(image.mapping)
+
+    def _populate(self, mapping: ImageMapping) -> None:
+        """Map the pages ahead of time, on a thread of its own: the first copy would take twice as long."""
+        self._populating = [thread for thread in self._populating if thread.is_alive()]
+        thread = threading.Thread(
+            target=mapping.populate, args=(lambda: self._stopping,), name=f"shipd {self._model} populate", daemon=True
+        )
+        self._populating.append(thread)
+        thread.start()
+
+    def _mapping(self, slot: int, *, fresh: bool) -> ImageMapping:
+        image = self._images.get(slot)
+        if image is None:
+            raise MalformedMessage(f"slot {slot} has no image here")
+        if image.mapping is None or (fresh and self._follower.private):
+            image.mapping = self._follower.map(image.fd, image.size)
+        return image.mapping
+
+    def _fill(self, lane: Lane, message: Fill) -> None:
+        image = self._images.get(message.slot)
+        if image is None:
+            raise MalformedMessage(f"slot {message.slot} has no image here")
+        mapping = ImageMapping.shared(image.fd, image.size)
+        try:
+            self._follower.fill(mapping.view)
+        finally:
+            mapping.close()
+        lane.connection.send(Filled(generation=message.generation, slot=message.slot))
+
+    # --- versions ------------------------------------------------------------------------------------------
+
+    def _follow(self, message: Attached) -> None:
+        self._slot_of[message.generation] = message.slot
+        self._current = message.generation
+        version = Version(message.label, message.digest.hex())
+        self._follower.adopt(self._mapping(message.slot, fresh=False), version)
+        self.connected = True
+        self._attached.set()
+
+    def _stage(self, lane: Lane, message: Stage) -> None:
+        started = time.monotonic()
+        self._slot_of[message.generation] = message.slot
+        error = ""
+        try:
+            self._follower.stage(self._mapping(message.slot, fresh=True))
+            self._staged = (message.generation, Version(message.label, message.digest.hex()))
+        except Exception as failure:
+            log.exception("a version could not be staged", extra={"model": self._model, "label": message.label})
+            error = f"{type(failure).__name__}: {failure}"[:MAX_TEXT]
+        lane.connection.send(
+            StageReady(
+                error=error,
+                generation=message.generation,
+                stage_seconds=time.monotonic() - started,
+                transfer=message.transfer,
+            )
+        )
+
+    def _swap(self, lane: Lane, message: Swap) -> None:
+        if self._staged is None or self._staged[0] != message.generation:
+            raise MalformedMessage(f"SWAP to generation {message.generation}, which is not staged")
+        generation, version = self._staged
+        try:
+            times = self._follower.swap(version, message.timeout)
+        except ShipError as error:
+            lane.connection.send(
+                Swapped(
+                    error=str(error)[:MAX_TEXT],
+                    fenced=isinstance(error, Fenced),
+                    generation=generation,
+                    transfer=message.transfer,
+                )
+            )
+            return
+        self._staged = None
+        if self._current is not None and self._current != generation:
+            self._releasing.append(self._current)
+        self._current = generation
+        lane.connection.send(
+            Swapped(
+                copy_seconds=times.copy_seconds,
+                generation=generation,
+                pause_seconds=times.pause_seconds,
+                transfer=message.transfer,
+            )
+        )
+
+    def _unstage(self, lane: Lane, message: Unstage) -> None:
+        self._follower.unstage()
+        if self._staged is not None and self._staged[0] == message.generation:
+            self._staged = None
+        if message.generation != self._current:
+            self._release(lane, message.generation)
+
+    def _release_settled(self, lane: Lane) -> None:
+        if self._releasing and self._follower.settled():
+            for generation in self._releasing:
+                self._release(lane, generation)
+            self._releasing.clear()
+
+    def _release(self, lane: Lane, generation: int) -> None:
+        slot = self._slot_of.pop(generation, None)
+        if slot is not None:
+            lane.connection.send(Release(generation=generation, slot=slot))
+
+    def _read_back(self, lane: Lane, message: DigestRequest) -> None:
+        held = self._follower.held()
+        try:
+            answer = DigestIs(
+                digest=self._follower.read_back(), label=held.label if held else "", request=message.request
+            )
+        except ShipError as error:
+            answer = DigestIs(error=str(error)[:MAX_TEXT], request=message.request)
+        lane.connection.send(answer)
