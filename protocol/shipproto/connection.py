@@ -357,8 +357,8 @@ class Connection:
             if body_id in self._assemblies:
                 raise MalformedMessage(f"body {body_id} is announced twice")
             self._assemblies[body_id] = _Assembly(message, size, {0: payload})
-        elif isinstance(message, Hello):
-            raise UnexpectedMessage("a second HELLO")
+        elif isinstance(message, Hello | Auth):
+            raise UnexpectedMessage(f"{type(message).__name__} after the handshake")
         else:
             self._events.append(MessageArrived(message, payload))
 

@@ -307,7 +307,7 @@ class Attached(Message, frozen=True, kw_only=True):
     slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
 
 
-class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
+class ImageSlot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One image whose descriptor travels with the IMAGES message that lists it."""
 
     size: Annotated[int, msgspec.Meta(ge=1, le=MAX_IMAGE_BYTES)]

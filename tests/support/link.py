@@ -512,6 +512,8 @@ class Push:
         if self.receiving.work:
             actions.append(("work", lambda: self.receiving.work.popleft()()))
         for zombie in self._zombies:
+            if self._rng.random() > 0.05:
+                continue  # what it does, it does late
             if zombie.queues[receiving_end]:
                 actions.append(("zombie", lambda zombie=zombie: self._deliver(zombie, receiving_end)))  # type: ignore[misc]
             elif zombie.sides[receiving_end] in self.receiving.connections:

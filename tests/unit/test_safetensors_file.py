@@ -262,6 +262,16 @@ def test_foreign_files_are_named(tmp_path, case):
     assert repr(str(path)) in str(caught.value)
 
 
+def test_beginnings_of_files_are_refused(tmp_path):
+    path = tmp_path / "w"
+    beginnings = [bytes([byte]) for byte in range(256)]
+    beginnings += [raw[:size] for raw, _ in FOREIGN.values() for size in range(1, min(len(raw), 16))]
+    for raw in beginnings:
+        path.write_bytes(raw)
+        with pytest.raises(CheckpointError):
+            open_source(path)
+
+
 def test_paths_that_cannot_be_opened_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(packed({}))
     (tmp_path / "loop").symlink_to("loop")

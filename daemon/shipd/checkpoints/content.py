@@ -20,6 +20,9 @@ _OPENING: Final = 4096
 _PICKLE_MAGIC: Final = bytes.fromhex("6cfc9c46f9206aa85019")
 """torch's legacy magic number as pickle writes it, within the first pickled object of the file."""
 
+_PROTOCOLS: Final = (b"\x02", b"\x03", b"\x04", b"\x05")
+"""Protocols of pickle, in a pickle's second byte."""
+
 _MAX_PICKLE: Final = 256 * 1024 * 1024
 """Bytes of the pickle inside a torch.save file, which has no tensor content: a quarter kilobyte for each of
 MAX_TENSORS names. torch reads it whole."""
@@ -36,7 +39,6 @@ _FOREIGN: Final = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (b"GGUF", "a GGUF file of llama.cpp, whose quantised tensors have no torch dtype"),
     (b"\x93NUMPY", "a single numpy array"),
-    (b"TFL3", "a TensorFlow Lite model"),
     (b"\x7fELF", "a program or shared library"),
     (b"%PDF", "a PDF document"),
     (b"\x89PNG", "a picture"),
@@ -64,7 +66,7 @@ def identify(file: OpenFile) -> Kind:
     if opening.startswith(b"PK\x03\x04"):
         _require_torch_archive(file)
         return Kind.TORCH_ZIP
-    if _PICKLE_MAGIC in opening[:32] and opening[0] == 0x80:
+    if opening[:1] == b"\x80" and _PICKLE_MAGIC in opening[:32]:
         return Kind.TORCH_LEGACY
     if problem := _foreign(opening, file.size):
         raise CheckpointError(f"{quoted(file.path)} is {problem}")
@@ -107,7 +109,7 @@ def _foreign(opening: bytes, size: int) -> str | None:
                 "merge the files into one and push that"
             )
         return f"a JSON text: if it is an error message, {_NOT_FETCHED}"
-    if opening[0] == 0x80 and 2 <= opening[1] <= 5:
+    if opening[:1] == b"\x80" and opening[1:2] in _PROTOCOLS:
         return f"a bare pickle, which could run any code when it is read; where you trust it, {_SAVE_AS}"
     return None
 

@@ -146,7 +146,7 @@ def _unfit(tensor: Tensor) -> str | None:
     if tensor.is_nested:
         return "is nested: push its parts, or to_padded_tensor()"
     if tensor.layout is not torch.strided:
-        return f"is sparse ({str(tensor.layout).removeprefix('torch.')}): push its to_dense()"
+        return f"has the layout {tensor.layout} and is not dense: push its to_dense()"
     if tensor.is_conj() or tensor.is_neg():
         return "is a lazily conjugated or negated view: push its resolve_conj().resolve_neg()"
     if tensor.dtype not in _NAMES:

@@ -26,7 +26,7 @@ _SAFE_SINCE: Final = (2, 10)
 
 _CLASS: Final = re.compile(r"GLOBAL ([\w.]+)")
 
-_REFUSED: Final = "Weights only load failed."
+_REFUSED: Final = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
 _HOW: Final = "save torch.save(model.state_dict(), other_path), or a safetensors file, and push that"
 
@@ -90,11 +90,14 @@ def _reason(error: Exception) -> str:
             f"holds an object of {quoted(found[1])} and not tensors alone; to read such objects is to run their "
             f"code, so it is not done. Where you trust the file, load it yourself, {_HOW}"
         )
-    if text.startswith(_REFUSED):
-        return f"is damaged or holds more than tensors ({_brief(text.removeprefix(_REFUSED))}); {_HOW}"
-    return (
-        f"cannot be read: it is truncated or damaged ({type(error).__name__}: {_brief(text)}); fetch or save it again"
-    )
+    if found := _REFUSED.search(text):
+        # Of the whole message only this: the rest recommends to switch the safety off.
+        return (
+            f"is damaged, or needs more of pickle than torch's safe reader has ({_brief(found[1])}); save it again "
+            "with torch's default pickle_protocol, the state dict alone"
+        )
+    what = f"{type(error).__name__}: {_brief(text)}"
+    return f"cannot be read by torch, so it is probably truncated or damaged ({what}); fetch or save it again"
 
 
 def _brief(text: str) -> str:
@@ -123,5 +126,5 @@ def _flat(loaded: object, path: str) -> Mapping[str, Tensor]:
 
 def _kind(value: object) -> str:
     if isinstance(value, Mapping):
-        return f"mapping of {len(value)} entries"
+        return f"mapping of {len(value)}"
     return type(value).__name__

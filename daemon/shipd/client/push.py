@@ -124,6 +124,9 @@ class Push:
                 if not self._sender.revive() or time.monotonic() - moved > self._options.stall:
                     raise self._failure(error) from error
                 self._pause(_BACKOFF[-1])
+            except ShipError as error:
+                # The peer broke the protocol, or is another one now.
+                raise self._outcome(error) from error
 
     def _over_one_connection(self, deadline: float) -> Committed:
         lane = self._spare or Lane.open(

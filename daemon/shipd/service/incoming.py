@@ -230,6 +230,9 @@ class Incoming:
         pool = self.model.pool
         if pool is None or pool.layout is not layout:
             self._pool = pool = await self._host.work(self._host.images.make_pool, self.model, layout, 2)
+            for spare in pool.slots[1:]:
+                # The first touch of fresh memory costs 0.5 to 3 s a GB; this push pays for its own slot as it goes.
+                self._host.background(spare.memory.mapping.populate)
         slot = pool.find_writable() or await self._free_slot(pool)
         if self._host.images.renew(self.model, slot):
             self._hand_out(slot)

@@ -75,6 +75,8 @@ class Server:
         self._ended: dict[bytes, Receiver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="shipd-work")
+        # Apart from the others: faulting in the images of a large model takes seconds, and a verdict must not wait.
+        self._slow_pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-populate")
         self._closing = False
         self._tcp: asyncio.Server | None = None
         self._unix: socket.socket | None = None
@@ -171,7 +173,8 @@ class Server:
         if self._tcp is not None:
             await self._tcp.wait_closed()
         # Populating is abandoned between two slices; anything else takes milliseconds.
-        await loop.run_in_executor(None, functools.partial(self._pool.shutdown, wait=True, cancel_futures=True))
+        for pool in (self._slow_pool, self._pool):
+            await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
         for model in self.models.values():
             self.images.close(model)
 
@@ -201,7 +204,7 @@ class Server:
 
     def background(self, function: Callable[[Callable[[], bool]], object]) -> None:
         """Run ``function`` on a worker thread, some time; it is given a way to see that it should stop."""
-        self._pool.submit(function, lambda: self._closing)
+        self._slow_pool.submit(function, lambda: self._closing)
 
     def finished(self, incoming: Incoming) -> None:
         """A push is over: remember how it ended."""

@@ -17,6 +17,7 @@ thread at the next entry, or the swapping thread, which looks at the thread's st
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -117,7 +118,7 @@ class Gate:
         """Hold for a forward of ``module``, until ``leave_forward``. Called by the module's first pre-hook."""
         slot = self._local.slot
         if slot.holds(within_forward=2 if slot.forward_of == id(module) else 1):
-            if slot.forward._is_owned():
+            if slot.forward.owned():
                 slot.forward.acquire()
             return
         if self.shut:
@@ -132,20 +133,20 @@ class Gate:
     def leave_forward(self) -> None:
         """End the hold of ``enter_forward``. Harmless without one: a pre-hook that raised may have come first."""
         forward = self._local.slot.forward
-        if forward._is_owned():
+        if forward.owned():
             forward.release()
 
-    def forward_goes_on(self, slot: Slot, frame: FrameType, calls: int) -> bool:
+    def forward_goes_on(self, slot: Slot, calls: int) -> bool:
         """Whether the calling thread is still inside the forward that left ``slot.forward`` held; if not, it is
         released. At least ``calls`` calls of the module are on the stack if it is."""
-        certain, doubtful = self._calls(frame, slot.forward_of)
+        certain, doubtful = self._calls(inspect.currentframe(), slot.forward_of)
         with self._judging:
             slot.serial += 1
             # A swap may be under way that no longer waits for this forward: then nothing may go past the gate.
             if not slot.stale and (certain >= calls or doubtful):
                 return True
             slot.stale = False
-        while slot.forward._is_owned():
+        while slot.forward.owned():
             slot.forward.release()
         return False
 
@@ -316,7 +317,9 @@ class Gate:
     def _left_behind(self, slot: Slot) -> bool:
         """Whether no forward goes on that could hold ``slot.forward``; then remembered until its thread enters."""
         serial = slot.serial
-        certain, doubtful = self._calls(sys._current_frames().get(slot.ident), slot.forward_of)
+        frames = sys._current_frames()  # noqa: SLF001  documented, and the only way to see another thread's stack
+        certain, doubtful = self._calls(frames.get(slot.ident), slot.forward_of)
+        del frames
         if certain or doubtful:
             return False
         with self._judging:
@@ -355,7 +358,7 @@ class Gate:
 
     # Forking ------------------------------------------------------------------------------------------------------
 
-    def _after_fork(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In the child only the forking thread exists; what the others held, nobody will release."""
         me = threading.get_ident()
         mine = self._acting == me
@@ -363,8 +366,8 @@ class Gate:
         self._slots = {key: slot for key, slot in self._slots.items() if slot.ident == me}
         for slot in self._slots.values():
             for lock in (slot.forward, slot):
-                if not lock._is_owned():
-                    lock._at_fork_reinit()
+                if not lock.owned():
+                    lock.reinitialise()
         closed = self._closed
         self._reset()
         if mine:
@@ -385,7 +388,7 @@ _gates: "weakref.WeakSet[Gate]" = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for gate in list(_gates):
-        gate._after_fork()
+        gate.after_fork_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

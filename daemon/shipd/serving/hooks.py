@@ -8,7 +8,6 @@ the documented way of keeping torch.compile from tracing into a hook.
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -20,7 +19,7 @@ from torch.nn.modules import module as _module
 
 from shipd.serving.gate import Gate
 
-_CALL: Final = nn.Module._call_impl.__code__
+_CALL: Final = nn.Module._call_impl.__code__  # noqa: SLF001
 """The function that is on the stack exactly once for every call of a module, around its hooks and its forward."""
 
 _MODULE_FILES: Final = frozenset((_module.__file__, _CALL.co_filename))
@@ -51,7 +50,7 @@ class _Hook:
 class _Enter(_Hook):
     __slots__ = ()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, _args: Any) -> None:
         self._gate.enter_forward(module)
 
@@ -59,7 +58,7 @@ class _Enter(_Hook):
 class _Leave(_Hook):
     __slots__ = ()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, _module: nn.Module, _args: Any, _result: Any) -> None:
         self._gate.leave_forward()
 

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -23,7 +24,7 @@ from shipd.transfer.lane import Lane, Waker
 from shipproto.connection import MessageArrived
 from shipproto.errors import MalformedMessage, ProtocolError
 from shipproto.frame import Buffer
-from shipproto.limits import MAX_TEXT
+from shipproto.limits import LEAF_SIZE, MAX_IMAGE_BYTES, MAX_TEXT
 from shipproto.messages import (
     Abort,
     Arriving,
@@ -82,6 +83,9 @@ class Follower(Protocol):
     def fill(self, image: memoryview) -> None:
         """Write the live parameters into an image."""
 
+    def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool]) -> None:
+        """Get a mapping ready ahead of time. On any thread, and only for speed."""
+
     def arrived(self, mapping: ImageMapping, chunks: RangeSet) -> None:
         """These chunks of the next version are in the image, unverified as a whole."""
 
@@ -94,8 +98,8 @@ class Follower(Protocol):
     def swap(self, version: Version, timeout: float) -> SwapTimes:
         """Swap to what is staged. Raises SwapFailed (the old version is whole) or Fenced (it is not)."""
 
-    def settled(self) -> bool:
-        """Whether nobody can read the previous version's image any more."""
+    def settle(self) -> bool:
+        """Clean up after swaps. Whether nobody can read an earlier version's image any more."""
 
     def adopt(self, mapping: ImageMapping, version: Version) -> None:
         """This version is live, and this image has its bytes."""
@@ -135,7 +139,8 @@ class Link:
         self._lane: Lane | None = None
         self._waker = Waker()
         self._images: dict[int, _Image] = {}
-        self._slot_of: dict[int, int] = {}
+        # By generation: what the daemon has named to this process, and not been told to be free again.
+        self._leased: dict[int, tuple[int, ImageMapping]] = {}
         self._current: int | None = None
         self._staged: tuple[int, Version] | None = None
         self._releasing: list[int] = []
@@ -244,7 +249,7 @@ class Link:
             self._follower.unstage()
         self._staged = self._current = None
         self._releasing.clear()
-        self._slot_of.clear()
+        self._leased.clear()
         for image in self._images.values():
             os.close(image.fd)
         self._images.clear()
@@ -255,9 +260,9 @@ class Link:
         elif isinstance(message, Fill):
             self._fill(lane, message)
         elif isinstance(message, Arriving):
-            self._slot_of[message.generation] = message.slot
-            mapping = self._mapping(message.slot, fresh=False)
-            self._follower.arrived(mapping, RangeSet.decode(body, 1 << 32))
+            self._follower.arrived(
+                self._mapping(message.slot, message.generation), RangeSet.decode(body, MAX_IMAGE_BYTES // LEAF_SIZE)
+            )
         elif isinstance(message, Stage):
             self._stage(lane, message)
         elif isinstance(message, Swap):
@@ -295,23 +300,32 @@ class Link:
         """Map the pages ahead of time, on a thread of its own: the first copy would take twice as long."""
         self._populating = [thread for thread in self._populating if thread.is_alive()]
         thread = threading.Thread(
-            target=mapping.populate, args=(lambda: self._stopping,), name=f"shipd {self._model} populate", daemon=True
+            target=self._follower.prepare,
+            args=(mapping, lambda: self._stopping),
+            name=f"shipd {self._model} populate",
+            daemon=True,
         )
         self._populating.append(thread)
         thread.start()
 
-    def _mapping(self, slot: int, *, fresh: bool) -> ImageMapping:
+    def _image(self, slot: int) -> _Image:
         image = self._images.get(slot)
         if image is None:
             raise MalformedMessage(f"slot {slot} has no image here")
-        if image.mapping is None or (fresh and self._follower.private):
+        return image
+
+    def _mapping(self, slot: int, generation: int) -> ImageMapping:
+        """The mapping in which to read a generation of a slot."""
+        if generation in self._leased:
+            return self._leased[generation][1]
+        image = self._image(slot)
+        if image.mapping is None or self._follower.private:
             image.mapping = self._follower.map(image.fd, image.size)
+        self._leased[generation] = slot, image.mapping
         return image.mapping
 
     def _fill(self, lane: Lane, message: Fill) -> None:
-        image = self._images.get(message.slot)
-        if image is None:
-            raise MalformedMessage(f"slot {message.slot} has no image here")
+        image = self._image(message.slot)
         mapping = ImageMapping.shared(image.fd, image.size)
         try:
             self._follower.fill(mapping.view)
@@ -322,19 +336,17 @@ class Link:
     # --- versions ------------------------------------------------------------------------------------------
 
     def _follow(self, message: Attached) -> None:
-        self._slot_of[message.generation] = message.slot
         self._current = message.generation
         version = Version(message.label, message.digest.hex())
-        self._follower.adopt(self._mapping(message.slot, fresh=False), version)
+        self._follower.adopt(self._mapping(message.slot, message.generation), version)
         self.connected = True
         self._attached.set()
 
     def _stage(self, lane: Lane, message: Stage) -> None:
         started = time.monotonic()
-        self._slot_of[message.generation] = message.slot
         error = ""
         try:
-            self._follower.stage(self._mapping(message.slot, fresh=True))
+            self._follower.stage(self._mapping(message.slot, message.generation))
             self._staged = (message.generation, Version(message.label, message.digest.hex()))
         except Exception as failure:
             log.exception("a version could not be staged", extra={"model": self._model, "label": message.label})
@@ -385,15 +397,16 @@ class Link:
             self._release(lane, message.generation)
 
     def _release_settled(self, lane: Lane) -> None:
-        if self._releasing and self._follower.settled():
-            for generation in self._releasing:
-                self._release(lane, generation)
-            self._releasing.clear()
+        if not self._releasing or not self._follower.settle():
+            return
+        for generation in self._releasing:
+            self._release(lane, generation)
+        self._releasing.clear()
 
     def _release(self, lane: Lane, generation: int) -> None:
-        slot = self._slot_of.pop(generation, None)
-        if slot is not None:
-            lane.connection.send(Release(generation=generation, slot=slot))
+        leased = self._leased.pop(generation, None)
+        if leased is not None:
+            lane.connection.send(Release(generation=generation, slot=leased[0]))
 
     def _read_back(self, lane: Lane, message: DigestRequest) -> None:
         held = self._follower.held()

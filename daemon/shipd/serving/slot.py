@@ -17,7 +17,6 @@ and after a call made by the CALL instruction. Hence two oddities:
 
 import _thread
 import functools
-import sys
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,14 +28,25 @@ from shipd.serving.version import Version
 if TYPE_CHECKING:
     from shipd.serving.gate import Gate
 
-    class ReentrantLock(_thread.RLock):
-        """The lock with the methods that typeshed leaves out."""
+    class ReentrantLock:
+        """_thread.RLock, which typeshed takes for final and of which it leaves out half."""
 
-        def _is_owned(self) -> bool: ...
-        def _at_fork_reinit(self) -> None: ...
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+        def release(self) -> None: ...
+        def __enter__(self) -> object: ...
+        def __exit__(self, kind: object, error: object, traceback: object, /) -> None: ...
+        def owned(self) -> bool: ...
+        def reinitialise(self) -> None: ...
 
 else:
-    ReentrantLock = _thread.RLock
+
+    class ReentrantLock(_thread.RLock):
+        """The interpreter's reentrant lock, with names for what threading.Condition and fork handlers use of it."""
+
+        __slots__ = ()
+        owned = _thread.RLock._is_owned  # noqa: SLF001
+        reinitialise = _thread.RLock._at_fork_reinit  # noqa: SLF001
+
 
 _get_ident = _thread.get_ident
 
@@ -98,7 +108,7 @@ class Slot(ReentrantLock):
     _taken_at_once = property(functools.partial(_thread.RLock.acquire, blocking=False))
     """Reading it acquires the lock unless another thread has it. Whether it was acquired."""
 
-    def __enter__(self) -> Version:  # type: ignore[override]
+    def __enter__(self) -> Version:
         gate = self.gate
         if gate.shut or _get_ident() != self.ident:
             return self._enter_slowly()
@@ -135,9 +145,9 @@ class Slot(ReentrantLock):
 
         ``within_forward``: how many calls of the module must be on its stack if it is inside one.
         """
-        if self._is_owned():
+        if self.owned():
             return True
-        return self.forward._is_owned() and self.gate.forward_goes_on(self, sys._getframe(), within_forward)
+        return self.forward.owned() and self.gate.forward_goes_on(self, within_forward)
 
     async def __aenter__(self) -> Version:
         gate = self.gate
@@ -146,7 +156,7 @@ class Slot(ReentrantLock):
         hold = TaskHold(gate, outer)
         passed = False
         while True:
-            nested = self._is_owned() and (self.tasks == 0 or _holds(outer, gate))
+            nested = self.owned() and (self.tasks == 0 or _holds(outer, gate))
             if (passed or nested or not gate.shut) and self._taken_at_once:
                 break
             passed = await gate.reopened()

@@ -18,7 +18,7 @@ from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
 from shipd.transfer.faults import peer_error
 from shipproto.connection import Connection, Established, Event
-from shipproto.errors import ProtocolError
+from shipproto.errors import BadPrelude, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.limits import MAX_SLOTS, NONCE_SIZE
 
@@ -206,6 +206,9 @@ class Lane:
         self.last_heard = time.monotonic()
         try:
             self.connection.buffer_updated(count)
+        except BadPrelude as error:
+            # The path has damaged it, not the peer: whatever was under way goes on over another connection.
+            raise ConnectionLost(f"lost the connection to {self.peer}: {error}", peer=self.peer) from error
         except ProtocolError as error:
             raise self.fault(error) from error
         return True

@@ -1,0 +1,1 @@
+"""The serving side: what runs in the process that serves a model."""

@@ -1,0 +1,234 @@
+"""``copy`` on CUDA: a flat shadow of the image on the device, filled while the rest of the version still arrives.
+
+    image (host, page-locked) --side stream, chunk by chunk--> shadow --inside the closed gate--> live tensors
+
+Belongs here: everything that talks to CUDA. Addresses of live tensors stay, so CUDA graphs stay valid.
+
+Page-locking belongs to this process and its CUDA context, so each process locks its own mapping, and only a shared one:
+locking a private mapping would copy every page. Where it is refused, a small page-locked ring carries the bytes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from shipd.errors import AttachError
+from shipd.images.memory import Access, ImageMapping
+from shipd.serving import bits
+from shipd.serving.copy_swap import CopySwap
+from shipd.serving.staging import clear_padding, never
+from shipd.serving.tensors import ModelTensors
+from shipproto.layout import Layout
+
+LOCK_SLICE: Final = 256 * 1024 * 1024
+"""Bytes page-locked in one call, during which other threads' CUDA calls may have to wait. No copy may cross from one
+slice into the next: to CUDA they are two allocations."""
+
+RING_BUFFER: Final = 8 * 1024 * 1024
+RING_BUFFERS: Final = 4
+"""One is filled while the others are on their way; more would not be faster."""
+
+_REGISTER_READ_ONLY: Final = 0x08
+"""cudaHostRegisterReadOnly: what a mapping without PROT_WRITE needs, on devices that support it."""
+
+
+def spans(layout: Layout, chunks: Iterable[tuple[int, int]], slice_size: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the image that hold these ranges of chunks, cut at every multiple of ``slice_size``."""
+    for first, stop in chunks:
+        if first >= stop:
+            continue
+        start = layout.chunk(first)[0]
+        end = sum(layout.chunk(stop - 1))
+        while start < end:
+            cut = min(end, (start // slice_size + 1) * slice_size)
+            yield start, cut
+            start = cut
+
+
+class _Ring:
+    """Page-locked buffers of constant size, for images that could not be page-locked themselves."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(RING_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(RING_BUFFERS)]
+        self._sent = [torch.cuda.Event() for _ in range(RING_BUFFERS)]
+        self._next = 0
+
+    def send(self, target: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
+        """Copy host bytes to the device on ``stream``; ``source`` may change as soon as this returns."""
+        for start in range(0, source.numel(), RING_BUFFER):
+            part = source[start : start + RING_BUFFER]
+            buffer, sent = self._buffers[self._next], self._sent[self._next]
+            self._next = (self._next + 1) % RING_BUFFERS
+            # An event that was never recorded counts as complete.
+            sent.synchronize()
+            buffer[: part.numel()].copy_(part)
+            target[start : start + part.numel()].copy_(buffer[: part.numel()], non_blocking=True)
+            sent.record(stream)
+
+
+class CudaCopySwap(CopySwap):
+    """``copy`` for a model on one CUDA device.
+
+    page_locked   whether images are page-locked; None before the first was tried
+    """
+
+    def __init__(self, tensors: ModelTensors, layout: Layout) -> None:
+        super().__init__(tensors, layout)
+        self.device = tensors.device
+        self.page_locked: bool | None = None
+        self._stream = torch.cuda.Stream(self.device)
+        try:
+            with self._on_stream():
+                self._shadow = torch.zeros(layout.size, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise AttachError(
+                f"mode copy needs a shadow of {layout.size} bytes on {self.device}; {free} of {total} are free: {error}"
+            ) from error
+        shadows = bits.image_integers(self._shadow, layout, self._rows)
+        self._groups = _group(self._live, shadows)
+        # What the shadow holds: which image, and which of its chunks.
+        self._source: ImageMapping | None = None
+        self._present = bytearray(layout.chunks)
+        self._locked: dict[ImageMapping, list[int]] = {}
+        self._ring: _Ring | None = None
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            yield
+
+    def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool] = never) -> None:
+        """See Swapper. Page-locks the mapping, which also populates it."""
+        if mapping in self._locked or mapping.access is Access.PRIVATE:
+            return
+        flags = _REGISTER_READ_ONLY if mapping.access is Access.READ_ONLY else 0
+        cudart = torch.cuda.cudart()
+        addresses: list[int] = []
+        self._locked[mapping] = addresses
+        with torch.cuda.device(self.device):
+            for start in range(0, mapping.size, LOCK_SLICE):
+                # One that is half locked works as well: CUDA copies from ordinary memory too, only more slowly.
+                if cancelled():
+                    return
+                size = min(LOCK_SLICE, mapping.size - start)
+                if int(cudart.cudaHostRegister(mapping.address + start, size, flags)) != 0:
+                    self._clear_error()
+                    self._unlock(mapping)
+                    self.page_locked = False
+                    mapping.populate(cancelled)
+                    return
+                addresses.append(mapping.address + start)
+        self.page_locked = True
+
+    def _clear_error(self) -> None:
+        """The runtime keeps a thread's last error, and the next launch would report it as its own: make one that
+        may."""
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device).add_(1)
+
+    def _unlock(self, mapping: ImageMapping) -> None:
+        cudart = torch.cuda.cudart()
+        with torch.cuda.device(self.device):
+            for address in self._locked.pop(mapping, []):
+                if int(cudart.cudaHostUnregister(address)) != 0:
+                    self._clear_error()
+
+    def fill(self, image: memoryview) -> None:
+        """See Swapper."""
+        self._source = None
+        torch.cuda.synchronize(self.device)
+        with self._on_stream():
+            for live, shadow in self._groups:
+                bits.copy_all(shadow, live)
+            bits.flat_bytes(image).copy_(self._shadow)
+        self._stream.synchronize()
+        clear_padding(self.layout, image)
+
+    def arrived(self, mapping: ImageMapping, chunks: Iterable[tuple[int, int]]) -> None:
+        """See Swapper. Sends them on; returns before they have reached the device."""
+        if self._source is not mapping:
+            self._source = mapping
+            self._present = bytearray(self.layout.chunks)
+        ranges = list(chunks)
+        self._send(mapping, ranges)
+        for first, stop in ranges:
+            self._present[first:stop] = b"\x01" * (stop - first)
+
+    def discard(self) -> None:
+        """See Swapper."""
+        super().discard()
+        self._source = None
+
+    def _send(self, mapping: ImageMapping, ranges: Sequence[tuple[int, int]]) -> None:
+        image = bits.flat_bytes(mapping.raw)
+        locked = bool(self._locked.get(mapping))
+        if not locked and self._ring is None:
+            self._ring = _Ring()
+        with self._on_stream():
+            for start, stop in spans(self.layout, ranges, LOCK_SLICE):
+                source, target = image[start:stop], self._shadow[start:stop]
+                if locked or self._ring is None:
+                    target.copy_(source, non_blocking=True)
+                else:
+                    self._ring.send(target, source, self._stream)
+
+    def _prepare(self, mapping: ImageMapping) -> None:
+        """Send what has not been sent yet, and wait until all of it is on the device."""
+        self.arrived(mapping, ())
+        missing = []
+        at = self._present.find(0)
+        while at >= 0:
+            stop = self._present.find(1, at)
+            stop = len(self._present) if stop < 0 else stop
+            missing.append((at, stop))
+            at = self._present.find(0, stop)
+        self.arrived(mapping, missing)
+        self._stream.synchronize()
+
+    def _write(self, mapping: ImageMapping) -> None:
+        if self._source is not mapping or self._present.find(0) >= 0:
+            self._prepare(mapping)
+        # Holds are over, but what they launched may still be running and reading.
+        torch.cuda.synchronize(self.device)
+        with self._on_stream():
+            for live, shadow in self._groups:
+                bits.copy_all(live, shadow)
+        # Waited for inside the gate: later holds may use any stream, and what goes wrong must come out now.
+        self._stream.synchronize()
+
+    def forget(self, mapping: ImageMapping) -> None:
+        """See Swapper."""
+        super().forget(mapping)
+        if self._source is mapping:
+            self._source = None
+        self._stream.synchronize()
+        self._unlock(mapping)
+
+    def digest(self) -> bytes:
+        """See Swapper."""
+        torch.cuda.synchronize(self.device)
+        return super().digest()
+
+    def close(self) -> None:
+        """See Swapper."""
+        self._stream.synchronize()
+        for mapping in list(self._locked):
+            self._unlock(mapping)
+        super().close()
+        self._groups = []
+        self._source = self._ring = None
+        self._shadow = torch.empty(0, dtype=torch.uint8)
+
+
+def _group(live: Sequence[Tensor], shadows: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs by dtype and contiguity: one tensor that does not fit makes many slow kernels of a call's one fast."""
+    groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(live, shadows, strict=True):
+        targets, sources = groups.setdefault((target.dtype, target.is_contiguous()), ([], []))
+        targets.append(target)
+        sources.append(source)
+    return list(groups.values())

@@ -1,0 +1,175 @@
+"""``flip`` on the CPU: the live tensors are bound to the next version's image instead of being overwritten.
+
+No bytes are copied, so the pause does not grow with the model, and the image is all the memory that a version needs.
+The image is mapped copy on write: what the model itself writes (BatchNorm in training mode does) stays its own.
+
+Parameter objects, ties, requires_grad and autograd's version counters stay as they are; addresses change. References to
+the same *tensor object* follow; a tensor that the user made by slicing a parameter keeps the old version's memory.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from shipd.errors import AttachError, SwapFailed
+from shipd.images.memory import Access, ImageMapping
+from shipd.serving import bits
+from shipd.serving.staging import Torn, check_stage, fill_image, never, read_digest
+from shipd.serving.tensors import ModelTensors
+from shipproto.layout import Layout
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class FlipSwap:
+    """``flip``, see Swapper."""
+
+    mode: Final = "flip"
+    access: Final = Access.PRIVATE
+
+    def __init__(self, tensors: ModelTensors, layout: Layout) -> None:
+        if sharing := tensors.sharing_transients():
+            raise AttachError(
+                f"mode flip would part the non-persistent buffer {sharing[0]!r} from the tensor whose memory it "
+                "shares; use mode copy",
+                tensor=sharing[0],
+            )
+        self.tensors = tensors
+        self.layout = layout
+        self._staged: tuple[ImageMapping, Pairs, weakref.ref[memoryview]] | None = None
+        self._current: tuple[ImageMapping, weakref.ref[memoryview]] | None = None
+        self._retired: list[tuple[ImageMapping, weakref.ref[memoryview]]] = []
+        self._moved = False
+
+    def fill(self, image: memoryview) -> None:
+        """See Swapper."""
+        fill_image(self.layout, self.tensors.live, image)
+
+    def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool] = never) -> None:
+        """See Swapper."""
+        mapping.populate(cancelled)
+
+    def adopt(self, mapping: ImageMapping) -> None:
+        """See Swapper. The tensors that are replaced are the undo; an image of them is not needed."""
+
+    def arrived(self, mapping: ImageMapping, chunks: Iterable[tuple[int, int]]) -> None:
+        """See Swapper. The image is where the bytes are needed."""
+
+    def stage(self, mapping: ImageMapping) -> None:
+        """See Swapper."""
+        self._remember()
+        check_stage(mapping, self.layout, self.access, self.tensors)
+        # Else the first forward after the swap would find its pages one by one.
+        mapping.populate()
+        # Every tensor gets a storage of its own, as in any model, and each storage refers to this memoryview and to
+        # nothing else of the mapping: when it is gone, nothing can read the image any more.
+        anchor = mapping.raw
+        replacements: dict[int, Tensor] = {}
+        pairs: Pairs = []
+        primary = self.layout.structure.primary.tolist()
+        seen: set[int] = set()
+        for row, live in enumerate(self.tensors.live):
+            # One object may stand under several names; and several objects may share one memory.
+            if not live.numel() or id(live) in seen:
+                continue
+            seen.add(id(live))
+            root = primary[row]
+            if root not in replacements:
+                replacements[root] = self._replacement(anchor, root, live)
+            pairs.append((live, replacements[root]))
+        self._staged = (mapping, pairs, weakref.ref(anchor))
+
+    def _replacement(self, anchor: memoryview, row: int, live: Tensor) -> Tensor:
+        """The staged value of a tensor, with the strides of the live one."""
+        count, offset = int(self.layout.structure.nbytes[row]), int(self.layout.offsets[row])
+        content = torch.frombuffer(anchor, dtype=torch.uint8, count=count, offset=offset)
+        if live.is_contiguous():
+            return content.view(live.dtype).view(live.shape)
+        # Other strides need another order of bytes, and so memory of their own.
+        reach = 1 + sum((size - 1) * step for size, step in zip(live.shape, live.stride(), strict=True))
+        memory = torch.zeros(reach * live.element_size(), dtype=torch.uint8)
+        strided = memory.view(live.dtype).as_strided(live.shape, live.stride())
+        bits.copy_all([bits.integers(strided)], [bits.integers(content.view(live.dtype).view(live.shape))])
+        return strided
+
+    def discard(self) -> None:
+        """See Swapper."""
+        self._staged = None
+
+    def apply(self) -> None:
+        """See Swapper."""
+        if self._staged is None:
+            raise RuntimeError("nothing is staged")
+        mapping, pairs, anchor = self._staged
+        self._staged = None
+        before = [(live, live.data) for live, _ in pairs]
+        try:
+            for live, replacement in pairs:
+                bind(live, replacement)
+        except BaseException as error:
+            try:
+                for live, old in before:
+                    bind(live, old)
+            except BaseException as second:  # noqa: BLE001  whatever it is, the model is torn
+                raise Torn(f"the swap failed ({error!r}) and could not be undone ({second!r})") from error
+            raise SwapFailed(f"the swap failed and was undone; the old version serves: {error!r}") from error
+        if self._current is not None:
+            self._retired.append(self._current)
+        self._current = mapping, anchor
+        self._moved = True
+
+    def settle(self) -> bool:
+        """See Swapper. An output, a slice of a parameter or a saved graph may refer to earlier versions."""
+        self._remember()
+        self._retired = [(mapping, anchor) for mapping, anchor in self._retired if anchor() is not None]
+        return not self._retired
+
+    def let_go(self) -> None:
+        """See Swapper. Takes as much memory as the model."""
+        copies: dict[int, Tensor] = {}
+        for live in self.tensors.live:
+            place = live.data_ptr()
+            if live.numel() and place not in copies:
+                copies[place] = live.data.clone()
+        for live in {id(live): live for live in self.tensors.live if live.numel()}.values():
+            bind(live, copies[live.data_ptr()])
+        if self._current is not None:
+            self._retired.append(self._current)
+            self._current = None
+        self._moved = True
+
+    def _remember(self) -> None:
+        # Not in apply(): with many tensors it would lengthen the pause.
+        if self._moved:
+            self._moved = False
+            self.tensors.remember()
+
+    def forget(self, mapping: ImageMapping) -> None:
+        """See Swapper."""
+        self._retired = [(other, anchor) for other, anchor in self._retired if other is not mapping]
+        if self._staged is not None and self._staged[0] is mapping:
+            self._staged = None
+
+    def digest(self) -> bytes:
+        """See Swapper. What the model itself has written since counts."""
+        self._remember()
+        return read_digest(self.layout, self.tensors)
+
+    def close(self) -> None:
+        """See Swapper."""
+        self._staged = None
+        self._current = None
+        self._retired = []
+
+
+def bind(live: Tensor, replacement: Tensor) -> None:
+    """Make ``live`` use the memory of ``replacement``; as an object it stays what it is."""
+    if live.is_inference():
+        # Inference tensors refuse .data = anything, because they have no version counter to keep.
+        with torch.inference_mode():
+            live.set_(replacement)  # type: ignore[call-overload]
+    else:
+        live.data = replacement
