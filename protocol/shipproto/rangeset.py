@@ -89,6 +89,8 @@ class RangeSet:
         stop = start + 1 if stop is None else stop
         if start < 0 or stop < start:
             raise ValueError(f"not a range: [{start}, {stop})")
+        if start == stop:
+            return
         first = bisect_right(self._stops, start)
         last = bisect_left(self._starts, stop)
         if first >= last:

@@ -123,7 +123,7 @@ def _require_torch_archive(file: OpenFile) -> None:
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OSError) as error:
         raise CheckpointError(
             f"{path} begins like a torch.save file but has no readable table of contents at its end "
-            f"({format_bytes(file.size)}, {str(error)[:100]}): its save or download was interrupted, or it "
+            f"({format_bytes(file.size)}, {quoted(str(error))}): its save or download was interrupted, or it "
             "is damaged; fetch or save it again"
         ) from error
     names = {member.filename for member in members}

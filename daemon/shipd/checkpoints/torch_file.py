@@ -24,7 +24,7 @@ _SAFE_SINCE: Final = (2, 10)
 """Earlier releases can be made to run code or to corrupt memory in spite of weights_only=True
 (CVE-2025-32434, CVE-2026-24747)."""
 
-_CLASS: Final = re.compile(r"GLOBAL ([\w.]+)")
+_CLASS: Final = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)")
 
 _REFUSED: Final = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
@@ -101,8 +101,8 @@ def _reason(error: Exception) -> str:
 
 
 def _brief(text: str) -> str:
-    """The line that says most of one of torch's messages, which can be pages."""
-    return (text.strip().splitlines() or ["no reason given"])[0][:200]
+    """The line that says most of one of torch's messages, which can be pages and quote what the file holds."""
+    return quoted((text.strip().splitlines() or ["no reason given"])[0])
 
 
 def _flat(loaded: object, path: str) -> Mapping[str, Tensor]:

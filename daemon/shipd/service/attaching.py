@@ -38,35 +38,39 @@ class Attaching:
 
     async def attach(self, model: Model, session: Session, attach: Attach, resident: Resident) -> None:
         """Bring ``session`` to the model's version. Raises TransferError, SessionLost or TimeoutError."""
-        while model.incoming is not None and model.incoming.has_own_images:
-            # Its images are laid out for what is being pushed; what that is will be known when it is over.
-            await model.incoming.wait()
-        async with model.lock:
-            if len(model.sessions) >= MAX_PROCESSES:
-                raise TransferError(
-                    AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already"
-                )
-            self._host.images.reclaim(model, attached_pid=session.pid)
-            pool = await self._pool(model, resident, slots=3 if attach.mode == "flip" else 2)
-            model.transient = resident.transient
-            version = model.version
-            if version is None:
-                version = await self._first_version(model, pool, session, attach)
-            else:
-                session.give_images(pool.slots)
-                pool.lease(session.number, version.slot)
-                if attach.digest != version.digest:
-                    await self._install(session, version)
-            session.serves(version.label, version.digest)
-            model.sessions.append(session)
-            session.peer.send(
-                Attached(
-                    digest=version.digest,
-                    generation=version.slot.generation,
-                    label=version.label,
-                    slot=version.slot.index,
-                )
+        while True:
+            async with model.lock:
+                incoming = model.incoming
+                if incoming is None or not incoming.has_own_images:
+                    await self._attach(model, session, attach, resident)
+                    return
+            # It fills images that are laid out for what is being pushed; what the model is will be known after it.
+            await incoming.wait()
+
+    async def _attach(self, model: Model, session: Session, attach: Attach, resident: Resident) -> None:
+        if len(model.sessions) >= MAX_PROCESSES:
+            raise TransferError(AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already")
+        self._host.images.reclaim(model, attached_pid=session.pid)
+        pool = await self._pool(model, resident, slots=3 if attach.mode == "flip" else 2)
+        model.transient = resident.transient
+        version = model.version
+        if version is None:
+            version = await self._first_version(model, pool, session, attach)
+        else:
+            session.give_images(pool.slots)
+            pool.lease(session.number, version.slot)
+            if attach.digest != version.digest:
+                await self._install(session, version)
+        session.serves(version.label, version.digest)
+        model.sessions.append(session)
+        session.peer.send(
+            Attached(
+                digest=version.digest,
+                generation=version.slot.generation,
+                label=version.label,
+                slot=version.slot.index,
             )
+        )
         log.info(
             "a process has attached",
             extra={
@@ -99,12 +103,11 @@ class Attaching:
             await self._lay_out_anew(model, pool, Layout(resident.structure), keep=not problems)
             pool = model.pool
         if pool is None:
-            pool = model.pool = await self._host.work(
-                self._host.images.make_pool, model, await self._host.work(Layout, resident.structure), slots
-            )
+            layout = await self._host.work(Layout, resident.structure)
+            pool = model.pool = self._host.images.make_pool(model, layout, slots)
             self._populate(pool)
         while len(pool.slots) < slots:
-            await self._host.work(self._host.images.grow_pool, model, pool)
+            self._host.images.grow_pool(model, pool)
             for session in model.sessions:
                 session.give_images(pool.slots[-1:])
         return pool
@@ -122,7 +125,7 @@ class Attaching:
             model.pool = None
             self._host.images.free_pool(old)
             return
-        pool = await self._host.work(self._host.images.make_pool, model, layout, 2)
+        pool = self._host.images.make_pool(model, layout, 2)
         slot = pool.slots[0]
         pool.begin(slot)
         digests = await self._host.work(_copy_version, old.layout, version.slot, layout, slot)

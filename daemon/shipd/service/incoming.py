@@ -8,6 +8,7 @@ interrupts it.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
@@ -42,6 +43,9 @@ _REPORT_SECONDS: Final = 2.0
 
 _ARRIVING_CHUNKS: Final = 32
 """Chunks after which a process that copies ahead is told of them: 16 MiB."""
+
+_COMMIT_SECONDS: Final = 600.0
+"""How long a staged version waits for COMMIT: its sender may be staging on many hosts before any of them swaps."""
 
 _SWAP_GRACE: Final = 5.0
 """Seconds beyond the commit timeout for a process to say how its swap went."""
@@ -176,8 +180,9 @@ class Incoming:
             ):
                 await self._compare(version)
                 return
-            slot = await self._take_slot(layout)
-            self.receiver.accept(layout, slot.memory.view)
+            pool = await self._choose_pool(layout)
+            slot = await self._take_slot(pool)
+            self.receiver.accept(pool.layout, slot.memory.view)
             self.flush()
             await self._receive()
             await self._refuse_conflict()
@@ -185,7 +190,7 @@ class Incoming:
                 return
             async with self.model.lock:
                 sessions = await self._stage(slot)
-                await self._commit.wait()
+                await self._await_commit()
                 await self._swap(slot, sessions)
         except TransferError as error:
             self._abort(error)
@@ -218,8 +223,8 @@ class Incoming:
             raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
         return await self._host.work(Layout, offered)
 
-    async def _take_slot(self, layout: Layout) -> Slot:
-        """A slot to fill: of the model's pool, or of a new one where the layout is another."""
+    async def _choose_pool(self, layout: Layout) -> SlotPool:
+        """The model's images, or new ones where those are laid out otherwise and nothing is attached to them."""
         declared = self.model.declared
         if declared is not None and layout.structure.total_bytes > declared.limit:
             raise TransferError(
@@ -227,12 +232,24 @@ class Incoming:
                 f"model {self.model.name!r} may have {format_bytes(declared.limit)} (max_bytes), and this version has "
                 f"{format_bytes(layout.structure.total_bytes)}",
             )
-        pool = self.model.pool
-        if pool is None or pool.layout is not layout:
-            self._pool = pool = await self._host.work(self._host.images.make_pool, self.model, layout, 2)
-            for spare in pool.slots[1:]:
-                # The first touch of fresh memory costs 0.5 to 3 s a GB; this push pays for its own slot as it goes.
-                self._host.background(spare.memory.mapping.populate)
+        # Not while a process attaches, which may be laying out images as well.
+        async with self.model.lock:
+            pool = self.model.pool
+            if pool is not None and pool.layout.structure.digest == layout.structure.digest:
+                return pool
+            if self.model.sessions:
+                raise TransferError(
+                    AbortCode.BUSY,
+                    f"a process has just attached model {self.model.name!r} with other tensors: push again",
+                )
+            self._pool = pool = self._host.images.make_pool(self.model, layout, 2)
+        for spare in pool.slots[1:]:
+            # The first touch of fresh memory costs 0.5 to 3 s a GB; this push pays for its own slot as it goes.
+            self._host.background(spare.memory.mapping.populate)
+        return pool
+
+    async def _take_slot(self, pool: SlotPool) -> Slot:
+        """A slot to fill, which nobody reads."""
         slot = pool.find_writable() or await self._free_slot(pool)
         if self._host.images.renew(self.model, slot):
             self._hand_out(slot)
@@ -254,7 +271,10 @@ class Incoming:
                 continue
             if loop.time() >= deadline:
                 raise TransferError(AbortCode.BUSY, f"every image of model {self.model.name!r} is in use")
-            await asyncio.sleep(0.01)
+            self.model.released.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self.model.released.wait()
         return slot
 
     def _hand_out(self, slot: Slot) -> None:
@@ -351,6 +371,15 @@ class Incoming:
         self.receiver.staged(len(ready), asyncio.get_running_loop().time() - started)
         self.flush()
         return ready
+
+    async def _await_commit(self) -> None:
+        try:
+            async with asyncio.timeout(_COMMIT_SECONDS):
+                await self._commit.wait()
+        except TimeoutError:
+            raise TransferError(
+                AbortCode.STALLED, f"staged, but the sender asked for no commit within {_COMMIT_SECONDS:.0f} s"
+            ) from None
 
     async def _swap(self, slot: Slot, sessions: list[Session]) -> None:
         """Every process swaps. If none can, the old version stays; if some cannot, they are fenced."""

@@ -43,6 +43,8 @@ class Model:
         self.version: Version | None = None
         self.sessions: list[Session] = []
         self.incoming: Incoming | None = None
+        self.released = asyncio.Event()
+        """Set whenever a lease has ended."""
         self.attaching = 0
         """Processes that are in the middle of attaching."""
         self.lock = asyncio.Lock()

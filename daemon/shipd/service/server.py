@@ -398,6 +398,7 @@ class Server:
             return
         if model.pool is not None:
             model.pool.release_all(session.number, None if session.detached else session.pid)
+            model.released.set()
         if session in model.sessions:
             model.sessions.remove(session)
             log.info("a process has gone", extra={"model": model.name, "pid": session.pid})
@@ -417,6 +418,7 @@ class Server:
         model = self.models.get(session.model)
         if model is not None and model.pool is not None:
             model.pool.release(session.number, release.slot, release.generation)
+            model.released.set()
 
     async def _verify(self, peer: Peer, request: VerifyRequest) -> None:
         model = self.models.get(request.model)

@@ -128,7 +128,9 @@ class _Evicted(ConnectError):
 class Link:
     """The session thread of one resident model. ``start`` returns when the model is attached."""
 
-    def __init__(self, follower: Follower, resident: Resident, *, model: str, socket: Path, mode: str, pinned: bool) -> None:
+    def __init__(
+        self, follower: Follower, resident: Resident, *, model: str, socket: Path, mode: str, pinned: bool
+    ) -> None:
         self.connected = False
         self._follower = follower
         self._resident = resident
@@ -157,7 +159,9 @@ class Link:
         self._thread.start()
         if not self._attached.wait(timeout):
             self.stop()
-            raise Stalled(f"{self._socket} did not attach model {self._model!r} within {timeout:.0f} s", model=self._model)
+            raise Stalled(
+                f"{self._socket} did not attach model {self._model!r} within {timeout:.0f} s", model=self._model
+            )
         if self._refusal is not None:
             self._thread.join()
             self._waker.close()
