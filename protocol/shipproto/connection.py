@@ -326,7 +326,9 @@ class Connection:
             if not self.established:
                 raise BadPrelude("the handshake arrived damaged")
             if message is None or isinstance(message, Data):
-                self._events.append(ChunkDamaged(message.chunk if isinstance(message, Data) else None, prelude.sequence))
+                self._events.append(
+                    ChunkDamaged(message.chunk if isinstance(message, Data) else None, prelude.sequence)
+                )
             self.send(Nack(sequences=(prelude.sequence,)))
             return
         if isinstance(message, Data):
@@ -466,5 +468,3 @@ class Connection:
 
 def _fields(message: Message) -> dict[str, object]:
     return {name: getattr(message, name) for name in message.__struct_fields__}
-
-

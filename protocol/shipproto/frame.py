@@ -65,7 +65,9 @@ def decode_prelude(raw: Buffer, expected_sequence: int) -> Prelude:
     Raises ForeignPeer when the very first frame of a connection does not start with the magic, BadPrelude
     when the check fails or the sequence number is not the next, LimitExceeded for lengths beyond limits.
     """
-    magic, kind, flags, header_length, payload_length, header_crc, sequence, payload_crc, check = _PRELUDE.unpack_from(raw)
+    magic, kind, flags, header_length, payload_length, header_crc, sequence, payload_crc, check = _PRELUDE.unpack_from(
+        raw
+    )
     if magic != MAGIC and expected_sequence == 0:
         raise ForeignPeer("the peer does not speak the shipd protocol", bytes(raw[:PRELUDE_SIZE]))
     if crc32c(raw[:_CHECKED]) != check or magic != MAGIC:

@@ -33,6 +33,7 @@ from shipproto.limits import (
     NONCE_SIZE,
     TRANSFER_ID_SIZE,
 )
+from shipproto.names import LABEL_PATTERN
 
 _U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 _U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -43,9 +44,8 @@ _Transfer = Annotated[bytes, msgspec.Meta(min_length=TRANSFER_ID_SIZE, max_lengt
 _OptionalTransfer = Annotated[bytes, msgspec.Meta(max_length=TRANSFER_ID_SIZE)]
 _Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_SIZE, max_length=NONCE_SIZE)]
 _Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-# A label or a model's name is printed, logged and used in file names: visible ASCII, no slash, no leading dot.
-_Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._:+@-]*\Z")]
-_OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=r"^([A-Za-z0-9_][A-Za-z0-9._:+@-]*)?\Z")]
+_Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^{LABEL_PATTERN}\Z")]
+_OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^({LABEL_PATTERN})?\Z")]
 _Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 _Word = Annotated[str, msgspec.Meta(max_length=64)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]

@@ -96,7 +96,9 @@ class RangeSet:
         if first >= last:
             return
         removed = sum(self._stops[first:last]) - sum(self._starts[first:last])
-        kept = [(low, high) for low, high in ((self._starts[first], start), (stop, self._stops[last - 1])) if low < high]
+        kept = [
+            (low, high) for low, high in ((self._starts[first], start), (stop, self._stops[last - 1])) if low < high
+        ]
         self._starts[first:last] = [low for low, _ in kept]
         self._stops[first:last] = [high for _, high in kept]
         self._count += sum(high - low for low, high in kept) - removed

@@ -30,9 +30,7 @@ class Resident:
 
     def encode(self) -> bytes:
         """The body of ATTACH."""
-        return msgspec.msgpack.encode(
-            _Wire(structure=self.structure.encoded, transient=self.transient.encoded)
-        )
+        return msgspec.msgpack.encode(_Wire(structure=self.structure.encoded, transient=self.transient.encoded))
 
     @classmethod
     def decode(cls, body: Buffer) -> "Resident":

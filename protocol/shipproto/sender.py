@@ -224,7 +224,9 @@ class Sender:
         row = self.digests.record(chunk, content)
         if row is not None:
             name = self.layout.structure.names[row]
-            raise TransferError(AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name)
+            raise TransferError(
+                AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name
+            )
 
     def commit(self) -> None:
         """The version is staged: have it swapped in."""

@@ -101,7 +101,7 @@ def test_pickle_protocols_are_read_as_far_as_torch_reads_them_safely(tmp_path, o
         assert content(opened(path), 0) == b"\0\0\x80?" * 3
     torch.save({"w": torch.ones(3)}, path, pickle_protocol=4, _use_new_zipfile_serialization=not legacy)
     told = refused(
-        path, r"needs more of pickle than torch's safe reader has \(Unsupported operand 149\); save it again"
+        path, r"needs more of pickle than torch's safe reader has \('Unsupported operand 149'\); save it again"
     )
     assert "weights_only" not in told
 
@@ -180,7 +180,7 @@ NESTED = {
     ),
     "state_dict": (lambda: {"state_dict": {"w": torch.ones(1)}}, r"torch\.load\(path\)\['state_dict'\]"),
     "optimizer first": (lambda: {"optimizer": {}, "ema": {"w": torch.ones(1)}}, r"torch\.load\(path\)\['ema'\]"),
-    "optimizer alone": (lambda: {"optim": {"state": {}}}, r"torch\.load\(path\)\[\"the model's part\"\]"),
+    "optimizer alone": (lambda: {"optim": {"state": {}}}, r"more than tensors: 'optim' \(mapping of 1\); save"),
     "with a step": (
         lambda: {"w": torch.ones(1), "step": 7},
         r"holds more than tensors: 'w' \(Tensor\), 'step' \(int\); save",

@@ -212,13 +212,15 @@ def _ties(tensors: list[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _hold(tensor: Tensor) -> _Held:
-    direct = tensor.device.type == "cpu" and tensor.is_contiguous()
+    contiguous = tensor.is_contiguous()
+    direct = contiguous and tensor.device.type == "cpu"
+    words = None if direct else bits(tensor)
     return _Held(
         tensor=tensor,
         version=_version(tensor),
         pointer=tensor.data_ptr(),
         nbytes=tensor.numel() * tensor.element_size(),
-        words=None if direct else bits(tensor),
+        words=words.view(-1) if words is not None and contiguous else words,
     )
 
 

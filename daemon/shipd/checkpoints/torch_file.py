@@ -114,13 +114,12 @@ def _flat(loaded: object, path: str) -> Mapping[str, Tensor]:
             return loaded  # StateDict names it, and says what to do.
         entries = listed(f"{quoted(str(key))} ({_kind(value)})" for key, value in loaded.items())
         parts = [str(key) for key, value in loaded.items() if isinstance(value, Mapping)]
-        part = next((key for key in parts if "optim" not in key), "the model's part")
-        raise CheckpointError(
-            f"{quoted(path)} is not a flat mapping of names to tensors, a state dict; it holds {entries}. "
-            f"Save what is to be served by itself: torch.save(torch.load(path)[{quoted(part)}], other_path)"
-            if parts
-            else f"{quoted(path)} holds more than tensors: {entries}; {_HOW}"
-        )
+        if model := next((key for key in parts if "optim" not in key), None):
+            raise CheckpointError(
+                f"{quoted(path)} is not a flat mapping of names to tensors, a state dict; it holds {entries}. "
+                f"Save what is to be served by itself: torch.save(torch.load(path)[{quoted(model)}], other_path)"
+            )
+        raise CheckpointError(f"{quoted(path)} holds more than tensors: {entries}; {_HOW}")
     raise CheckpointError(f"{quoted(path)} holds a {_kind(loaded)} and not a state dict; {_HOW}")
 
 

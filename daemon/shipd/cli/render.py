@@ -41,7 +41,8 @@ def print_status(status: Status, address: str) -> None:
     console = Console(highlight=False)
     console.print(
         f"{address}: {status.agent}, pid {status.pid}, up {format_seconds(status.uptime_seconds)}, images "
-        f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}"
+        f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}",
+        soft_wrap=True,
     )
     if not status.models:
         console.print("no models: nothing is attached, and the configuration declares none")

@@ -163,7 +163,7 @@ def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
     except ShipError as error:
         _fail(error, error.exit_code, as_json)
     except ValueError as error:
-        _fail(f"--to: {error}", 2, as_json)
+        _fail(str(error), 2, as_json)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was swapped", 130, as_json)
 

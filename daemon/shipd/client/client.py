@@ -22,6 +22,7 @@ from shipproto.connection import MessageArrived
 from shipproto.errors import ProtocolError
 from shipproto.frame import Buffer
 from shipproto.messages import Abort, Message, StatusIs, StatusRequest, VerifyIs, VerifyRequest
+from shipproto.names import check_label
 from shipproto.sender import read_abort
 from shipproto.status import Status, Verification, decode_status, decode_verification
 
@@ -83,12 +84,12 @@ class Client:
         stall        seconds without any sign of life after which the push is given up
         on_progress  called on another thread while the push runs
 
-        Cancelling ends the push, unless its commit is under way: that is waited for. Raises a ShipError that
+        Raises ValueError for a name or a label that cannot be one. Cancelling ends the push, unless its commit is under way: that is waited for. Raises a ShipError that
         says what happened; whatever it is, the previous version serves, unless it is OutcomeUnknown.
         """
         options = PushOptions(
-            model=model,
-            label=label,
+            model=check_label("model name", model),
+            label=check_label("label", label) if label is not None else None,
             metadata=metadata or {},
             token=self._token,
             timeout=timeout,
@@ -116,11 +117,17 @@ class Client:
 
     async def status(self, model: str | None = None) -> Status:
         """What the daemon is serving and doing: all of it, or one model."""
-        return decode_status(await self._ask(StatusRequest(model=model or ""), StatusIs, _ANSWER_SECONDS))
+        return decode_status(
+            await self._ask(
+                StatusRequest(model=check_label("model name", model) if model else ""), StatusIs, _ANSWER_SECONDS
+            )
+        )
 
     async def verify(self, model: str) -> Verification:
         """Have every serving process of ``model`` read its live parameters back and digest them."""
-        return decode_verification(await self._ask(VerifyRequest(model=model), VerifyIs, _VERIFY_SECONDS))
+        return decode_verification(
+            await self._ask(VerifyRequest(model=check_label("model name", model)), VerifyIs, _VERIFY_SECONDS)
+        )
 
     async def _ask(self, question: Message, answer: type[Message], seconds: float) -> Buffer:
         lane, self._lane = self._lane, None

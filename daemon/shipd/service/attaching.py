@@ -128,11 +128,14 @@ class Attaching:
         pool = self._host.images.make_pool(model, layout, 2)
         slot = pool.slots[0]
         pool.begin(slot)
-        digests = await self._host.work(_copy_version, old.layout, version.slot, layout, slot)
+        try:
+            digests = await self._host.work(_copy_version, old.layout, version.slot, layout, slot)
+        except BaseException:
+            self._host.images.free_pool(pool)
+            raise
         pool.commit(slot, digests)
-        model.version = Version(
-            version.label, digests.version_digest(), slot, pushed=True, committed_at=version.committed_at
-        )
+        digest = digests.version_digest()
+        model.becomes(Version(version.label, digest, slot, pushed=True, committed_at=version.committed_at))
         model.pool = pool
         self._host.images.free_pool(old)
 
@@ -141,6 +144,7 @@ class Attaching:
         slot = pool.find_writable()
         if slot is None:
             raise TransferError(AbortCode.BUSY, f"every image of model {model.name!r} is in use")
+        self._host.images.renew(model, slot)
         pool.begin(slot)
         try:
             session.give_images(pool.slots, writable=slot)
@@ -155,8 +159,9 @@ class Attaching:
         # A process that lost its daemon knows the name of what it holds; if that is still what it holds.
         label = attach.label if attach.label and attach.digest == digest else INITIAL_LABEL
         pool.commit(slot, digests)
-        model.version = Version(label, digest, slot, pushed=label != INITIAL_LABEL, committed_at=0.0)
-        return model.version
+        version = Version(label, digest, slot, pushed=label != INITIAL_LABEL, committed_at=0.0)
+        model.becomes(version)
+        return version
 
     async def _install(self, session: Session, version: Version) -> None:
         """Lead the process from whatever it has to the committed version."""

@@ -5,7 +5,6 @@ Unknown keys are errors. The configuration is checked as a whole before any of i
 
 import ipaddress
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,8 @@ from shipd.address import Address, parse_address
 from shipd.errors import ConfigError
 from shipd.units import parse_size
 from shipproto.limits import MIN_TOKEN
+from shipproto.names import check_label
 
-_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:+@-]{0,127}\Z")
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 ENVIRONMENT: Final = {
@@ -88,8 +87,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"socket = {self.socket!r} cannot be the path of a Unix socket (1 to 107 bytes)")
         _size("memory_limit", self.memory_limit)
         for name, model in self.models.items():
-            if not _MODEL_NAME.match(name):
-                raise ConfigError(f"models.{name!r} is no model name: letters, digits and ._:+@- only, at most 128")
+            try:
+                check_label("model name", name)
+            except ValueError as error:
+                raise ConfigError(f"models: {error}") from error
             _size(f"models.{name}.max_bytes", model.max_bytes)
 
     @property

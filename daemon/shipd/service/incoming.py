@@ -304,23 +304,24 @@ class Incoming:
         self.flush()
         await self._verify.wait()
         if await self._host.work(self.receiver.verify):
-            raise self._conflict(version)
+            raise self._conflict(version.digest)
         self.receiver.verified(())
         self._already(version)
 
     async def _refuse_conflict(self) -> None:
-        """The label may have come only with FINISH."""
+        """The label may have come only with FINISH, and may be that of an earlier version."""
+        known = self.model.labels.get(self.receiver.label)
+        if known is not None and known != self.receiver.digest:
+            raise self._conflict(known)
         version = self.model.version
-        if version is not None and version.label == self.receiver.label:
-            if version.digest != self.receiver.digest:
-                raise self._conflict(version)
+        if version is not None and (version.label, version.digest) == (self.receiver.label, self.receiver.digest):
             self._already(version)
 
-    def _conflict(self, version: Version) -> TransferError:
+    def _conflict(self, digest: bytes) -> TransferError:
         return TransferError(
             AbortCode.LABEL_CONFLICT,
-            f"model {self.model.name!r} already has a version {version.label!r} with other content (digest "
-            f"{version.digest.hex()}): choose another label",
+            f"model {self.model.name!r} already has had a version {self.receiver.label!r} with other content (digest "
+            f"{digest.hex()}): choose another label",
         )
 
     def _already(self, version: Version) -> None:
@@ -441,7 +442,7 @@ class Incoming:
                 self._host.images.free_pool(old)
         assert self.model.pool is not None
         self.model.pool.commit(version.slot, self.receiver.digests)
-        self.model.version = version
+        self.model.becomes(version)
         self._slot = None
 
     def _tell_ahead(self, chunk: int) -> None:

@@ -18,6 +18,9 @@ from shipproto.structure import Structure
 if TYPE_CHECKING:
     from shipd.service.incoming import Incoming
 
+_LABELS = 4096
+"""Labels remembered for each model: a version a minute for nearly three days."""
+
 NOTHING = Structure.build(())
 
 
@@ -41,6 +44,8 @@ class Model:
         self.transient: Structure = NOTHING
         self.pool: SlotPool | None = None
         self.version: Version | None = None
+        self.labels: dict[str, bytes] = {}
+        """Digest by label of the versions there have been: a label never stands for two contents."""
         self.sessions: list[Session] = []
         self.incoming: Incoming | None = None
         self.released = asyncio.Event()
@@ -51,6 +56,15 @@ class Model:
         """Held while sessions are led from one version to another, by a push or because one attaches."""
         self.abandoned: list[tuple[ImageMemory, int]] = []
         """Images that a straggling process (by pid) may still map: they stay in the budget while it lives."""
+
+    def becomes(self, version: Version) -> None:
+        """``version`` is the current one."""
+        self.version = version
+        if version.pushed:
+            self.labels.pop(version.label, None)
+            self.labels[version.label] = version.digest
+            while len(self.labels) > _LABELS:
+                del self.labels[next(iter(self.labels))]
 
     @property
     def structure(self) -> Structure | None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from shipd.serving.swap import Swapper, make_swapper
 from shipd.serving.tensors import ModelTensors
 from shipd.serving.version import Version
 from shipproto.layout import Layout
+from shipproto.names import check_label
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident as ResidentBody
 from shipproto.structure import Structure, TensorSpec
@@ -30,7 +30,6 @@ from shipproto.structure import Structure, TensorSpec
 log = logging.getLogger("shipd.serving")
 
 DEFAULT_SOCKET: Final = "/run/shipd/shipd.sock"
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:+@-]{0,127}\Z")
 _UNATTACHED: Final = Version("", "")
 
 
@@ -59,9 +58,9 @@ def attach(
     Raises AttachError or UnsupportedTensor (this model cannot be resident), ConnectError (no daemon there),
     TensorMismatch (another model has that name), MemoryLimit, Stalled.
     """
-    if not _NAME.match(name):
-        raise ValueError(f"{name!r} is no model name: letters, digits and ._:+@- only, at most 128")
-    return Resident(model, name, Path(socket), mode=mode, max_hold=max_hold, hooks=hooks, timeout=timeout)
+    return Resident(
+        model, check_label("model name", name), Path(socket), mode=mode, max_hold=max_hold, hooks=hooks, timeout=timeout
+    )
 
 
 class Handle:
