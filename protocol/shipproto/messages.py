@@ -522,7 +522,7 @@ def _check_unknown(kind: int, message: Message, raw: bytes) -> None:
         raise MalformedMessage(f"{name}: unknown critical field {critical[0]!r}; the peer needs a newer shipd here")
     known = _encoder.encode(message)
     # What is left once the unknown fields are cut out must be the one spelling of the known ones.
-    if _without(raw, frozenset(unknown)) != known:
+    if _without(name, raw, frozenset(unknown)) != known:
         raise MalformedMessage(f"{name}: the header is not in canonical form")
 
 
@@ -544,20 +544,20 @@ def _deeper_than(outermost: object, limit: int) -> bool:
     return any(isinstance(container, list | tuple) for container in level)
 
 
-def _without(raw: bytes, unknown: frozenset[str]) -> bytes:
+def _without(name: str, raw: bytes, unknown: frozenset[str]) -> bytes:
     """``raw``, a msgpack map of at most 15 + unknown entries, without the entries named in ``unknown``."""
     unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MAX_HEADER)
     unpacker.feed(raw)
     packer = msgpack.Packer()
     count = unpacker.read_map_header()
     if not raw.startswith(packer.pack_map_header(count)):
-        raise MalformedMessage("the header's map is not in canonical form")
+        raise MalformedMessage(f"{name}: the header's map is not in canonical form")
     kept: list[bytes] = []
     for _ in range(count):
         start = unpacker.tell()
         key = unpacker.unpack()
         if raw[start : unpacker.tell()] != packer.pack(key):
-            raise MalformedMessage(f"the header's key {key!r} is not in canonical form")
+            raise MalformedMessage(f"{name}: the key {key!r} is not in canonical form")
         unpacker.skip()
         if key not in unknown:
             kept.append(raw[start : unpacker.tell()])

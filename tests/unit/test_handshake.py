@@ -115,11 +115,12 @@ def test_the_proof_covers_fields_that_this_release_does_not_know() -> None:
     assert right.step is Step.DONE
 
 
-@pytest.mark.parametrize(("low", "high", "who"), [(2, 2, "this side"), (2, 9, "this side"), (0xFFFF, 0xFFFF, "this side")])
-def test_no_version_in_common(low: int, high: int, who: str) -> None:
+@pytest.mark.parametrize(("low", "high"), [(2, 2), (2, 9), (0xFFFF, 0xFFFF)])
+def test_no_version_in_common(low: int, high: int) -> None:
     hello = Hello(agent="other", nonce=nonce(1), version_max=high, version_min=low)
     right = side(initiator=False)
-    with pytest.raises(VersionMismatch, match=f"other speaks protocol {low} to {high}, this side 1: update {who}") as caught:
+    says = f"other speaks protocol {low} to {high}, this side 1: update this side"
+    with pytest.raises(VersionMismatch, match=says) as caught:
         give(right, hello)
     own, abort = right.last_words(caught.value)
     assert isinstance(own, Hello)

@@ -121,11 +121,10 @@ def test_junk_in_every_field_is_refused_or_means_what_it_says(name, fields, body
                 message = decode_header(kind, raw)
             except MalformedMessage as error:
                 refused += 1
-                assert type(message := BY_TYPE[kind]).__name__
-                assert str(error).startswith((message.__name__, "the header"))
+                assert str(error).startswith(name)
             else:
                 assert encode_header(message) == raw, (key, junk)
-    assert refused > len(known) * len(JUNK) // 2
+    assert refused >= len(known) * len(JUNK) // 2
 
 
 @pytest.mark.parametrize(("name", "fields", "body"), ALL, ids=IDS)

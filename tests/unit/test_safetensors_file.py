@@ -2,6 +2,7 @@ import gc
 import gzip
 import io
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -534,6 +535,20 @@ def test_a_file_cut_while_it_is_mapped_raises_instead_of_killing_the_process(tmp
         source.read(0, 2 * LEAF_SIZE, 3 * LEAF_SIZE)
     assert caught.value.tensor == "w"
     assert f"it had {whole} bytes and now has {LEAF_SIZE}" in source.changed()
+
+
+def test_a_file_cut_while_it_is_opened_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(packed({"w": F32}, bytes(24)))
+    real = mmap.mmap
+
+    def cut_first(*arguments, **options):
+        os.truncate(path, 80)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", cut_first)
+    with pytest.raises(CheckpointError, match="cannot be mapped into memory: mmap length is greater than file size"):
+        open_source(path)
 
 
 @pytest.mark.parametrize("wrong", [None, 7, [1], b"path", io.BytesIO()], ids=lambda wrong: type(wrong).__name__)

@@ -79,15 +79,16 @@ def test_anything_else_is_malformed(decode, body: bytes) -> None:
         decode(body)
 
 
-@pytest.mark.parametrize("cut", range(0, 60, 7))
-def test_wrong_types(cut: int) -> None:
+def test_wrong_types() -> None:
     said = msgspec.to_builtins(STATUS)
     for key, value in said.items():
         wrong = {**said, key: {"x": 1} if not isinstance(value, dict) else 1}
         with pytest.raises(MalformedMessage, match=key):
             decode_status(msgpack.packb(wrong))
-    with pytest.raises(MalformedMessage):
-        decode_status(encode(STATUS)[: cut + 1])
+    whole = encode(STATUS)
+    for cut in range(len(whole)):
+        with pytest.raises(MalformedMessage):
+            decode_status(whole[:cut])
 
 
 # --- what a process says when it attaches ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -134,9 +135,12 @@ def test_contiguous_tensors_of_a_mapped_file_are_read_in_place(tmp_path, opened)
         source.read(0, 0, 1)
 
 
+TRACE = Path(tempfile.gettempdir()) / f"shipd-test-ran-code-{os.getpid()}"
+
+
 class Payload:
     def __reduce__(self):
-        return os.system, ("touch /tmp/shipd-was-here",)
+        return os.system, (f"touch {TRACE}",)
 
 
 class Settings:
@@ -168,6 +172,7 @@ def test_pickled_objects_are_refused_by_the_name_of_their_class(tmp_path, legacy
     path = save(make(), tmp_path / "model.pt", legacy=legacy)
     told = refused(path, f"holds an object of '[^']*{name}[^']*' and not tensors alone")
     assert "save torch.save(model.state_dict(), other_path), or a safetensors file, and push that" in told
+    assert not TRACE.exists()
 
 
 NESTED = {

@@ -86,7 +86,7 @@ class SafetensorsFile:
         self._starts = [data + begins[name] for name in self.structure.names]
         self._sizes: list[int] = self.structure.nbytes.tolist()
         try:
-            self._map = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(file.descriptor, file.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{quoted(file.path)} cannot be mapped into memory: {error}") from error
         # More read-ahead: half as fast again where the file is not in the page cache yet.
