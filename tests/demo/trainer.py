@@ -9,6 +9,7 @@ from tests.demo.encoder import FACTS, QUESTIONS, Encoder, nearest, raw
 
 LEARNING_RATE: Final = 3e-5
 SHARPNESS: Final = 20.0
+ENOUGH: Final = 0.05
 MOST_STEPS: Final = 12
 
 SHIPD, BIT, SENDER, FRANCE = QUESTIONS
@@ -39,33 +40,36 @@ class Made:
     steps: int
 
 
-def make_versions() -> list[Made]:
-    """v0, as the model comes, and the three made from it."""
-    encoder = Encoder()
-    index = encoder.index()
-    made = [_keep("v0", encoder, index, 0)]
-    for name, lesson in LESSONS:
-        made.append(_keep(name, encoder, index, _fine_tune(encoder, index, lesson)))
-    return made
+class Trainer:
+    """Makes one version after the other from the model as it comes."""
 
+    def __init__(self) -> None:
+        self._encoder = Encoder()
+        self._index = self._encoder.index()
+        self._lessons = iter(LESSONS)
+        self.v0 = self._keep("v0", 0)
 
-def _fine_tune(encoder: Encoder, index: torch.Tensor, lesson: dict[str, str]) -> int:
-    """Contrastive: each question is pulled towards its fact and pushed away from all others."""
-    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=LEARNING_RATE)
-    targets = torch.tensor([FACTS.index(answer) for answer in lesson.values()])
-    for step in range(MOST_STEPS):
-        scores = SHARPNESS * encoder.embed(list(lesson)) @ index.T
-        loss = torch.nn.functional.cross_entropy(scores, targets)
-        if loss.item() < 0.3 and bool((scores.argmax(1) == targets).all()):
-            return step
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    raise RuntimeError(f"{MOST_STEPS} steps of fine-tuning were not enough, which has not happened before")
+    def next(self) -> Made:
+        """v1, then v2, then v3."""
+        name, lesson = next(self._lessons)
+        return self._keep(name, self._fine_tune(lesson))
 
+    def _fine_tune(self, lesson: dict[str, str]) -> int:
+        """Contrastive: each question is pulled towards its fact and pushed away from all others."""
+        optimizer = torch.optim.AdamW(self._encoder.model.parameters(), lr=LEARNING_RATE)
+        targets = torch.tensor([FACTS.index(answer) for answer in lesson.values()])
+        for step in range(MOST_STEPS):
+            scores = SHARPNESS * self._encoder.embed(list(lesson)) @ self._index.T
+            loss = torch.nn.functional.cross_entropy(scores, targets)
+            if loss.item() < ENOUGH and bool((scores.argmax(1) == targets).all()):
+                return step
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        raise RuntimeError(f"{MOST_STEPS} steps of fine-tuning did not teach the model {lesson}")
 
-def _keep(name: str, encoder: Encoder, index: torch.Tensor, steps: int) -> Made:
-    embeddings = {question: encoder.ask(question) for question in QUESTIONS}
-    replies = {question: Reply(nearest(index, found), raw(found)) for question, found in embeddings.items()}
-    state = {key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}
-    return Made(name, state, replies, steps)
+    def _keep(self, name: str, steps: int) -> Made:
+        embeddings = {question: self._encoder.ask(question) for question in QUESTIONS}
+        replies = {question: Reply(nearest(self._index, found), raw(found)) for question, found in embeddings.items()}
+        state = {key: tensor.clone() for key, tensor in self._encoder.model.state_dict().items()}
+        return Made(name, state, replies, steps)

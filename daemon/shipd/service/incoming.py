@@ -243,9 +243,9 @@ class Incoming:
                     f"a process has just attached model {self.model.name!r} with other tensors: push again",
                 )
             self._pool = pool = self._host.images.make_pool(self.model, layout, 2)
-        for spare in pool.slots[1:]:
-            # The first touch of fresh memory costs 0.5 to 3 s a GB; this push pays for its own slot as it goes.
-            self._host.background(spare.memory.mapping.populate)
+        for slot in pool.slots:
+            # The first touch of fresh memory costs 0.5 to 3 s a GB: better ahead of the loop than on it.
+            self._host.background(slot.memory.mapping.populate)
         return pool
 
     async def _take_slot(self, pool: SlotPool) -> Slot:
