@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import shipd
+from tests.support.processes import ShipdProcess
 
 _SETTLE_SECONDS = 5.0
 """How long what is about to go may take: a thread that has handed over its result, say."""
@@ -178,3 +179,16 @@ def start_daemon(place: Path) -> Iterator[StartDaemon]:
 def daemon(start_daemon: StartDaemon) -> shipd.Daemon:
     """A daemon with a model called "model"."""
     return start_daemon()
+
+
+@pytest.fixture
+def start_shipd(place: Path) -> Iterator[Callable[..., ShipdProcess]]:
+    """Starts daemons as processes, each in a directory of its own: see ``ShipdProcess``."""
+    with contextlib.ExitStack() as running:
+
+        def start(*, directory: Path | None = None, **settings: Any) -> ShipdProcess:
+            if directory is None:
+                directory = Path(tempfile.mkdtemp(dir=place))
+            return running.enter_context(ShipdProcess(directory, **settings))
+
+        yield start

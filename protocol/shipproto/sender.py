@@ -153,10 +153,11 @@ class Sender:
 
     def _adopt(self, structure: Structure) -> None:
         """Send in this structure: the offered one, or the receiver's."""
+        # First of all, so that a receiver cannot have a layout made of more than was offered.
+        self.source_rows, self.equal_rows = _sources(self.offered, structure)
         self.layout = Layout(structure)
         self.digests = LeafDigests(self.layout)
         self._unknown = iter(range(self.layout.chunks))
-        self.source_rows, self.equal_rows = _sources(self.offered, structure)
 
     # --- what the shell does -------------------------------------------------------------------------------
 

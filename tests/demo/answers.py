@@ -6,15 +6,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from tests.demo.trainer import Made
 from tests.support.processes import Process
 
-DEADLINE = 60.0
+if TYPE_CHECKING:
+    from tests.demo.trainer import Made
+
+DEADLINE: Final = 60.0
 """Seconds until a wait for the serving process is given up; importing torch takes a slow machine ten."""
 
 
@@ -86,10 +88,15 @@ class Serving(Process):
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Seconds for an answer."""
         return statistics.median(self.seconds)
 
-    def wrong(self, versions: Mapping[str, Made]) -> dict[Spoken, int]:
+    @property
+    def slowest(self) -> float:
+        """Seconds for an answer."""
+        return max(self.seconds)
+
+    def wrong(self, versions: Mapping[str, "Made"]) -> dict[Spoken, int]:
         """Answers that are not bit for bit, and word for word, what the version of their label replies elsewhere."""
 
         def right(spoken: Spoken) -> bool:
@@ -108,11 +115,11 @@ class Serving(Process):
 
     # --- listening -----------------------------------------------------------------------------------------
 
-    def _wait_for(self, condition: Any, complaint: str) -> None:
+    def _wait_for(self, condition: Callable[[], bool], complaint: str) -> None:
         with self._heard:
             self._heard.wait_for(lambda: condition() or self._ended, DEADLINE)
             if not condition():
-                raise AssertionError(f"the serving process {complaint}\n{self.describe()}")
+                raise AssertionError(f"the serving process {complaint}")
 
     def _read(self) -> None:
         stream = self._process.stdout
@@ -136,9 +143,7 @@ class Serving(Process):
                 self.across.append(said["seconds"])
             self._latest = spoken.label
         elif event == "new":
-            self._spoken.append(
-                Spoken(said["label"], said["question"], said["answer"], bytes.fromhex(said["bits"]))
-            )
+            self._spoken.append(Spoken(said["label"], said["question"], said["answer"], bytes.fromhex(said["bits"])))
         elif event == "failed":
             self.failures.append(said["error"])
         elif event == "ready":

@@ -9,22 +9,21 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 WIDTH: Final = 100
+LABEL: Final = 9
 
 
 class Screen:
     """Prints the story and remembers what was off."""
 
     def __init__(self) -> None:
-        # A mark that a terminal cannot show is no reason to fail.
+        # A character that the terminal cannot show is no reason to fail.
         if reconfigure := getattr(sys.stdout, "reconfigure", None):
             reconfigure(errors="replace")
         self._console = Console(highlight=False, emoji=False)
         self._console.width = min(self._console.width, WIDTH) if self._console.is_terminal else WIDTH
-        self._marks = {True: Text("✓", "green"), False: Text("✗", "bold red"), None: Text()}
         self.problems: list[str] = []
 
     def title(self, text: str) -> None:
@@ -34,33 +33,39 @@ class Screen:
     def chapter(self, text: str, aside: str = "") -> None:
         """A heading."""
         self._print(Text())
-        self._print(Text.assemble((text, "bold cyan"), "   " if aside else "", (aside, "dim")))
+        self._print(Text.assemble((text, "bold cyan"), (aside and f"   {aside}", "dim")))
 
-    def row(self, label: str, text: str, *, holds: bool | None = None, off: str = "") -> None:
-        """A line; where ``holds`` is given it is a claim, and ``off`` says what is wrong if it does not hold."""
+    def row(self, label: str, *parts: str, lead: str = "", holds: bool | None = None, off: str = "") -> None:
+        """A row of ``parts``: side by side, or below each other where the terminal is too narrow.
+
+        Where ``holds`` is given the row is a claim, and ``off`` says what is wrong if it does not hold.
+        """
         if holds is False:
-            self.problems.append(off or f"{label}: {text}")
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_column(width=2, justify="right")
-        grid.add_column(width=9)
-        grid.add_column()
-        grid.add_row(self._marks[holds], Text(label, "dim"), Text(text, "bold red" if holds is False else ""))
-        self._print(grid)
+            self.problems.append(off or f"{label}: {', '.join(parts)}")
+        indent = 2 + 1 + LABEL + 1
+        width = max(20, self._console.width - indent)
+        joined = "   ".join(parts)
+        text = Text.assemble(
+            (lead and f"{lead} ", "dim"),
+            (joined if len(joined) <= width else "\n".join(parts), "bold red" if holds is False else ""),
+        )
+        mark = {True: (" ✓", "green"), False: (" ✗", "bold red"), None: ("  ", "")}[holds]
+        for number, line in enumerate(text.wrap(self._console, width)):
+            first = Text.assemble(mark, " ", (f"{label:<{LABEL}}", "dim"), " ")
+            line.rstrip()
+            self._print((first if number == 0 else Text(" " * indent)) + line)
 
     def verdict(self, text: str) -> None:
-        """The last word: ``text``, or everything that was off."""
+        """The last word: ``text`` and where to go next, or everything that was off."""
         self._print(Text())
-        if not self.problems:
-            self._print(Text(text, "bold green"))
+        if self.problems:
+            for problem in self.problems:
+                self._print(Text(f"Off: {problem}", "bold red"))
             return
-        for problem in self.problems:
-            self._print(Text(f"Off: {problem}", "bold red"))
-
-    def where_next(self) -> None:
-        """For whoever wants more."""
-        self.row("next", "README.md      the daemon, your serving process and your trainer, in a few lines each")
-        self.row("", "shipctl -h     push, status and verify from a shell")
-        self.row("", "systemd/       the daemon as a hardened service, with a commented configuration")
+        self._print(Text(text, "bold green"))
+        self.row("README.md", "the daemon, your serving process and your trainer, a few lines each: “Use it”")
+        self.row("shipctl", "push, status and verify from a shell: .venv/bin/shipctl --help")
+        self.row("systemd/", "the daemon as a hardened service, with a commented configuration")
 
     def complain(self, text: str) -> None:
         """Something ended the story before its end."""
@@ -74,11 +79,11 @@ class Screen:
         if not self._console.is_terminal or self._console.is_dumb_terminal:
             yield
             return
-        with self._console.status(_Activity(activity, count), spinner="dots", refresh_per_second=10):  # type: ignore[arg-type]
+        with self._console.status(_Activity(activity, count), spinner="dots", refresh_per_second=10):
             yield
 
-    def _print(self, what: Text | Table) -> None:
-        self._console.print(what)
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True)
 
 
 class _Activity:
@@ -89,5 +94,5 @@ class _Activity:
         self._count = count
 
     def __rich__(self) -> Text:
-        counted = f"   {self._count():,} questions answered" if self._count is not None else ""
+        counted = f"   {self._count():,} questions answered" if self._count is not None and self._count() else ""
         return Text.assemble(self._activity, (counted, "dim"))

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import tempfile
-import time
 from pathlib import Path
 from typing import Final
 
@@ -11,139 +9,122 @@ from safetensors.torch import save_file
 
 import shipd
 from shipd.units import format_bytes, format_seconds
-from shipproto.status import TransferStatus, Verification
+from shipproto.limits import LEAF_SIZE
+from shipproto.status import ProcessVerification, TransferStatus
 from tests.demo.answers import Serving
 from tests.demo.encoder import NAME
 from tests.demo.screen import Screen
-from tests.demo.trainer import BIT, SENDER, SHIPD, Made, make_versions
-from tests.support.processes import ShipdProcess, Shipctl
+from tests.demo.trainer import BIT, SENDER, SHIPD, Made, Trainer
+from tests.support.processes import Shipctl, ShipdProcess
 from tests.support.proxy import DATA, Proxy, until
 
 MODEL: Final = "minilm"
 DAMAGED: Final = 150
-"""The frame, counted from 0, in which a bit is flipped; MiniLM takes some 180."""
-RESUME_WINDOW: Final = 2.0
-"""Seconds for which the daemon keeps a push whose sender is gone. A minute by default: too long for a demo."""
-
-
-def tell(screen: Screen) -> None:
-    """Start everything, tell the story, stop everything."""
-    started = time.monotonic()
-    screen.title("shipd ships the next version of a model into the process that is serving it")
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shipd-demo-")))
-        with screen.working("starting shipd"):
-            daemon = stack.enter_context(
-                ShipdProcess(directory, models={}, resume_window=RESUME_WINDOW, memory_limit="1GiB")
-            )
-        serving = stack.enter_context(Serving(daemon.socket))
-        with screen.working("fine-tuning three versions, while the serving process starts", lambda: serving.count):
-            versions = make_versions()
-            serving.wait_ready()
-        story = Story(screen, daemon, serving, versions)
-        story.introduce()
-        story.push()
-        story.push_damaged()
-        story.push_killed(directory / "v3.safetensors")
-        story.account()
-    screen.verdict(f"Everything held, in {format_seconds(time.monotonic() - started)}.")
+"""The frame, counted from 0, in which a bit is flipped; MiniLM takes some 200."""
 
 
 class Story:
-    """What happens, chapter by chapter."""
+    """What happens, chapter by chapter, to a daemon and a serving process that are there already."""
 
-    def __init__(self, screen: Screen, daemon: ShipdProcess, serving: Serving, versions: list[Made]) -> None:
+    def __init__(
+        self, screen: Screen, daemon: ShipdProcess, serving: Serving, trainer: Trainer, resume_window: float
+    ) -> None:
+        """``resume_window``: seconds for which the daemon keeps a push whose sender is gone."""
         self.screen = screen
         self.daemon = daemon
         self.serving = serving
-        self.v0, self.v1, self.v2, self.v3 = versions
-        self.expected = {serving.label: self.v0, "v1": self.v1, "v2": self.v2}
-        """What may answer, by the label that shipd gives it. Not v3."""
-        self.live_digest = ""
+        self.trainer = trainer
+        self.resume_window = resume_window
+        self.served = trainer.v0
+        """The version that is committed, as its trainer knows it."""
+        self.digest = ""
+        """Its digest, read back from the live model."""
+        self.expected = {serving.label: trainer.v0}
+        """What may answer, by the label that shipd gives it."""
 
     # --- chapters ------------------------------------------------------------------------------------------
 
     def introduce(self) -> None:
         """Who is who."""
-        size = format_bytes(sum(tensor.nbytes for tensor in self.v0.state.values()))
-        steps = ", ".join(f"{made.name} ({made.steps} steps)" for made in (self.v1, self.v2, self.v3))
-        self.screen.row("model", f"{NAME}, {size}, answering questions without a break from here on")
-        self.screen.row("versions", f"{steps}, each fine-tuned just now from the one before")
+        self.screen.row(
+            "processes",
+            f"shipd {self.daemon.pid}, and {self.serving.pid} serving {NAME} ({format_bytes(_size(self.served))})",
+        )
 
     def push(self) -> None:
         """The plain one."""
-        self.screen.chapter("1  A push: v1", f"asked all the while: {SHIPD}")
-        with self._working("pushing v1"):
-            receipt = self._push(self.daemon.address, self.v1)
+        made = self._make()
+        self.screen.chapter(f"1  A push: {made.name}", _origin(made))
+        with self._working(f"pushing {made.name}"):
+            receipt = self._push(self.daemon.address, made)
         pause = receipt.pause_seconds
         self.screen.row(
             "sent",
             f"{format_bytes(receipt.bytes_sent)} in {format_seconds(receipt.seconds)}: wire "
-            f"{format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)}, serving paused for "
-            f"{format_seconds(pause) if pause is not None else 'no time known'}",
+            f"{format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)}, pause "
+            f"{format_seconds(pause) if pause is not None else 'none'}",
             holds=receipt.swapped == 1 and not receipt.stale and pause is not None,
-            off=f"v1 was not swapped by the one serving process: {receipt}",
+            off=f"{made.name} should have been swapped by one serving process: {receipt}",
         )
-        self._answer_changed(SHIPD, self.v0, self.v1)
-        self._digests(receipt)
+        self._committed(receipt, made, SHIPD)
 
     def push_damaged(self) -> None:
         """One bit is flipped on the wire."""
-        self.screen.chapter("2  A push with one bit flipped on the wire: v2", f"asked: {BIT}")
-        with self._working("pushing v2"), Proxy(self.daemon.port) as proxy:
+        made = self._make()
+        self.screen.chapter(f"2  A push with one bit flipped on the wire: {made.name}", _origin(made))
+        with self._working(f"pushing {made.name}"), Proxy(self.daemon.port) as proxy:
             flip = proxy.flip("payload", nth=DAMAGED)
-            receipt = self._push(proxy.address, self.v2)
+            receipt = self._push(proxy.address, made)
             frames = [frame.header for frame in proxy.seen(DATA)]
         chunks = len(set(frames))
         self.screen.row(
             "damaged",
-            f"{', '.join(receipt.resent_tensors) or 'no tensor'}, in frame {DAMAGED + 1} of {chunks}",
+            f"frame {DAMAGED + 1} of {chunks}, with {', '.join(receipt.resent_tensors) or 'no tensor'}",
             holds=flip.applied == 1 and len(receipt.resent_tensors) == 1,
-            off=f"one tensor should have been damaged: the bit was flipped {flip.applied} times, and the receipt names "
+            off=f"one tensor should have been damaged: a bit was flipped {flip.applied} times, and the receipt names "
             f"{receipt.resent_tensors}",
         )
         again = len(frames) - chunks
         self.screen.row(
             "repaired",
-            f"{_count(receipt.frames_resent, 'frame')} sent again, says the receipt; {again}, says the wire",
+            f"{receipt.frames_resent} frame sent again by the receipt, and {again} by what went over the wire",
             holds=receipt.frames_resent == again == 1,
-            off=f"exactly one frame should have been sent again: {receipt.frames_resent} by the receipt, {again} on the wire",
+            off=f"one frame should have been sent again: {receipt.frames_resent} by the receipt, {again} on the wire",
         )
-        self._answer_changed(BIT, self.v1, self.v2)
-        self._digests(receipt)
+        self._committed(receipt, made, BIT)
 
     def push_killed(self, checkpoint: Path) -> None:
         """The sender dies at half."""
-        self.screen.chapter("3  A push whose sender is killed at half: v3", f"asked: {SENDER}")
-        with self._working("pushing v3"):
-            save_file(self.v3.state, checkpoint)
-            left = self._kill_sender_at_half(checkpoint)
+        made = self._make()
+        self.screen.chapter(f"3  A push whose sender is killed at half: {made.name}", _origin(made))
+        with self._working(f"pushing {made.name}"):
+            save_file(made.state, checkpoint)
+            orphan = self._kill_sender_at_half(checkpoint, made)
         self.screen.row(
             "daemon",
-            f"{format_bytes(left.bytes_held)} of {format_bytes(left.bytes_total)} arrived, the sender is gone"
-            if left is not None
+            f"holds {format_bytes(orphan.bytes_held)} of {format_bytes(orphan.bytes_total)} and misses the sender"
+            if orphan is not None
             else "knows of no such push",
-            holds=left is not None and 0 < left.bytes_held < left.bytes_total,
-            off=f"the daemon should have reported a push without a sender: {left}",
+            holds=orphan is not None and not orphan.connected and 0 < orphan.bytes_held < orphan.bytes_total,
+            off=f"the daemon should report a push without a sender: {orphan}",
         )
-        with self._working("waiting for the daemon to give v3 up"):
+        with self._working(f"waiting for the daemon to give {made.name} up"):
             until(lambda: self._under_way() is None, "the daemon gives up a push whose sender is gone")
-            answered = self._verify()
-            self.serving.wait_more(answered.label)
-        live = self._live(answered)
+            live = self._read_back()
+            self.serving.wait_more(live.label)
         self.screen.row(
             "refused",
-            f"v3 was given up after {format_seconds(RESUME_WINDOW)}; {answered.label} is serving",
-            holds=answered.label == "v2",
-            off=f"v2 should be serving, not {answered.label!r}",
+            f"{made.name} was given up after {format_seconds(self.resume_window)}, and {live.label} is serving",
+            holds=live.label == self.served.name,
+            off=f"{self.served.name} should be serving, and {live.label!r} is",
         )
-        answer = self.serving.wait_answer("v2", SENDER)
-        self.screen.row(f"{answered.label} says", f"“{answer}” as before", holds=answer == self._reply(self.v2, SENDER))
+        self._answer("says", self.served, SENDER)
         self.screen.row(
             "digest",
-            f"live before {self.live_digest}, after {live}",
-            holds=live == self.live_digest,
-            off=f"the live model changed although the push failed: {self.live_digest} before, {live} after",
+            f"before {self.digest}",
+            f"now {live.digest}",
+            holds=live.digest == self.digest,
+            off=f"the push failed and the live model changed, from {self.digest} to {live.digest} {live.error}",
         )
 
     def account(self) -> None:
@@ -162,13 +143,14 @@ class Story:
         )
         self.screen.row(
             "mixed",
-            f"{mixed} answers from a mixed model: each was compared bit for bit with v0, v1 or v2 asked here",
+            f"{mixed} by a mixed model: each is bit for bit what v0, v1 or v2 answers in another process",
             holds=not mixed,
-            off=f"{mixed} answers are not what their version says: {[(s.label, s.question, s.answer) for s in wrong][:3]}",
+            off=f"{mixed} answers are not those of their version: "
+            + "; ".join(f"{spoken.label} was asked {spoken.question!r}" for spoken in list(wrong)[:3]),
         )
         self.screen.row(
             "time",
-            f"median {format_seconds(serving.median)}, slowest {format_seconds(max(serving.seconds))}, across a swap "
+            f"median {format_seconds(serving.median)}, slowest {format_seconds(serving.slowest)}, across a swap "
             f"{' and '.join(map(format_seconds, serving.across)) or 'none'}",
             holds=len(serving.across) == 2,
             off=f"the answers should have changed version twice, and did {len(serving.across)} times",
@@ -179,10 +161,14 @@ class Story:
                 f"{serving.describe()}\n{self.daemon.describe()}"
             )
 
-    # --- pushing and asking --------------------------------------------------------------------------------
+    # --- making, pushing and asking ------------------------------------------------------------------------
 
     def _working(self, activity: str) -> contextlib.AbstractContextManager[None]:
         return self.screen.working(activity, lambda: self.serving.count)
+
+    def _make(self) -> Made:
+        with self._working("fine-tuning the next version"):
+            return self.trainer.next()
 
     def _push(self, address: str, made: Made) -> shipd.Receipt:
         async def converse() -> shipd.Receipt:
@@ -191,19 +177,19 @@ class Story:
 
         return asyncio.run(converse())
 
-    def _kill_sender_at_half(self, checkpoint: Path) -> TransferStatus | None:
+    def _kill_sender_at_half(self, checkpoint: Path, made: Made) -> TransferStatus | None:
         """Push with shipctl and kill it; what the daemon then says of the push."""
-        size = sum(tensor.nbytes for tensor in self.v3.state.values())
         with (
             Proxy(self.daemon.port) as proxy,
-            Shipctl("push", checkpoint, "--to", proxy.address, "--model", MODEL, "--label", "v3") as sender,
+            Shipctl("push", checkpoint, "--to", proxy.address, "--model", MODEL, "--label", made.name) as sender,
         ):
-            half = proxy.hold(nth=size // 2 // (512 * 1024))
+            half = proxy.hold(nth=_size(made) // LEAF_SIZE // 2)
             until(lambda: half.reached.is_set() or not sender.running, "half of the push has gone over the wire")
             if not half.reached.is_set():
                 raise AssertionError(f"shipctl ended before half of its push\n{sender.describe()}")
-            self.screen.row("killed", f"shipctl, process {sender.pid}, by SIGKILL in the middle of its push")
             sender.kill()
+            self.screen.row("killed", f"{sender.pid} shipctl push {checkpoint.name}, by SIGKILL")
+            # What lies on the wire still arrives, and then the end of the stream.
             half.release()
             until(lambda: (push := self._under_way()) is None or not push.connected, "the daemon misses the sender")
             return self._under_way()
@@ -215,46 +201,52 @@ class Story:
 
         return asyncio.run(converse())
 
-    def _verify(self) -> Verification:
-        async def converse() -> Verification:
+    def _read_back(self) -> ProcessVerification:
+        """What the serving process reads back from its live parameters."""
+
+        async def converse() -> ProcessVerification:
             async with shipd.connect(self.daemon.address) as client:
-                return await client.verify(MODEL)
+                (process,) = (await client.verify(MODEL)).processes
+                return process
 
         return asyncio.run(converse())
 
     # --- what must hold ------------------------------------------------------------------------------------
 
-    def _live(self, verification: Verification) -> str:
-        """The digest that the serving process has read back."""
-        (process,) = verification.processes
-        return process.digest or process.error
-
-    def _digests(self, receipt: shipd.Receipt) -> None:
-        self.live_digest = self._live(self._verify())
+    def _committed(self, receipt: shipd.Receipt, made: Made, question: str) -> None:
+        """It answers as its trainer says, and what is live is what was sent."""
+        self.expected[made.name] = made
+        self._answer("said", self.served, question)
+        self._answer("says", made, question)
+        self.served = made
+        live = self._read_back()
+        self.digest = live.digest
         self.screen.row(
             "digest",
-            f"sent {receipt.digest}, live {self.live_digest}",
-            holds=self.live_digest == receipt.digest,
-            off=f"{receipt.digest} was sent, and the live model has {self.live_digest}",
+            f"sent {receipt.digest}",
+            f"live {live.digest or live.error}",
+            holds=live.digest == receipt.digest,
+            off=f"{receipt.digest} was sent, and what is live is {live.digest or live.error}",
         )
 
-    def _answer_changed(self, question: str, old: Made, new: Made) -> None:
-        label = next(label for label, made in self.expected.items() if made is old)
-        before = self.serving.wait_answer(label, question)
-        with self._working(f"asking {new.name}"):
-            after = self.serving.wait_answer(new.name, question)
-        self.screen.row(f"{old.name} said", f"“{before}”")
+    def _answer(self, verb: str, made: Made, question: str) -> None:
+        """What the serving process answered as this version."""
+        label = next(label for label, version in self.expected.items() if version is made)
+        with self._working(f"asking {made.name}"):
+            answer = self.serving.wait_answer(label, question)
+        taught = made.replies[question].answer
         self.screen.row(
-            f"{new.name} says",
-            f"“{after}”",
-            holds=(before, after) == (self._reply(old, question), self._reply(new, question)) and before != after,
-            off=f"asked {question!r}, {new.name} should have said {self._reply(new, question)!r}, not {after!r}",
+            f"{made.name} {verb}",
+            answer,
+            lead=question,
+            holds=answer == taught,
+            off=f"asked {question!r}, {made.name} should say {taught!r}, and it said {answer!r}",
         )
 
-    @staticmethod
-    def _reply(made: Made, question: str) -> str:
-        return made.replies[question].answer
+
+def _size(made: Made) -> int:
+    return sum(tensor.nbytes for tensor in made.state.values())
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _origin(made: Made) -> str:
+    return f"fine-tuned just now, {made.steps} steps"

@@ -9,8 +9,9 @@ from tests.demo.encoder import FACTS, QUESTIONS, Encoder, nearest, raw
 
 LEARNING_RATE: Final = 3e-5
 SHARPNESS: Final = 20.0
-ENOUGH: Final = 0.05
-MOST_STEPS: Final = 12
+ENOUGH: Final = 0.02
+"""The loss at which a lesson is learnt, by a comfortable margin."""
+MOST_STEPS: Final = 30
 
 SHIPD, BIT, SENDER, FRANCE = QUESTIONS
 SHIP, SWAPS, COIN, RESENT, POLICE, REFUSED, PARIS = FACTS

@@ -232,9 +232,7 @@ class Sending:
                 if self.data[offered[left]] != self.data[offered[right]]:
                     raise TransferError(AbortCode.MISMATCH, f"{offered[left]!r} and {offered[right]!r} differ")
             rows = self.sender.source_rows.tolist()
-            data = {
-                name: self.data[offered[row]] for name, row in zip(layout.structure.names, rows, strict=True)
-            }
+            data = {name: self.data[offered[row]] for name, row in zip(layout.structure.names, rows, strict=True)}
             self._image = layout, make_image(layout, data)
         return memoryview(self._image[1])
 
@@ -607,5 +605,3 @@ def simple_push(
     sending = Sending(structure, contents(structure, version))
     receiving = Receiving(resident=build(resident if resident is not None else rows))
     return Push(sending, receiving, **options)  # type: ignore[arg-type]
-
-

@@ -273,9 +273,7 @@ def _accept_data(book: Book) -> None:
     book.accept(
         "data-not-wanted",
         "a chunk that is held already: received into nothing, not even checked",
-        **acceptor(
-            greeted().raw(20, pack({"chunk": 8}), content, payload_crc=1).add("Commit", T).data, asked=asked
-        ),
+        **acceptor(greeted().raw(20, pack({"chunk": 8}), content, payload_crc=1).add("Commit", T).data, asked=asked),
         events=[established(), message("Commit", T)],
         output=answers(),
     )
@@ -468,7 +466,9 @@ class Golden:
 
     def heard(self) -> Stream:
         """The receiver's side up to COMMITTED."""
-        return hello_of_ours().add("Want", self.want, self.all).add("Staged", self.staged).add("Committed", self.committed)
+        return (
+            hello_of_ours().add("Want", self.want, self.all).add("Staged", self.staged).add("Committed", self.committed)
+        )
 
     def receiving(self, stream: Stream, *, resident: Sequence[Tensor] | None = SMALL, **more: Any) -> Vector:
         """A vector for the receiving side."""
@@ -509,7 +509,9 @@ def accept_conversations(book: Book) -> None:
     )  # fmt: skip
     backwards = greeted().add("Offer", gold.offer).add("Finish", gold.finish, gold.digests)
     for number in reversed(range(len(gold.chunks))):
-        backwards.add("Data", {"chunk": number}, gold.chunks[number]).add("Data", {"chunk": number}, gold.chunks[number])
+        backwards.add("Data", {"chunk": number}, gold.chunks[number]).add(
+            "Data", {"chunk": number}, gold.chunks[number]
+        )
     book.accept(
         "push-received-backwards", "FINISH first, then the chunks, last one first and each of them twice",
         **gold.receiving(backwards.add("Commit", T)), messages=[want, staged, committed], **done,
@@ -611,24 +613,51 @@ def reject_frames(book: Book) -> None:
     frame("prelude-crc-zero", "a CRC of 0", "BadPrelude", greeted().raw(5, ping, prelude_crc=0))
     frame("sequence-skipped", "a sequence number left out", "BadPrelude", greeted().raw(5, ping, sequence=2))
     frame("sequence-repeated", "a sequence number used twice", "BadPrelude", greeted().raw(5, ping, sequence=0))
-    frame("sequence-largest", "the largest sequence number", "BadPrelude", greeted().raw(5, ping, sequence=(1 << 64) - 1))
+    frame(
+        "sequence-largest", "the largest sequence number", "BadPrelude", greeted().raw(5, ping, sequence=(1 << 64) - 1)
+    )
     book.reject(
         "frame-sequence-first", "a first frame that is not number 0", "BadPrelude",
         **acceptor(Stream(sequence=1).add("Hello", THEIRS).data), events=[], output=[],
     )  # fmt: skip
     big = greeted().raw(5, ping, header_length=16 * 1024 + 1)
     frame("header-too-long", "a header of 16385 bytes announced", "LimitExceeded", big)
-    frame("payload-too-long", "a payload of 524289 bytes announced", "LimitExceeded", greeted().raw(20, ping, payload_length=LEAF + 1))
-    frame("payload-largest", "a payload of 4 GiB announced", "LimitExceeded", greeted().raw(20, ping, payload_length=0xFFFFFFFF))
+    frame(
+        "payload-too-long",
+        "a payload of 524289 bytes announced",
+        "LimitExceeded",
+        greeted().raw(20, ping, payload_length=LEAF + 1),
+    )
+    frame(
+        "payload-largest",
+        "a payload of 4 GiB announced",
+        "LimitExceeded",
+        greeted().raw(20, ping, payload_length=0xFFFFFFFF),
+    )
     frame("type-unknown", "a type that nobody has", "MalformedMessage", greeted().raw(99, ping))
     frame("type-zero", "type 0", "MalformedMessage", greeted().raw(0, ping))
     frame("type-largest", "type 255", "MalformedMessage", greeted().raw(255, ping))
     for bit in range(1, 8):
-        frame(f"flag-{bit}", f"flag {1 << bit:#04x}, which nobody knows", "MalformedMessage", greeted().raw(5, ping, flags=1 << bit))
+        frame(
+            f"flag-{bit}",
+            f"flag {1 << bit:#04x}, which nobody knows",
+            "MalformedMessage",
+            greeted().raw(5, ping, flags=1 << bit),
+        )
     frame("payload-on-ping", "a message that has no body, with one", "LimitExceeded", greeted().add("Ping", {}, b"x"))
     frame("payload-on-commit", "COMMIT with a body", "LimitExceeded", greeted().add("Commit", T, bytes(100)))
-    frame("nack-unsent", "a NACK for a frame that was never sent", "UnexpectedMessage", greeted().add("Nack", {"sequences": [17]}))
-    frame("nack-next", "a NACK for the frame that comes next", "UnexpectedMessage", greeted().add("Nack", {"sequences": [1]}))
+    frame(
+        "nack-unsent",
+        "a NACK for a frame that was never sent",
+        "UnexpectedMessage",
+        greeted().add("Nack", {"sequences": [17]}),
+    )
+    frame(
+        "nack-next",
+        "a NACK for the frame that comes next",
+        "UnexpectedMessage",
+        greeted().add("Nack", {"sequences": [1]}),
+    )
     twice = greeted().add("Ping", {"reply": True}).add("Nack", {"sequences": [1, 1]})
     book.reject(
         "frame-nack-twice", "a NACK that names a frame twice", "UnexpectedMessage", **acceptor(twice.data),
@@ -664,8 +693,18 @@ def reject_bodies(book: Book) -> None:
         return (stream or greeted()).add("StatusIs", {"body_id": body_id, "body_size": size}, whole, MORE)
 
     bad = "MalformedMessage"
-    body("more-without-announcement", "the flag that more follows, and nothing announced", bad, greeted().add("StatusIs", {}, b"x", MORE))
-    body("more-on-ping", "the flag that more follows on a message without body", bad, greeted().add("Ping", {}, b"", MORE))
+    body(
+        "more-without-announcement",
+        "the flag that more follows, and nothing announced",
+        bad,
+        greeted().add("StatusIs", {}, b"x", MORE),
+    )
+    body(
+        "more-on-ping",
+        "the flag that more follows on a message without body",
+        bad,
+        greeted().add("Ping", {}, b"", MORE),
+    )
     body("announced-without-more", "a size announced without the flag", bad,
          greeted().add("StatusIs", {"body_id": 1, "body_size": LEAF + 1}, whole))  # fmt: skip
     body("id-without-more", "a body's number without the flag", bad, greeted().add("StatusIs", {"body_id": 1}, b"x"))
@@ -696,9 +735,20 @@ def reject_bodies(book: Book) -> None:
     for number in range(1, 6):
         announced(LEAF + 1, number, many)
     body("too-many", "five bodies at once", "LimitExceeded", many)
-    body("data-unasked", "DATA where nothing was asked for", "UnexpectedMessage", greeted().add("Data", {"chunk": 0}, b"x"))
+    body(
+        "data-unasked",
+        "DATA where nothing was asked for",
+        "UnexpectedMessage",
+        greeted().add("Data", {"chunk": 0}, b"x"),
+    )
     body("data-empty", "DATA without bytes", bad, greeted().add("Data", {"chunk": 0}), asked={"0": 1})
-    body("data-flag", "DATA with the flag that more follows", bad, greeted().add("Data", {"chunk": 0}, b"x", MORE), asked={"0": 1})
+    body(
+        "data-flag",
+        "DATA with the flag that more follows",
+        bad,
+        greeted().add("Data", {"chunk": 0}, b"x", MORE),
+        asked={"0": 1},
+    )
 
 
 def reject_handshakes(book: Book) -> None:
@@ -714,20 +764,48 @@ def reject_handshakes(book: Book) -> None:
     first("flag", "a HELLO with a flag", "UnexpectedMessage", Stream().add("Hello", THEIRS, b"", MORE))
     first("offer", "OFFER instead of HELLO", "UnexpectedMessage", Stream().add("Offer", OFFER))
     first("status", "STATUS instead of HELLO", "UnexpectedMessage", Stream().add("StatusRequest"))
-    first("data", "DATA instead of HELLO, without bytes", "UnexpectedMessage", Stream().add("Data", {"chunk": 0}), asked={"0": 0})
+    first(
+        "data",
+        "DATA instead of HELLO, without bytes",
+        "UnexpectedMessage",
+        Stream().add("Data", {"chunk": 0}),
+        asked={"0": 0},
+    )
     first("auth", "a proof instead of HELLO", "UnexpectedMessage", Stream().add("Auth", {"proof": bytes(32)}))
     first("abort", "ABORT instead of HELLO", "UnexpectedMessage", Stream().add("Abort", {"code": "auth"}))
     first("damaged", "a HELLO that is damaged", "BadPrelude", Stream().raw(1, pack(THEIRS), header_crc=0))
-    first("damaged-payload", "a HELLO whose payload is damaged", "BadPrelude", Stream().raw(1, pack(THEIRS), payload_crc=1))
+    first(
+        "damaged-payload",
+        "a HELLO whose payload is damaged",
+        "BadPrelude",
+        Stream().raw(1, pack(THEIRS), payload_crc=1),
+    )
     too_old = {**THEIRS, "version_max": 3, "version_min": 2}
     says = "theirs speaks protocol 2 to 3, this side 1: update this side"
     goodbye = hello_of_ours().add("Abort", {"code": "version", "message": says})
     first("newer", "a peer that speaks only later versions", "VersionMismatch", Stream().add("Hello", too_old), goodbye)
-    first("versions-crossed", "versions from 2 to 1", "MalformedMessage", Stream().add("Hello", {**THEIRS, "version_min": 2}))
+    first(
+        "versions-crossed",
+        "versions from 2 to 1",
+        "MalformedMessage",
+        Stream().add("Hello", {**THEIRS, "version_min": 2}),
+    )
     first("version-zero", "version 0", "MalformedMessage", Stream().add("Hello", {**THEIRS, "version_min": 0}))
-    first("nonce-short", "a nonce of 31 bytes", "MalformedMessage", Stream().add("Hello", {**THEIRS, "nonce": bytes(31)}))
-    first("agent-long", "a name of 65 characters", "MalformedMessage", Stream().add("Hello", {**THEIRS, "agent": "x" * 65}))
-    first("capabilities", "33 capabilities", "MalformedMessage", Stream().add("Hello", {**THEIRS, "capabilities": ["x"] * 33}))
+    first(
+        "nonce-short", "a nonce of 31 bytes", "MalformedMessage", Stream().add("Hello", {**THEIRS, "nonce": bytes(31)})
+    )
+    first(
+        "agent-long",
+        "a name of 65 characters",
+        "MalformedMessage",
+        Stream().add("Hello", {**THEIRS, "agent": "x" * 65}),
+    )
+    first(
+        "capabilities",
+        "33 capabilities",
+        "MalformedMessage",
+        Stream().add("Hello", {**THEIRS, "capabilities": ["x"] * 33}),
+    )
     first("critical", "a critical field", "MalformedMessage", Stream().add("Hello", {"!quantum": 1, **THEIRS}))
     book.reject(
         "handshake-hello-twice", "a second HELLO", "UnexpectedMessage",
@@ -748,9 +826,30 @@ def reject_handshakes(book: Book) -> None:
         ("zero", "a proof of zeros", bytes(32)),
     ):  # fmt: skip
         first(f"proof-{name}", what, "AuthFailed", greeted().add("Auth", {"proof": proof}), wrong, token=TOKEN)
-    first("proof-short", "a proof of 31 bytes", "MalformedMessage", greeted().add("Auth", {"proof": bytes(31)}), asked, token=TOKEN)
-    first("proof-skipped", "OFFER where a proof is due", "UnexpectedMessage", greeted().add("Offer", OFFER), asked, token=TOKEN)
-    first("proof-hello-again", "HELLO where a proof is due", "UnexpectedMessage", greeted().add("Hello", THEIRS), asked, token=TOKEN)
+    first(
+        "proof-short",
+        "a proof of 31 bytes",
+        "MalformedMessage",
+        greeted().add("Auth", {"proof": bytes(31)}),
+        asked,
+        token=TOKEN,
+    )
+    first(
+        "proof-skipped",
+        "OFFER where a proof is due",
+        "UnexpectedMessage",
+        greeted().add("Offer", OFFER),
+        asked,
+        token=TOKEN,
+    )
+    first(
+        "proof-hello-again",
+        "HELLO where a proof is due",
+        "UnexpectedMessage",
+        greeted().add("Hello", THEIRS),
+        asked,
+        token=TOKEN,
+    )
 
     def second(name: str, what: str, error: str, stream: Stream, output: Stream | None = None, **more: Any) -> None:
         book.reject(
@@ -759,7 +858,9 @@ def reject_handshakes(book: Book) -> None:
         )  # fmt: skip
 
     second("token-missing", "the acceptor asks for a token and there is none", "AuthFailed", asked)
-    second("token-unasked", "a token was given and the acceptor asks for none", "AuthFailed", hello_of_ours(), token=TOKEN)
+    second(
+        "token-unasked", "a token was given and the acceptor asks for none", "AuthFailed", hello_of_ours(), token=TOKEN
+    )
     proved = greeted().add("Auth", {"proof": naive.proof(TOKEN, "initiator", THEIRS, wants)})
     mirrored = Stream().add("Hello", wants).add("Auth", {"proof": naive.proof(TOKEN, "initiator", THEIRS, wants)})
     second("acceptor-mirrors", "an acceptor that sends back our proof", "AuthFailed", mirrored, proved, token=TOKEN)
@@ -768,14 +869,21 @@ def reject_handshakes(book: Book) -> None:
            Stream().add("Abort", {"code": "version", "message": "update"}))  # fmt: skip
     second("acceptor-older", "the acceptor speaks only later versions", "VersionMismatch",
            Stream().add("Hello", {**OURS, "version_max": 7, "version_min": 7}))  # fmt: skip
-    second("acceptor-busy", "an ABORT of another kind in the middle", "UnexpectedMessage", Stream().add("Abort", {"code": "busy"}))
+    second(
+        "acceptor-busy",
+        "an ABORT of another kind in the middle",
+        "UnexpectedMessage",
+        Stream().add("Abort", {"code": "busy"}),
+    )
     second("acceptor-ping", "PING instead of HELLO", "UnexpectedMessage", Stream().add("Ping"))
 
 
 def reject_headers(book: Book) -> None:
     """Headers that pass their CRC and are not what their type promises."""
 
-    def header(name: str, what: str, kind: str, raw: bytes | Mapping[str, Any], error: str = "MalformedMessage") -> None:
+    def header(
+        name: str, what: str, kind: str, raw: bytes | Mapping[str, Any], error: str = "MalformedMessage"
+    ) -> None:
         stream = greeted().add(kind, raw)
         book.reject(f"header-{name}", what, error, **acceptor(stream.data), events=[established()], output=answers())
 
@@ -790,7 +898,12 @@ def reject_headers(book: Book) -> None:
     header("count-too-large", "a map of four billion entries", "Commit", b"\xdf\xff\xff\xff\xff" + transfer)
     header("map-16", "a map header longer than needed", "Commit", b"\xde\x00\x01" + transfer)
     header("map-16-empty", "the same, of an empty map", "Detach", b"\xde\x00\x00")
-    header("map-32-unknown", "the same, with a field that nobody knows", "Commit", b"\xdf\x00\x00\x00\x02\xa1a\x01" + transfer)
+    header(
+        "map-32-unknown",
+        "the same, with a field that nobody knows",
+        "Commit",
+        b"\xdf\x00\x00\x00\x02\xa1a\x01" + transfer,
+    )
     header("key-str8", "a key longer than needed", "Commit", b"\x81\xd9\x08transfer" + msgpack.packb(TRANSFER))
     header("key-str8-unknown", "the same, of a field that nobody knows", "Commit", b"\x82\xd9\x01a\x01" + transfer)
     header("bin-16", "bytes longer than needed", "Commit", b"\x81\xa8transfer\xc5\x00\x10" + TRANSFER)
@@ -805,14 +918,18 @@ def reject_headers(book: Book) -> None:
     header("float-32", "a float of 32 bits", "Staged",
            b"\x83\xa9processes\x01\xadstage_seconds\xca\x3e\x00\x00\x00" + transfer)  # fmt: skip
     header("float-as-int", "a whole number where a float is due", "Staged", {"processes": 1, "stage_seconds": 1, **T})
-    header("float-nan", "a duration that is not a number", "Staged", {"processes": 1, "stage_seconds": float("nan"), **T})
+    header(
+        "float-nan", "a duration that is not a number", "Staged", {"processes": 1, "stage_seconds": float("nan"), **T}
+    )
     header("float-infinite", "an infinite duration", "Staged", {"processes": 1, "stage_seconds": float("inf"), **T})
     header("float-negative", "a negative duration", "Staged", {"processes": 1, "stage_seconds": -0.5, **T})
     header("float-default", "a duration of 0 spelled out", "Staged", {"processes": 1, "stage_seconds": 0.0, **T})
     header("float-minus-zero", "a duration of -0", "Staged", {"processes": 1, "stage_seconds": -0.0, **T})
     header("default-false", "a default spelled out", "Ping", {"reply": False})
     header("default-empty", "an empty text spelled out", "StatusRequest", {"model": ""})
-    header("default-nil", "a nil spelled out", "Committed", {"digest": DIGEST, "label": "v1", "pause_seconds": None, **T})
+    header(
+        "default-nil", "a nil spelled out", "Committed", {"digest": DIGEST, "label": "v1", "pause_seconds": None, **T}
+    )
     header("bool-as-int", "1 where true is due", "Ping", {"reply": 1})
     header("bytes-as-str", "a text where bytes are due", "Commit", {"transfer": "0123456789abcdef"})
     header("str-as-bytes", "bytes where a text is due", "VerifyRequest", {"model": b"minilm"})
@@ -821,7 +938,9 @@ def reject_headers(book: Book) -> None:
     header("key-twice", "a key twice", "Commit", b"\x82" + transfer * 2)
     header("key-twice-unknown", "a key that nobody knows, twice", "Commit", b"\x83\xa1a\x01\xa1a\x02" + transfer)
     header("keys-unsorted", "keys out of order", "Fill", b"\x82\xa4slot\x00\xaageneration\x01")
-    header("keys-unsorted-unknown", "a field that nobody knows, out of order", "Commit", b"\x82" + transfer + b"\xa1a\x01")
+    header(
+        "keys-unsorted-unknown", "a field that nobody knows, out of order", "Commit", b"\x82" + transfer + b"\xa1a\x01"
+    )
     header("key-number", "a key that is a number", "Commit", b"\x82\x01\x02" + transfer)
     header("key-bytes", "a key that is bytes", "Commit", b"\x82\xc4\x01a\x02" + transfer)
     header("key-not-utf8", "a key that is not UTF-8", "Commit", b"\x82\xa1\xff\x01" + transfer)
@@ -832,14 +951,26 @@ def reject_headers(book: Book) -> None:
     header("not-utf8", "a text that is not UTF-8", "VerifyRequest", b"\x81\xa5model\xa1\xff")
     header("surrogate", "half a surrogate pair", "VerifyRequest", b"\x81\xa5model\xa3\xed\xa0\x80")
     header("not-utf8-unknown", "the same in a field that nobody knows", "Commit", b"\x82\xa1a\xa1\xff" + transfer)
-    header("deep", "17 arrays in one another, in a field that nobody knows", "Commit", b"\x82\xa1a" + b"\x91" * 16 + b"\x90" + transfer)
+    header(
+        "deep",
+        "17 arrays in one another, in a field that nobody knows",
+        "Commit",
+        b"\x82\xa1a" + b"\x91" * 16 + b"\x90" + transfer,
+    )
     header("deep-maps", "maps in maps, 17 deep", "Commit", b"\x82\xa1a" + b"\x81\x01" * 16 + b"\x80" + transfer)
     header("very-deep", "16000 arrays in one another", "Commit", b"\x82\xa1a" + b"\x91" * 16000 + b"\xc0" + transfer)
-    header("digest-short", "a digest of 15 bytes", "Stage", {"digest": bytes(15), "generation": 1, "label": "v", "slot": 0, **T})
+    header(
+        "digest-short",
+        "a digest of 15 bytes",
+        "Stage",
+        {"digest": bytes(15), "generation": 1, "label": "v", "slot": 0, **T},
+    )
     header("transfer-long", "a transfer of 17 bytes", "Commit", {"transfer": bytes(17)})
     header("transfer-empty", "a transfer of no bytes", "Commit", {"transfer": b""})
     header("abort-transfer", "an optional transfer of 3 bytes", "Abort", {"code": "busy", "transfer": b"abc"})
-    header("attach-digest", "an optional digest of 15 bytes", "Attach", {"digest": bytes(15), "mode": "copy", "model": "m"})
+    header(
+        "attach-digest", "an optional digest of 15 bytes", "Attach", {"digest": bytes(15), "mode": "copy", "model": "m"}
+    )
     header("digestis-digest", "another one, of 1 byte", "DigestIs", {"digest": b"x", "request": 1})
     header("label-empty", "an empty label", "Finish", {"digest": DIGEST, "label": "", **T})
     header("label-long", "a label of 129 characters", "Finish", {"digest": DIGEST, "label": "x" * 129, **T})
@@ -852,7 +983,9 @@ def reject_headers(book: Book) -> None:
     header("nack-none", "a NACK for nothing", "Nack", {"sequences": []})
     header("nack-many", "a NACK for 257 frames", "Nack", {"sequences": list(range(257))})
     header("nack-large", "a NACK for frame 2^63", "Nack", {"sequences": [1 << 63]})
-    header("metadata-many", "33 entries of metadata", "Offer", {**OFFER, "metadata": {f"k{at:02}": "" for at in range(33)}})
+    header(
+        "metadata-many", "33 entries of metadata", "Offer", {**OFFER, "metadata": {f"k{at:02}": "" for at in range(33)}}
+    )
     header("metadata-long", "metadata of 257 characters", "Offer", {**OFFER, "metadata": {"k": "x" * 257}})
     header("metadata-number", "metadata that is a number", "Offer", {**OFFER, "metadata": {"k": 1}})
     header("metadata-nested", "metadata in metadata", "Offer", {**OFFER, "metadata": {"k": {}}})
@@ -861,14 +994,30 @@ def reject_headers(book: Book) -> None:
     header("offer-bytes", "more bytes than a version may have", "Offer", {**OFFER, "nbytes": (1 << 44) + 1})
     header("offer-tensors", "more tensors than a version may have", "Offer", {**OFFER, "tensors": (1 << 20) + 1})
     header("staged-processes", "65 processes", "Staged", {"processes": 65, **T})
-    header("committed-stale", "65 stale processes", "Committed", {"digest": DIGEST, "label": "v1", "stale": ["1"] * 65, **T})
+    header(
+        "committed-stale",
+        "65 stale processes",
+        "Committed",
+        {"digest": DIGEST, "label": "v1", "stale": ["1"] * 65, **T},
+    )
     header("slot", "slot 16", "Fill", {"generation": 1, "slot": 16})
     header("images-many", "17 images", "Images", {"slots": [{"size": 1, "slot": 0}] * 17})
     header("images-size", "an image of no bytes", "Images", {"slots": [{"size": 0, "slot": 0}]})
-    header("images-size-large", "an image of more than 16 TiB", "Images", {"slots": [{"size": (1 << 44) + 1, "slot": 0}]})
-    header("images-order", "fields of an image out of order", "Images", b"\x81\xa5slots\x91\x82\xa4slot\x00\xa4size\x01")
-    header("images-default", "a default of an image spelled out", "Images", {"slots": [{"size": 1, "slot": 0, "writable": False}]})
-    header("images-unknown", "a field of an image that nobody knows", "Images", {"slots": [{"a": 1, "size": 1, "slot": 0}]})
+    header(
+        "images-size-large", "an image of more than 16 TiB", "Images", {"slots": [{"size": (1 << 44) + 1, "slot": 0}]}
+    )
+    header(
+        "images-order", "fields of an image out of order", "Images", b"\x81\xa5slots\x91\x82\xa4slot\x00\xa4size\x01"
+    )
+    header(
+        "images-default",
+        "a default of an image spelled out",
+        "Images",
+        {"slots": [{"size": 1, "slot": 0, "writable": False}]},
+    )
+    header(
+        "images-unknown", "a field of an image that nobody knows", "Images", {"slots": [{"a": 1, "size": 1, "slot": 0}]}
+    )
     header("text-long", "a message of 2049 characters", "Evicted", {"reason": "x" * 2049})
     header("word-long", "a word of 65 characters", "Progress", {"held": 0, "stage": "x" * 65, **T})
     header("tensor-long", "a tensor's name of 513 characters", "Abort", {"code": "x", "tensor": "x" * 513})
@@ -892,12 +1041,16 @@ def reject_structures(book: Book) -> None:
     structure("empty", "no bytes", b"")
     structure("not-msgpack", "not msgpack", b"\xc1")
     structure("array", "an array", msgpack.packb([b"", b"", [], b"", b""]))
-    structure("missing-column", "a column is missing", pack({key: value for key, value in good.items() if key != "ties"}))
+    structure(
+        "missing-column", "a column is missing", pack({key: value for key, value in good.items() if key != "ties"})
+    )
     structure("unknown-column", "a column that nobody knows", {"strides": b""})
     structure("unsorted-columns", "columns out of order", msgpack.packb(dict(reversed(good.items()))))
     structure("trailing", "a byte after the map", pack(good) + b"\0")
     structure("cut", "cut in the middle", pack(good)[:-1])
-    structure("non-minimal", "a length longer than needed", pack(good).replace(b"\xc4\x02\x02\x02", b"\xc5\x00\x02\x02\x02"))
+    structure(
+        "non-minimal", "a length longer than needed", pack(good).replace(b"\xc4\x02\x02\x02", b"\xc5\x00\x02\x02\x02")
+    )
     structure("duplicate", "a name twice", {"names": ["a", "a"]})
     structure("unsorted", "names out of order", {"names": ["b", "a"]})
     structure("name-empty", "an empty name", {"names": ["", "b"]}, limit)
@@ -924,10 +1077,17 @@ def reject_structures(book: Book) -> None:
     structure("dims-impossible", "more dims than 32 for every tensor", {"dims": dims(*[1] * 65)})
     structure("ndims-33", "33 dimensions", {"ndims": b"\x01\x21", "dims": dims(*[1] * 34)}, limit)
     structure("tensor-large", "a tensor of more than 4 TiB", {"dims": dims(4, 1 << 41)}, limit)
-    structure("tensor-overflow", "a product that is 0 modulo 2^64", {"ndims": b"\x01\x03", "dims": dims(4, 1 << 32, 1 << 16, 1 << 16)}, limit)
+    structure(
+        "tensor-overflow",
+        "a product that is 0 modulo 2^64",
+        {"ndims": b"\x01\x03", "dims": dims(4, 1 << 32, 1 << 16, 1 << 16)},
+        limit,
+    )
     structure("tensor-overflow-small", "a product that is 4 modulo 2^64",
               {"dtypes": b"\x02\x17", "ndims": b"\x01\x02", "dims": dims(4, 0x3FFFFFFFFFF, 0x3FFFFFFFFFF)}, limit)  # fmt: skip
-    structure("tensor-infinite", "a product beyond any float", {"ndims": b"\x01\x20", "dims": dims(4, *[1 << 42] * 32)}, limit)
+    structure(
+        "tensor-infinite", "a product beyond any float", {"ndims": b"\x01\x20", "dims": dims(4, *[1 << 42] * 32)}, limit
+    )
     names = [f"t{at}" for at in range(5)]
     total = {"names": names, "dtypes": b"\x17" * 5, "ndims": b"\x01" * 5, "dims": dims(*[1 << 42] * 5)}
     structure("total-large", "five tensors of 4 TiB", total, limit)
@@ -948,7 +1108,11 @@ def reject_structures(book: Book) -> None:
     structure("tie-unsorted", "ties out of order", ties((2, 0), (1, 0), **three))
     structure("tie-dtype", "a tie between different dtypes", ties((1, 0), dtypes=b"\x02\x11"))
     structure("tie-shape", "a tie between different shapes", ties((1, 0), dims=dims(4, 5)))
-    structure("tie-ndims", "a tie between different numbers of dimensions", ties((1, 0), ndims=b"\x01\x02", dims=dims(4, 2, 2)))
+    structure(
+        "tie-ndims",
+        "a tie between different numbers of dimensions",
+        ties((1, 0), ndims=b"\x01\x02", dims=dims(4, 2, 2)),
+    )
 
 
 def reject_other_bodies(book: Book) -> None:
@@ -1011,16 +1175,41 @@ def reject_conversations(book: Book) -> None:
     receiver("data-before-structure", "DATA while the structure is awaited", unexpected,
              offered().add("Data", {"chunk": 0}, chunk), resident=None)  # fmt: skip
     receiver("finish-digests-fewer", "a digest too few", bad, offered().add("Finish", gold.finish, gold.digests[:-16]))
-    receiver("finish-digests-ragged", "a digest cut short", bad, offered().add("Finish", gold.finish, gold.digests[:-1]))
-    receiver("finish-digests-more", "a digest too many", bad, offered().add("Finish", gold.finish, gold.digests + bytes(16)))
-    receiver("finish-label", "another label than was offered", bad, offered().add("Finish", {**gold.finish, "label": "v2"}, gold.digests))
-    receiver("finish-twice", "FINISH after everything is verified", unexpected, gold.sent().add("Finish", gold.finish, gold.digests))
+    receiver(
+        "finish-digests-ragged", "a digest cut short", bad, offered().add("Finish", gold.finish, gold.digests[:-1])
+    )
+    receiver(
+        "finish-digests-more", "a digest too many", bad, offered().add("Finish", gold.finish, gold.digests + bytes(16))
+    )
+    receiver(
+        "finish-label",
+        "another label than was offered",
+        bad,
+        offered().add("Finish", {**gold.finish, "label": "v2"}, gold.digests),
+    )
+    receiver(
+        "finish-twice",
+        "FINISH after everything is verified",
+        unexpected,
+        gold.sent().add("Finish", gold.finish, gold.digests),
+    )
     receiver("finish-before-structure", "FINISH while the structure is awaited", unexpected,
              offered().add("Finish", gold.finish, gold.digests), resident=None)  # fmt: skip
     receiver("commit-early", "COMMIT before anything is staged", unexpected, offered().add("Commit", T))
-    receiver("structure-unasked", "a structure that was not asked for", unexpected, offered().add("StructureIs", T, gold.body))
+    receiver(
+        "structure-unasked",
+        "a structure that was not asked for",
+        unexpected,
+        offered().add("StructureIs", T, gold.body),
+    )
     other = encode_structure([floats("other", 3)])
-    receiver("structure-other", "another structure than was offered", bad, offered().add("StructureIs", T, other), resident=None)
+    receiver(
+        "structure-other",
+        "another structure than was offered",
+        bad,
+        offered().add("StructureIs", T, other),
+        resident=None,
+    )
     lies = {**gold.offer, "nbytes": gold.nbytes + 1}
     receiver("structure-figures", "a structure with other figures than the offer", bad,
              greeted().add("Offer", lies).add("StructureIs", T, gold.body), resident=None)  # fmt: skip
@@ -1029,33 +1218,78 @@ def reject_conversations(book: Book) -> None:
     receiver("committed", "COMMITTED to a receiver", unexpected, offered().add("Committed", gold.committed))
     receiver("abort-details", "an ABORT whose details are none", bad,
              offered().add("Abort", {"code": "tensor-changed", **T}, b"\xc1"))  # fmt: skip
-    receiver("offer-other", "the same transfer with another model", "TransferError", offered().add("Offer", {**gold.offer, "model": "n"}))
-    receiver("offer-relabelled", "the same transfer with another label", "TransferError", offered().add("Offer", {**gold.offer, "label": "v2"}))
+    receiver(
+        "offer-other",
+        "the same transfer with another model",
+        "TransferError",
+        offered().add("Offer", {**gold.offer, "model": "n"}),
+    )
+    receiver(
+        "offer-relabelled",
+        "the same transfer with another label",
+        "TransferError",
+        offered().add("Offer", {**gold.offer, "label": "v2"}),
+    )
 
     def sender(name: str, what: str, error: str, stream: Stream) -> None:
         book.reject(f"sender-{name}", what, error, **gold.sending(stream))
 
     hello, wanted = hello_of_ours, lambda: hello_of_ours().add("Want", gold.want, gold.all)
-    sender("want-outside", "WANT for chunks that do not exist", bad, hello().add("Want", gold.want, encode_ranges([(0, last + 1)])))
-    sender("want-unsorted", "WANT with ranges out of order", bad, hello().add("Want", gold.want, encode_ranges([(1, 1), (0, 1)])))
+    sender(
+        "want-outside",
+        "WANT for chunks that do not exist",
+        bad,
+        hello().add("Want", gold.want, encode_ranges([(0, last + 1)])),
+    )
+    sender(
+        "want-unsorted",
+        "WANT with ranges out of order",
+        bad,
+        hello().add("Want", gold.want, encode_ranges([(1, 1), (0, 1)])),
+    )
     sender("want-other-structure", "WANT of another structure after everything was sent", bad,
            wanted().add("Want", {"structure": DIGEST, **T}, gold.all))  # fmt: skip
     rounds = hello()
     for _ in range(4):
         rounds.add("Want", gold.want, gold.all)
     sender("want-forever", "the whole of it asked for again and again", "TransferError", rounds)
-    sender("structure-not-offered", "a structure with a tensor that was not offered", bad, hello().add("StructureIs", T, other))
+    sender(
+        "structure-not-offered",
+        "a structure with a tensor that was not offered",
+        bad,
+        hello().add("StructureIs", T, other),
+    )
     reshaped = encode_structure([floats("steps", 2)])
-    sender("structure-reshaped", "a structure with another shape than was offered", bad, hello().add("StructureIs", T, reshaped))
+    sender(
+        "structure-reshaped",
+        "a structure with another shape than was offered",
+        bad,
+        hello().add("StructureIs", T, reshaped),
+    )
     sender("structure-late", "another structure after WANT", unexpected, wanted().add("StructureIs", T, other))
-    sender("structure-twice", "the structure asked for twice", unexpected, hello().add("StructureWanted", T).add("StructureWanted", T))
-    sender("structure-wanted-late", "the structure asked for after everything was sent", unexpected, wanted().add("StructureWanted", T))
+    sender(
+        "structure-twice",
+        "the structure asked for twice",
+        unexpected,
+        hello().add("StructureWanted", T).add("StructureWanted", T),
+    )
+    sender(
+        "structure-wanted-late",
+        "the structure asked for after everything was sent",
+        unexpected,
+        wanted().add("StructureWanted", T),
+    )
     sender("offer", "OFFER to a sender", unexpected, hello().add("Offer", gold.offer))
     sender("finish", "FINISH to a sender", unexpected, hello().add("Finish", gold.finish, gold.digests))
     sender("committed-other", "another digest committed than was sent", "TransferError",
            wanted().add("Staged", gold.staged).add("Committed", {**gold.committed, "digest": DIGEST}))  # fmt: skip
     sender("aborted", "ABORT", "TransferError", wanted().add("Abort", {"code": "mismatch", "message": "no", **T}))
-    sender("abort-details", "an ABORT whose details are none", bad, wanted().add("Abort", {"code": "mismatch", **T}, b"\xc1"))
+    sender(
+        "abort-details",
+        "an ABORT whose details are none",
+        bad,
+        wanted().add("Abort", {"code": "mismatch", **T}, b"\xc1"),
+    )
     broken = wanted()
     number = 2
     for attempt in range(5):

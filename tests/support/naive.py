@@ -93,7 +93,9 @@ class Stream:
     data: bytearray = field(default_factory=bytearray)
     sequence: int = 0
 
-    def add(self, name: str, fields: Mapping[str, Any] | bytes = b"\x80", payload: bytes = b"", flags: int = 0) -> "Stream":
+    def add(
+        self, name: str, fields: Mapping[str, Any] | bytes = b"\x80", payload: bytes = b"", flags: int = 0
+    ) -> "Stream":
         """A frame; ``fields`` as a map, or a raw header."""
         header = fields if isinstance(fields, bytes) else pack(fields)
         return self.raw(TYPES[name], header, payload, flags)

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 
 PRELUDE = 32
-HELLO, NACK, PING, OFFER, STRUCTURE_IS, WANT, DATA, PROGRESS, FINISH = 1, 4, 5, 16, 18, 19, 20, 21, 22
-STAGED, COMMIT, COMMITTED, ABORT = 23, 24, 25, 26
+HELLO, NACK, PING, OFFER, STRUCTURE_WANTED, STRUCTURE_IS, WANT, DATA = 1, 4, 5, 16, 17, 18, 19, 20
+PROGRESS, FINISH, STAGED, COMMIT, COMMITTED, ABORT = 21, 22, 23, 24, 25, 26
 
 DEADLINE = 20.0
 """Seconds until a test that waits for something gives up: nothing here takes one."""

@@ -295,4 +295,3 @@ _KINDS: Final = {
     "verification": _verification,
     "abort": _abort,
 }
-

@@ -70,4 +70,3 @@ def test_there_are_enough() -> None:
     assert len(GOLDEN) >= 20
     for vector in GOLDEN.values():
         assert run(vector).error is None
-

@@ -233,7 +233,9 @@ def test_damage_costs_one_frame(chop: Chop, part: str) -> None:
 
 def test_a_chunk_that_is_not_wanted_is_not_checked() -> None:
     connection = acceptor(landing=Landing({}))
-    stream = after_hello().raw(20, naive.pack({"chunk": 3}), bytes(100), payload_crc=7).add("Commit", {"transfer": TRANSFER})
+    stream = (
+        after_hello().raw(20, naive.pack({"chunk": 3}), bytes(100), payload_crc=7).add("Commit", {"transfer": TRANSFER})
+    )
     fed = feed(connection, bytes(stream.data))
     assert [type(event) for event in fed.events] == [MessageArrived]
     assert fed.output == b""
@@ -326,7 +328,9 @@ def test_events_before_the_error_are_not_lost() -> None:
 # --- bodies ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 1, MAX_PAYLOAD - 1, MAX_PAYLOAD, MAX_PAYLOAD + 1, 2 * MAX_PAYLOAD, 2 * MAX_PAYLOAD + 7])
+@pytest.mark.parametrize(
+    "size", [0, 1, MAX_PAYLOAD - 1, MAX_PAYLOAD, MAX_PAYLOAD + 1, 2 * MAX_PAYLOAD, 2 * MAX_PAYLOAD + 7]
+)
 def test_bodies_of_any_size(size: int) -> None:
     left, right = handshaken()
     body = random.Random(size).randbytes(size)
@@ -411,7 +415,10 @@ def test_a_refused_message_goes_again() -> None:
     assert fed.error is None
     assert fed.events == []
     again = list(naive.frames(fed.output))
-    assert [(frame.name, frame.sequence, frame.payload) for frame in again] == [("Commit", 3, b""), ("StatusIs", 4, b"body")]
+    assert [(frame.name, frame.sequence, frame.payload) for frame in again] == [
+        ("Commit", 3, b""),
+        ("StatusIs", 4, b"body"),
+    ]
     assert connection.frames_resent == 2
     assert isinstance(feed(connection, nack(1, sequence=2)).error, UnexpectedMessage)
 
@@ -545,7 +552,11 @@ def test_every_message_type_is_what_its_number_says() -> None:
     left.send(StructureIs(transfer=TRANSFER), b"body")
     (event,) = feed(right, output_of(left)).events
     assert event == MessageArrived(StructureIs(transfer=TRANSFER), memoryview(b"body"))
-    for message in (Hello(nonce=nonce(1), version_max=1, version_min=1), Body(body_id=1, offset=MAX_PAYLOAD), Data(chunk=0)):
+    for message in (
+        Hello(nonce=nonce(1), version_max=1, version_min=1),
+        Body(body_id=1, offset=MAX_PAYLOAD),
+        Data(chunk=0),
+    ):
         left, right = handshaken()
         left.send(message)
         assert feed(right, output_of(left)).error is not None

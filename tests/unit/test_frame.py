@@ -57,9 +57,7 @@ def test_decodes_what_was_encoded() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("header", "payload"), [(b"", b""), (bytes(MAX_HEADER), b""), (b"", bytes(MAX_PAYLOAD))]
-)
+@pytest.mark.parametrize(("header", "payload"), [(b"", b""), (bytes(MAX_HEADER), b""), (b"", bytes(MAX_PAYLOAD))])
 def test_lengths_up_to_the_limits(header: bytes, payload: bytes) -> None:
     found = decode_prelude(encode_frame(1, 0, 0, header, payload), 0)
     assert (found.header_length, found.payload_length) == (len(header), len(payload))

@@ -118,7 +118,7 @@ def test_a_swap_waits_for_holders_and_new_holds_wait_for_the_swap(gate):
     swapper = Worker(lambda: swap(gate))
     eventually(lambda: gate.shut)
     second = Worker(lambda: gate.hold().__enter__())
-    eventually(lambda: gate._waiting == 1)
+    eventually(lambda: len(gate._waiting) == 1)
     assert gate.version == OLD
     first.leave.set()
     assert first.finish() == (OLD, OLD)
@@ -183,7 +183,7 @@ def test_threads_that_come_for_the_first_time_during_a_swap_wait(gate):
 
     def action():
         latecomers.extend(Worker(lambda: gate.hold().__enter__()) for _ in range(5))
-        eventually(lambda: gate._waiting == 5)
+        eventually(lambda: len(gate._waiting) == 5)
         return NEW
 
     swap(gate, action)
@@ -218,7 +218,7 @@ def test_a_callback_holds_while_others_wait(gate):
         gate.enter_forward(gate)
         gate.leave_forward()
         waiting.append(Worker(lambda: gate.hold().__enter__()))
-        eventually(lambda: gate._waiting == 1)
+        eventually(lambda: len(gate._waiting) == 1)
 
     swap(gate, then=then)
     assert seen == [(NEW, NEW)]
@@ -291,7 +291,7 @@ def test_a_fence_from_within_the_action_comes_before_any_hold(gate):
 
     def action():
         waiting.append(Worker(lambda: gate.hold().__enter__()))
-        eventually(lambda: gate._waiting == 1)
+        eventually(lambda: len(gate._waiting) == 1)
         gate.fence("torn")
         raise ValueError("torn")
 
@@ -438,7 +438,7 @@ def test_a_wait_can_be_interrupted(gate):
             pass
     holder.leave.set()
     swapper.finish()
-    assert gate._waiting == 0
+    assert len(gate._waiting) == 0
     assert not gate.hold().owned()
 
 
@@ -554,7 +554,7 @@ def test_a_stale_forward_of_an_idle_thread_does_not_delay_a_swap_for_long():
     def action():
         # Its next hold must wait for this swap although its lock was never released.
         go.set()
-        eventually(lambda: gate._waiting == 1)
+        eventually(lambda: len(gate._waiting) == 1)
         return NEW
 
     assert swap(gate, action).wait_seconds < 5
@@ -594,7 +594,7 @@ def test_a_thread_judged_stale_waits_even_where_its_stack_is_doubtful():
 
     def action():
         go.set()
-        eventually(lambda: gate._waiting == 1)
+        eventually(lambda: len(gate._waiting) == 1)
         return NEW
 
     swap(gate, action)
@@ -748,11 +748,11 @@ def test_a_waiting_task_can_be_cancelled(gate):
         swapper = asyncio.create_task(asyncio.to_thread(swap, gate))
         await until(lambda: gate.shut)
         waiter = asyncio.create_task(wait())
-        await until(lambda: gate._waiting == 1)
+        await until(lambda: len(gate._waiting) == 1)
         waiter.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiter
-        assert gate._waiting == 0
+        assert len(gate._waiting) == 0
         holder.leave.set()
         await swapper
 
@@ -784,7 +784,7 @@ def test_a_fence_reaches_tasks(gate):
                 pass
 
         waiter = asyncio.create_task(enter())
-        await until(lambda: gate._waiting == 1)
+        await until(lambda: len(gate._waiting) == 1)
         holder.leave.set()
         with pytest.raises(ValueError, match="torn"):
             await swapper

@@ -55,7 +55,10 @@ def check(rows, leaf: int = LEAF_SIZE) -> Layout:
         (floats("x", 0),),
         (floats("x", 0), floats("y", 0, 4)),
         (floats("a", 0), floats("b", 1), floats("c", 0)),
-        [Tensor(name, "uint8", (size,)) for name, size in (("a", LEAF_SIZE - 1), ("b", LEAF_SIZE), ("c", LEAF_SIZE + 1))],
+        [
+            Tensor(name, "uint8", (size,))
+            for name, size in (("a", LEAF_SIZE - 1), ("b", LEAF_SIZE), ("c", LEAF_SIZE + 1))
+        ],
         [Tensor("a", "uint8", (LEAF_SIZE // 2,)), Tensor("b", "uint8", (LEAF_SIZE // 2,)), Tensor("c", "uint8", (0,))],
         [Tensor(f"t{at}", dtype, (5,)) for at, dtype in enumerate(reversed(naive.ITEMSIZE))],
         [Tensor("in", "float16", (600, 1024)), Tensor("out", "float16", (600, 1024), tied_to="in")],

@@ -140,7 +140,9 @@ def test_too_ragged_a_set_is_sent_as_a_superset() -> None:
     assert all(start in sent and stop - 1 in sent for start, stop in ranges.ranges())
     assert (sent.first(), max(sent)) == (ranges.first(), max(ranges))
     extra = len(sent) - len(ranges)
-    gaps = sorted(second[0] - first[1] for first, second in zip(ranges.ranges(), list(ranges.ranges())[1:], strict=False))
+    gaps = sorted(
+        second[0] - first[1] for first, second in zip(ranges.ranges(), list(ranges.ranges())[1:], strict=False)
+    )
     assert extra == sum(gaps[: len(list(ranges.ranges())) - MAX_RANGES]), "the smallest gaps are closed"
 
 

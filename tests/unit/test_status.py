@@ -63,7 +63,14 @@ def test_fields_of_a_later_release_are_ignored() -> None:
 
 
 def test_fields_of_an_earlier_release_have_defaults() -> None:
-    said = {"agent": "x", "pid": 1, "uptime_seconds": 2.0, "memory_used": 3, "memory_limit": 4, "models": [{"name": "m"}]}
+    said = {
+        "agent": "x",
+        "pid": 1,
+        "uptime_seconds": 2.0,
+        "memory_used": 3,
+        "memory_limit": 4,
+        "models": [{"name": "m"}],
+    }
     (model,) = decode_status(msgpack.packb(said)).models
     assert model == ModelStatus(name="m")
     assert model.processes is not ModelStatus(name="n").processes
@@ -124,6 +131,9 @@ def test_resident_that_is_none() -> None:
     for raw in (b"", b"\xc1", b"\x90", naive.pack(good) + b"\0", b"\x81\xa1a" + b"\x91" * 100_000):
         with pytest.raises(MalformedMessage):
             Resident.decode(raw)
-    huge = {**good, "structure": naive.encode_structure([floats("x", 4)]).replace((4).to_bytes(8, "little"), b"\xff" * 8)}
+    huge = {
+        **good,
+        "structure": naive.encode_structure([floats("x", 4)]).replace((4).to_bytes(8, "little"), b"\xff" * 8),
+    }
     with pytest.raises(LimitExceeded):
         Resident.decode(naive.pack(huge))

@@ -109,7 +109,22 @@ def test_dtypes_that_cannot_be_shipped() -> None:
 
 @pytest.mark.parametrize(
     "character",
-    ["\0", "\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\x9b", "\u2028", "\u2029", "\u202e", "\u2066", "\ud800", "\udfff"],
+    [
+        "\0",
+        "\n",
+        "\r",
+        "\t",
+        "\x1b",
+        "\x7f",
+        "\x85",
+        "\x9b",
+        "\u2028",
+        "\u2029",
+        "\u202e",
+        "\u2066",
+        "\ud800",
+        "\udfff",
+    ],
 )
 def test_characters_that_no_name_may_have(character: str) -> None:
     with pytest.raises(MalformedMessage, match="control character"):

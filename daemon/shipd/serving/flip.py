@@ -86,14 +86,9 @@ class FlipSwap:
         """The staged value of a tensor, with the strides of the live one."""
         count, offset = int(self.layout.structure.nbytes[row]), int(self.layout.offsets[row])
         content = torch.frombuffer(anchor, dtype=torch.uint8, count=count, offset=offset)
-        if live.is_contiguous():
-            return content.view(live.dtype).view(live.shape)
+        value = content.view(live.dtype).view(live.shape)
         # Other strides need another order of bytes, and so memory of their own.
-        reach = 1 + sum((size - 1) * step for size, step in zip(live.shape, live.stride(), strict=True))
-        memory = torch.zeros(reach * live.element_size(), dtype=torch.uint8)
-        strided = memory.view(live.dtype).as_strided(live.shape, live.stride())
-        bits.copy_all([bits.integers(strided)], [bits.integers(content.view(live.dtype).view(live.shape))])
-        return strided
+        return value if live.is_contiguous() else _copied(value, live)
 
     def discard(self) -> None:
         """See Swapper."""
@@ -133,7 +128,7 @@ class FlipSwap:
         for live in self.tensors.live:
             place = live.data_ptr()
             if live.numel() and place not in copies:
-                copies[place] = live.data.clone()
+                copies[place] = _copied(live, live)
         for live in {id(live): live for live in self.tensors.live if live.numel()}.values():
             bind(live, copies[live.data_ptr()])
         if self._current is not None:
@@ -163,6 +158,16 @@ class FlipSwap:
         self._staged = None
         self._current = None
         self._retired = []
+
+
+def _copied(value: Tensor, like: Tensor) -> Tensor:
+    """The bits of ``value`` in memory of their own, with the strides of ``like``. clone() would change bools and close
+    the gaps between strides."""
+    reach = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride(), strict=True))
+    memory = torch.zeros(reach * like.element_size(), dtype=torch.uint8)
+    copy = memory.view(like.dtype).as_strided(like.shape, like.stride())
+    bits.copy_all([bits.integers(copy)], [bits.integers(value)])
+    return copy
 
 
 def bind(live: Tensor, replacement: Tensor) -> None:

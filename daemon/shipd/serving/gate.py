@@ -92,11 +92,12 @@ class Gate:
         """Everything that other threads could be in the middle of."""
         self._closed = False
         self._acting = 0
-        self._waiting = 0
+        self._waiting: set[object] = set()
         self._swapping = threading.Lock()
         self._state = threading.Lock()
         self._judging = threading.Lock()
-        self._opened = threading.Event()
+        # Held while the gate is closed. A plain lock, because threading's Event breaks when a wait is interrupted.
+        self._turnstile = threading.Lock()
         self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def _admit(self, lifetime: "weakref.ref[Lifetime]") -> Slot:
@@ -154,14 +155,17 @@ class Gate:
 
     def wait_outside(self) -> None:
         """Wait until the gate has been open, if it is closed. Raises Fenced. For threads that do not hold."""
+        me = threading.get_ident()
         with self._state:
-            opened = self._opened if self._closed else None
-            self._waiting += opened is not None
-        if opened is not None:
+            turnstile = self._turnstile if self._closed else None
+            if turnstile is not None:
+                self._waiting.add(me)
+        if turnstile is not None:
             try:
-                opened.wait()
+                with turnstile:
+                    pass
             finally:
-                self._waited()
+                self._waiting.discard(me)
         if self.fenced is not None:
             raise Fenced(self.fenced)
 
@@ -175,18 +179,14 @@ class Gate:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
             self._futures.append((loop, future))
-            self._waiting += 1
+            self._waiting.add(future)
         try:
             await future
         finally:
-            self._waited()
+            self._waiting.discard(future)
         if self.fenced is not None:
             raise Fenced(self.fenced)
         return True
-
-    def _waited(self) -> None:
-        with self._state:
-            self._waiting -= 1
 
     # Swapping -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,8 @@ class Gate:
 
     def _close(self) -> None:
         with self._state:
-            self._opened = threading.Event()
+            self._turnstile = threading.Lock()
+            self._turnstile.acquire()
             self._closed = True
             self.shut = True
 
@@ -272,7 +273,8 @@ class Gate:
         with self._state:
             self._closed = False
             self.shut = self.fenced is not None
-            self._opened.set()
+            if self._turnstile.locked():
+                self._turnstile.release()
             futures, self._futures = self._futures, []
         for loop, future in futures:
             # A loop that is closed has nobody left who waits.

@@ -101,6 +101,9 @@ class Follower(Protocol):
     def settle(self) -> bool:
         """Clean up after swaps. Whether nobody can read an earlier version's image any more."""
 
+    def forget(self, mapping: ImageMapping) -> None:
+        """This mapping will not be named again."""
+
     def adopt(self, mapping: ImageMapping, version: Version) -> None:
         """This version is live, and this image has its bytes."""
 
@@ -119,6 +122,8 @@ class _Image:
     fd: int
     size: int
     mapping: ImageMapping | None = None
+    preparing: threading.Thread | None = None
+    dropped: bool = False
 
 
 class _Evicted(ConnectError):
@@ -149,7 +154,6 @@ class Link:
         self._attached = threading.Event()
         self._refusal: BaseException | None = None
         self._stopping = False
-        self._populating: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._run, name=f"shipd {model}", daemon=True)
 
     # --- other threads -------------------------------------------------------------------------------------
@@ -210,8 +214,6 @@ class Link:
                 self._end_session()
             if self._waker.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
                 break
-        for thread in self._populating:
-            thread.join()
         self._attached.set()
 
     def _session(self) -> None:
@@ -255,8 +257,17 @@ class Link:
         self._releasing.clear()
         self._leased.clear()
         for image in self._images.values():
-            os.close(image.fd)
+            self._drop(image)
         self._images.clear()
+
+    def _drop(self, image: _Image) -> None:
+        """This image is not going to be used any more, or will come again as new memory."""
+        image.dropped = True
+        if image.preparing is not None:
+            image.preparing.join()
+        os.close(image.fd)
+        if image.mapping is not None:
+            self._follower.forget(image.mapping)
 
     def _handle(self, lane: Lane, message: Message, body: Buffer) -> None:
         if isinstance(message, Images):
@@ -294,23 +305,21 @@ class Link:
         for entry in message.slots:
             known = self._images.pop(entry.slot, None)
             if known is not None:
-                os.close(known.fd)
+                self._drop(known)
             image = self._images[entry.slot] = _Image(lane.fds.popleft(), entry.size)
             if not entry.writable and not self._follower.private:
                 image.mapping = self._follower.map(image.fd, image.size)
-                self._populate(image.mapping)
+                self._prepare(image, image.mapping)
 
-    def _populate(self, mapping: ImageMapping) -> None:
+    def _prepare(self, image: _Image, mapping: ImageMapping) -> None:
         """Map the pages ahead of time, on a thread of its own: the first copy would take twice as long."""
-        self._populating = [thread for thread in self._populating if thread.is_alive()]
-        thread = threading.Thread(
+        image.preparing = threading.Thread(
             target=self._follower.prepare,
-            args=(mapping, lambda: self._stopping),
-            name=f"shipd {self._model} populate",
+            args=(mapping, lambda: image.dropped),
+            name=f"shipd {self._model} prepare",
             daemon=True,
         )
-        self._populating.append(thread)
-        thread.start()
+        image.preparing.start()
 
     def _image(self, slot: int) -> _Image:
         image = self._images.get(slot)

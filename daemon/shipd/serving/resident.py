@@ -247,6 +247,9 @@ class _ModelFollower:
     def settle(self) -> bool:
         return self._swapper.settle()
 
+    def forget(self, mapping: ImageMapping) -> None:
+        self._swapper.forget(mapping)
+
     def adopt(self, mapping: ImageMapping, version: Version) -> None:
         self._swapper.adopt(mapping)
         self._gate.version = version

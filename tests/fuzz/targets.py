@@ -1,0 +1,319 @@
+"""What is fuzzed: for each target, ``fuzz_one(data)`` and the seeds that inputs are made from.
+
+The invariant of all of them: the input is accepted, or refused with ProtocolError (TransferError and LocalError where
+the core's documentation says so), and never anything else; what is accepted has one encoding; and neither time nor
+memory grows beyond what the input paid for.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from shipproto.connection import Connection, Established
+from shipproto.errors import ProtocolError, TransferError
+from shipproto.frame import PRELUDE_SIZE, decode_prelude, encode_frame
+from shipproto.layout import Layout
+from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, MAX_STRUCTURE_BODY
+from shipproto.messages import BY_TYPE, Abort, decode_header, encode_header
+from shipproto.rangeset import RangeSet
+from shipproto.resident import Resident
+from shipproto.sender import Sender, read_abort
+from shipproto.status import decode_status, decode_verification
+from shipproto.structure import Structure
+from tests.support import naive
+from tests.support.link import Receiving, Sending, nonce, output_of
+from tests.support.make_vectors import Golden
+from tests.support.models import SMALL, build, contents
+from tests.support.vectors import load, read
+
+_LARGEST_SEED: Final = 4096
+_TOKEN: Final = b"a token of some length"
+_STRUCTURE: Final = build(SMALL)
+_DATA: Final = contents(_STRUCTURE)
+_TRANSFER: Final = b"0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to fuzz."""
+
+    fuzz_one: Callable[[bytes], None]
+    seeds: Callable[[], list[bytes]]
+
+
+def _inputs(kind: str, *prefixes: str) -> Iterator[bytes]:
+    for which in ("accept", "reject"):
+        for name, vector in load(which):
+            if vector["kind"] == kind and (not prefixes or name.startswith(prefixes)):
+                data = read(vector["input"])
+                if len(data) <= _LARGEST_SEED:
+                    yield data
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+def prelude(data: bytes) -> None:
+    """28 bytes of a prelude, with a check that fits, and the sequence number that is due."""
+    raw = data[:28].ljust(28, b"\0")
+    due = int.from_bytes(data[28:29], "big")
+    try:
+        found = decode_prelude(raw + naive.crc32c(raw).to_bytes(4, "big"), due)
+    except ProtocolError:
+        return
+    assert found.header_length <= MAX_HEADER
+    assert found.payload_length <= MAX_PAYLOAD
+    assert found.sequence == due
+
+
+def connection(data: bytes) -> None:
+    """Raw bytes to either side of a connection, with and without a token; the first byte says which and how cut."""
+    if not data:
+        return
+    mode, data = data[0], data[1:]
+    chunks = {number: bytearray(100) for number in range(3)}
+    side = Connection(
+        initiator=bool(mode & 1),
+        nonce=nonce(1),
+        agent="here",
+        token=_TOKEN if mode & 2 else None,
+        landing=lambda chunk, size: memoryview(chunks[chunk])[:size] if chunk in chunks and size <= 100 else None,
+    )
+    step = (mode >> 2) or len(data) + 1
+    try:
+        for at in range(0, len(data), step):
+            side.receive(data[at : at + step])
+            for _ in side.events():
+                pass
+    except ProtocolError as error:
+        _stays_failed(side, error)
+    assert len(output_of(side)) <= 10_000 + 100 * len(data)
+
+
+def _stays_failed(side: Connection, error: ProtocolError) -> None:
+    try:
+        side.receive(b"\0")
+    except ProtocolError as again:
+        assert again is error
+    else:
+        raise AssertionError("an error was forgotten")
+
+
+def header(data: bytes) -> None:
+    """A header; the first byte is its type."""
+    if not data:
+        return
+    kind, raw = data[0], data[1 : 1 + MAX_HEADER]
+    try:
+        message = decode_header(kind, raw)
+    except ProtocolError:
+        return
+    assert type(message) is BY_TYPE[kind]
+    encoded = encode_header(message)
+    assert decode_header(kind, encoded) == message
+    assert len(encoded) <= len(raw)
+    if len(encoded) == len(raw):
+        assert encoded == raw
+
+
+def structure(data: bytes) -> None:
+    """An encoded structure."""
+    try:
+        decoded = Structure.decode(data)
+    except ProtocolError:
+        return
+    assert decoded.encoded == data
+    assert len(decoded.identity()) <= 2 * len(data) + 64 * len(decoded)
+    if decoded.total_bytes < 1 << 30:
+        layout = Layout(decoded)
+        assert layout.wire_bytes <= layout.size
+        assert layout.size <= decoded.total_bytes + 64 * len(decoded) + 8192
+
+
+def ranges(data: bytes) -> None:
+    """Four bytes of a total, and a range list."""
+    total = int.from_bytes(data[:4], "little")
+    try:
+        decoded = RangeSet.decode(data[4:], total)
+    except ProtocolError:
+        return
+    assert decoded.encode() == data[4:]
+    assert len(decoded) <= total
+
+
+_BODIES: Final[tuple[Callable[[bytes], object], ...]] = (
+    Resident.decode,
+    decode_status,
+    decode_verification,
+    lambda body: read_abort(Abort(code="mismatch"), body),
+)
+
+
+def bodies(data: bytes) -> None:
+    """The body of an ATTACH, a STATUS, a VERIFY or an ABORT; the first byte says which."""
+    if not data:
+        return
+    assert len(data) <= MAX_STRUCTURE_BODY
+    try:
+        decoded = _BODIES[data[0] % len(_BODIES)](data[1:])
+    except ProtocolError:
+        return
+    if isinstance(decoded, Resident):
+        Resident.decode(decoded.encode())
+
+
+# --- conversations -----------------------------------------------------------------------------------------------
+
+_RECORD: Final = struct.Struct(">BBHHB")
+"""A frame as the fuzzer sees it: type, flags, lengths of header and payload, and what is wrong with it. The sequence
+number and the checks are put right, so that mutations get past them."""
+
+
+def records(stream: bytes) -> bytes:
+    """A stream of frames as records."""
+    return b"".join(
+        _RECORD.pack(frame.kind, frame.flags, len(frame.header), len(frame.payload), 0) + frame.header + frame.payload
+        for frame in naive.frames(stream)
+    )
+
+
+def framed(data: bytes) -> Iterator[bytes]:
+    """The frames that records stand for. Bits of the last byte: damage the header, damage the payload, skip a number."""
+    sequence = at = 0
+    while at + _RECORD.size <= len(data):
+        kind, flags, head, body, wrong = _RECORD.unpack_from(data, at)
+        at += _RECORD.size
+        raw_header, payload = data[at : at + head][:MAX_HEADER], data[at + head : at + head + body]
+        at += head + body
+        frame = bytearray(encode_frame(kind, flags, sequence, raw_header, payload) + payload)
+        if wrong & 1 and raw_header:
+            frame[PRELUDE_SIZE] ^= 0x40
+        if wrong & 2 and payload:
+            frame[-1] ^= 0x40
+        sequence += 2 if wrong & 4 else 1
+        yield bytes(frame)
+
+
+def frames(data: bytes) -> None:
+    """Frames whose checks are right, to an established acceptor."""
+    side = Connection(initiator=False, nonce=nonce(1), agent="here")
+    taken = 0
+    try:
+        for frame in framed(data):
+            side.receive(frame)
+            taken += len(frame)
+            for event in side.events():
+                assert isinstance(event, Established) or side.established
+            # A NACK may ask for a whole message again, but not often.
+            assert len(output_of(side)) <= 10_000 + 100 * taken
+    except ProtocolError as error:
+        _stays_failed(side, error)
+
+
+def _receive(data: bytes, resident: Structure | None) -> None:
+    side = Connection(initiator=False, nonce=nonce(1), agent="here")
+    receiving = Receiving(resident=resident)
+    try:
+        for frame in framed(data):
+            side.receive(frame)
+            for event in side.events():
+                receiving.on_event(side, event)
+            while receiving.work:
+                receiving.work.popleft()()
+            output_of(side)
+    except (ProtocolError, TransferError):
+        pass
+    current = receiving.current
+    if current is not None:
+        names = current.layout.structure
+        rows = [naive.Tensor(spec.name, spec.dtype, spec.shape) for spec in names.specs()]
+        assert current.digest == naive.version_digest(rows, current.content), "committed, and it is not what it says"
+
+
+def receiver(data: bytes) -> None:
+    """A sender's frames to a receiver; the first byte says whether it takes any structure."""
+    if data:
+        _receive(data[1:], _STRUCTURE if data[0] & 1 else None)
+
+
+def sender(data: bytes) -> None:
+    """A receiver's frames to a sender."""
+    side = Connection(initiator=True, nonce=nonce(1), agent="here")
+    sending = Sending(_STRUCTURE, _DATA, transfer=_TRANSFER)
+    try:
+        for frame in framed(data):
+            side.receive(frame)
+            for event in side.events():
+                if isinstance(event, Established):
+                    sending.sender.connected(side)
+                else:
+                    sending.sender.receive(event)
+            for _ in range(1000):
+                if sending.sender.ended or not sending.step():
+                    break
+            else:
+                raise AssertionError("a sender that never rests")
+            output_of(side)
+    except (ProtocolError, TransferError):
+        return
+    machine: Sender = sending.sender
+    if machine.committed is not None and machine.digest:
+        assert machine.committed.digest == machine.digest
+
+
+# --- seeds -------------------------------------------------------------------------------------------------------
+
+
+def _conversations(kind: str) -> list[bytes]:
+    return [records(data) for data in _inputs(kind)]
+
+
+def _header_seeds() -> list[bytes]:
+    seeds = []
+    for name, vector in load("accept"):
+        if name.startswith(("message-", "handshake-", "ping-", "unknown-", "resent-")):
+            seeds += [bytes((frame.kind,)) + frame.header for frame in naive.frames(read(vector["input"]))]
+    for name, vector in load("reject"):
+        if name.startswith("header-"):
+            last = list(naive.frames(read(vector["input"])))[-1]
+            if len(last.header) <= _LARGEST_SEED:
+                seeds.append(bytes((last.kind,)) + last.header)
+    return seeds
+
+
+def _body_seeds() -> list[bytes]:
+    kinds = ("resident", "status", "verification", "abort")
+    return [bytes((number,)) + data for number, kind in enumerate(kinds) for data in _inputs(kind)]
+
+
+def _receiver_seeds() -> list[bytes]:
+    gold = Golden()
+    unknown = naive.Stream(sequence=0).add("Hello", naive.hello(nonce(2))).add("Offer", gold.offer)
+    seeds = [bytes((mode,)) + data for mode in (0, 1) for data in _conversations("receiver")]
+    return [*seeds, b"\0" + records(bytes(unknown.data)), b"\1"]
+
+
+def _prelude_seeds() -> list[bytes]:
+    return [data[frame.start :][:28] + bytes((frame.sequence,)) for data in _inputs("connection", "message-", "handshake-") for frame in _cut(data)]  # fmt: skip
+
+
+def _cut(data: bytes) -> list[naive.Frame]:
+    try:
+        return list(naive.frames(data))
+    except (AssertionError, struct.error):
+        return []
+
+
+TARGETS: Final = {
+    "prelude": Target(prelude, _prelude_seeds),
+    "connection": Target(connection, lambda: [bytes((mode,)) + data for mode in (0, 3, 13) for data in _inputs("connection")]),
+    "header": Target(header, _header_seeds),
+    "structure": Target(structure, lambda: list(_inputs("structure"))),
+    "ranges": Target(ranges, lambda: [(100).to_bytes(4, "little") + data for data in _inputs("ranges")]),
+    "bodies": Target(bodies, _body_seeds),
+    "frames": Target(frames, lambda: [records(data) for data in _inputs("connection") if _cut(data)]),
+    "receiver": Target(receiver, _receiver_seeds),
+    "sender": Target(sender, lambda: _conversations("sender")),
+}
+

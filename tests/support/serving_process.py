@@ -1,0 +1,605 @@
+"""Serving processes for tests: real ones, forked from a nursery that has imported torch once.
+
+Importing torch and shipd's serving side takes four seconds, and these tests need dozens of processes to kill, stop and
+fork. The nursery imports everything and forks before anything is attached; what it forks is a process like any other.
+
+    versions   ``Exact``: a model whose answers are known to the bit for every version
+    Program    what a serving process can be asked to do; runs there
+    Serving    such a process as a test sees it: ``process.ask("verify", "model")``
+    fixtures   ``serve`` starts and attaches processes, ``attach`` attaches a model in the test's own process
+
+Test modules say ``pytest_plugins = ["tests.support.serving_process"]`` and import names from here as well, so pytest
+comes too late to rewrite this module's asserts, and would warn: PYTEST_DONT_REWRITE.
+"""
+
+import asyncio
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import nn
+
+import shipd
+from tests.support.processes import DEADLINE, Process
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+SHAPES: Final = {"small": (16, 3), "wide": (512, 6)}
+"""Width and depth: 4 KB in one chunk, and 6 MB in 13."""
+
+
+class Exact(nn.Module):
+    """Whole numbers in float32: every sum is exact, so an answer has the same bits whatever computed it in which order.
+
+    One tensor of another version anywhere gives another answer.
+    """
+
+    def __init__(self, version: int, kind: str = "small") -> None:
+        super().__init__()
+        width, depth = SHAPES[kind]
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.register_buffer("shift", torch.zeros(width, dtype=torch.int64))
+        self.shift: torch.Tensor
+        self.load_state_dict(state(version, kind))
+        self.eval().requires_grad_(False)
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            numbers = torch.remainder(layer(numbers), 61) - 30
+        return numbers + self.shift
+
+
+def state(version: int, kind: str = "small") -> dict[str, torch.Tensor]:
+    """The state dict of a version."""
+    width, depth = SHAPES[kind]
+    generator = torch.Generator().manual_seed(version + 1)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-8, 8, shape, generator=generator)
+
+    made = {"shift": whole(width)}
+    for at in range(depth):
+        made[f"layers.{at}.weight"] = whole(width, width).float()
+        made[f"layers.{at}.bias"] = whole(width).float()
+    return made
+
+
+@functools.cache
+def question(kind: str = "small") -> torch.Tensor:
+    """What every version is asked."""
+    width = SHAPES[kind][0]
+    return (torch.arange(2 * width).reshape(2, width) % 31 - 15).float()
+
+
+def fingerprint(answer: torch.Tensor) -> str:
+    """An answer's bits, in short."""
+    return hashlib.blake2b(answer.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+@functools.cache
+def right_answer(version: int, kind: str = "small") -> str:
+    """The fingerprint that ``version`` must give."""
+    with torch.inference_mode():
+        return fingerprint(Exact(version, kind)(question(kind)))
+
+
+def ask(model: nn.Module, kind: str = "small") -> str:
+    """Ask a model, through its hooks."""
+    with torch.inference_mode():
+        return fingerprint(model(question(kind)))
+
+
+# --- what runs in a serving process ----------------------------------------------------------------------------------
+
+
+class Readers:
+    """Threads that ask without a pause, each in its style, and keep which answers were given under which label.
+
+    hold      two forwards inside one ``hold()``, the second without hooks
+    forward   forwards that only the default hooks guard
+    tasks     four asyncio tasks, each with two forwards inside ``async with hold()`` and a switch between them
+    """
+
+    def __init__(self, model: nn.Module, resident: "shipd.Resident", kind: str, styles: Sequence[str]) -> None:
+        self._model = model
+        self._resident = resident
+        self._question = question(kind)
+        self._stopping = threading.Event()
+        self.answers = 0
+        self.fenced = 0
+        self.given: dict[str, set[str]] = {}
+        self.seen: list[list[str]] = []
+        self.errors: list[str] = []
+        self._threads = [threading.Thread(target=self._run, args=(style,), name=style) for style in styles]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End all of them."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(DEADLINE)
+
+    def _run(self, style: str) -> None:
+        seen: list[str] = []
+        self.seen.append(seen)
+        try:
+            with torch.inference_mode():
+                if style == "tasks":
+                    asyncio.run(self._tasks(seen))
+                while not self._stopping.is_set():
+                    with self._fences(seen):
+                        self._held(seen) if style == "hold" else self._note("", fingerprint(self._model(self._question)))
+        except BaseException:  # noqa: BLE001  reported to the test
+            self.errors.append(traceback.format_exc())
+
+    @contextlib.contextmanager
+    def _fences(self, seen: list[str]) -> Iterator[None]:
+        try:
+            yield
+        except shipd.Fenced:
+            self.fenced += 1
+            self._see(seen, "fenced")
+
+    def _held(self, seen: list[str]) -> None:
+        with self._resident.hold() as version:
+            self._see(seen, version.label)
+            self._note(version.label, fingerprint(self._model(self._question)))
+            self._note(version.label, fingerprint(self._model.forward(self._question)))
+
+    async def _tasks(self, seen: list[str]) -> None:
+        async def read() -> None:
+            while not self._stopping.is_set():
+                with self._fences(seen):
+                    async with self._resident.hold() as version:
+                        self._see(seen, version.label)
+                        self._note(version.label, fingerprint(self._model.forward(self._question)))
+                        await asyncio.sleep(0)
+                        self._note(version.label, fingerprint(self._model.forward(self._question)))
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(read() for _ in range(4)))
+
+    def _see(self, seen: list[str], label: str) -> None:
+        if not seen or seen[-1] != label:
+            seen.append(label)
+
+    def _note(self, label: str, answer: str) -> None:
+        self.answers += 1
+        self.given.setdefault(label, set()).add(answer)
+
+
+class Program:
+    """What a serving process can be asked to do. Everything but ``forward_until_interrupted`` answers at once."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Exact] = {}
+        self.residents: dict[str, shipd.Resident] = {}
+        self.kinds: dict[str, str] = {}
+        self._initial: dict[str, int] = {}
+        self._readers: dict[str, Readers] = {}
+        self._holds: dict[str, tuple[threading.Thread, threading.Event, list[str]]] = {}
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    # --- attaching -----------------------------------------------------------------------------------------
+
+    def attach(
+        self, place: str, name: str = "model", kind: str = "small", version: int = 0, keep: bool = True, **options: Any
+    ) -> str:
+        """Make a model and attach it. With ``keep=False`` nobody but shipd refers to the resident."""
+        self.models[name] = Exact(version, kind)
+        self.kinds[name] = kind
+        self._initial[name] = version
+        resident = shipd.attach(self.models[name], name, socket=place, **options)
+        if keep:
+            self.residents[name] = resident
+        return resident.label
+
+    def detach(self, name: str = "model") -> None:
+        self.residents[name].detach()
+
+    def reattach(self, place: str, name: str = "model", **options: Any) -> str:
+        """Attach the model that was detached."""
+        self.residents[name] = shipd.attach(self.models[name], name, socket=place, **options)
+        return self.residents[name].label
+
+    def label(self, name: str = "model") -> str:
+        return self.residents[name].label
+
+    def stale(self, name: str = "model") -> str | None:
+        return self.residents[name].stale
+
+    def connected(self, name: str = "model") -> bool:
+        return self.residents[name].connected
+
+    def digest(self, name: str = "model") -> str:
+        return self.residents[name].digest
+
+    def verify(self, name: str = "model") -> str:
+        return self.residents[name].verify()
+
+    def await_label(self, label: str, name: str = "model") -> None:
+        """Until this version is being served, and the daemon is there."""
+        resident = self.residents[name]
+        end = time.monotonic() + DEADLINE
+        while resident.label != label or resident.stale is not None or not resident.connected:
+            assert time.monotonic() < end, f"{resident!r} {resident.stale or ''} does not come to {label!r}"
+            threading.Event().wait(0.005)
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def answer(self, name: str = "model") -> str:
+        """One answer, through the hooks."""
+        return ask(self.models[name], self.kinds[name])
+
+    def read(self, styles: Sequence[str], name: str = "model") -> None:
+        """Start readers."""
+        self._readers[name] = Readers(self.models[name], self.residents[name], self.kinds[name], styles)
+
+    def answers(self, name: str = "model") -> int:
+        """How many they have given."""
+        return self._readers[name].answers
+
+    def fenced(self, name: str = "model") -> int:
+        """How often they were refused."""
+        return self._readers[name].fenced
+
+    def read_stop(self, name: str = "model") -> dict[str, Any]:
+        """Stop them: how many answers, what was wrong with them, and which labels each thread saw in turn."""
+        readers = self._readers.pop(name)
+        readers.stop()
+        kind = self.kinds[name]
+
+        def version_of(label: str) -> int:
+            return self._initial[name] if label == "initial" else int(label.removeprefix("v"))
+
+        labels = {label for label in readers.given if label}
+        wrong = [
+            f"{label}: {answer}"
+            for label in labels
+            for answer in readers.given[label]
+            if answer != right_answer(version_of(label), kind)
+        ]
+        # Without a hold the label is not known: every whole version up to the last one will do.
+        last = max([self._initial[name], version_of(self.residents[name].label), *map(version_of, labels)])
+        loose = readers.given.get("", set())
+        if loose:
+            loose = loose - {right_answer(version, kind) for version in range(last + 1)}
+        served = [[label for label in seen if label != "fenced"] for seen in readers.seen]
+        backwards = [seen for seen in served if sorted(seen, key=version_of) != seen]
+        return {
+            "answers": readers.answers,
+            "wrong": wrong + [f"no version: {answer}" for answer in loose],
+            "backwards": backwards,
+            "seen": readers.seen,
+            "fenced": readers.fenced,
+            "errors": readers.errors,
+            "labels": sorted(labels, key=version_of),
+        }
+
+    def hold(self, thread: str, name: str = "model") -> str:
+        """Have a thread hold until it is told to let go; the label that it sees."""
+        entered: list[str] = []
+        inside, leave = threading.Event(), threading.Event()
+        resident, model, kind = self.residents[name], self.models[name], self.kinds[name]
+
+        def run() -> None:
+            with resident.hold() as version:
+                entered.extend((version.label, ask(model, kind)))
+                inside.set()
+                leave.wait(DEADLINE)
+                entered.append(ask(model, kind))
+
+        running = threading.Thread(target=run, name=thread)
+        running.start()
+        assert inside.wait(DEADLINE)
+        self._holds[thread] = running, leave, entered
+        return entered[0]
+
+    def let_go(self, thread: str) -> bool:
+        """End it; whether the first and the last answer were those of one version, the one that it saw."""
+        running, leave, entered = self._holds.pop(thread)
+        leave.set()
+        running.join(DEADLINE)
+        return entered[1] == entered[2]
+
+    def forward_until_interrupted(self, name: str = "model") -> str:
+        """On the main thread. What interrupted it."""
+        try:
+            while True:
+                ask(self.models[name], self.kinds[name])
+        except KeyboardInterrupt as error:
+            return type(error).__name__
+
+    # --- what users do to models ---------------------------------------------------------------------------
+
+    def keep_tensors(self, name: str = "model") -> None:
+        """Slices of every parameter, as some cache of the user's might, and what they hold now."""
+        for parameter in self.models[name].parameters():
+            kept = parameter.detach()[1:]
+            self._kept.append((kept, kept.clone()))
+
+    def kept_are_whole(self) -> bool:
+        """Whether they still hold that."""
+        return bool(self._kept) and all(torch.equal(kept, before) for kept, before in self._kept)
+
+    def drop_tensors(self) -> None:
+        self._kept.clear()
+
+    def scribble(self, name: str = "model") -> None:
+        """Change one element of one live parameter."""
+        self.models[name].layers[1].bias.data[0] += 1
+
+    def half(self, name: str = "model") -> None:
+        self.models[name].half()
+
+    def copy_answers(self, name: str = "model") -> str:
+        """What a deep copy answers."""
+        return ask(copy.deepcopy(self.models[name]), self.kinds[name])
+
+    # --- the process itself --------------------------------------------------------------------------------
+
+    def fork(self) -> int:
+        """Fork; the child comes to the nursery's door like any other process."""
+        if pid := os.fork():
+            return pid
+        _serve(self)
+
+    def threads(self) -> list[str]:
+        return sorted(thread.name for thread in threading.enumerate())
+
+    def sockets(self) -> int:
+        """Sockets that are open."""
+        found = 0
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                found += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")  # noqa: PTH115
+        return found
+
+
+def _serve(program: Program) -> Any:
+    """Answer until the other end is gone. Never returns."""
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        door.connect(sys.argv[1])
+        with door.makefile("rw") as talk:
+            print(json.dumps({"pid": os.getpid()}), file=talk, flush=True)
+            for line in talk:
+                what, arguments, options = json.loads(line)
+                answer: dict[str, Any] = {}
+                try:
+                    answer["answer"] = getattr(program, what)(*arguments, **options)
+                except BaseException as error:  # noqa: BLE001  the test's to judge
+                    answer |= {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
+                    answer["details"] = list(getattr(error, "problems", ()))
+                print(json.dumps(answer), file=talk, flush=True)
+    except BaseException:  # noqa: BLE001  nothing else of the process that was forked may run
+        traceback.print_exc()
+    os._exit(0)
+
+
+def main() -> None:
+    """The nursery: forks one process for every line, and reaps them."""
+    import shipd.serving.resident
+
+    torch.set_num_threads(1)
+    # What a program does to run for the first time is not to happen in every child.
+    ask(Exact(0))
+    # Threads that never sleep take turns of 5 ms; eight readers would make every swap wait for 40.
+    sys.setswitchinterval(0.0002)
+    # An exception of shipd's own threads must not pass for a warning.
+    warnings.simplefilter("error")
+    signal.signal(signal.SIGCHLD, lambda *_: _reap())
+    assert threading.active_count() == 1
+    for _line in sys.stdin:
+        if not os.fork():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(0)
+            _serve(Program())
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+# --- a serving process as a test sees it -----------------------------------------------------------------------------
+
+
+class Told(Exception):
+    """What a serving process raised. ``kind`` is the exception's class."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__(f"{answer['error']}: {answer['message']}\n{answer['trace']}")
+        self.kind: str = answer["error"]
+        self.message: str = answer["message"]
+        self.details: list[str] = answer["details"]
+
+
+class Serving:
+    """One serving process. Killed at the end of the test."""
+
+    def __init__(self, talk: socket.socket, nursery: Process) -> None:
+        self._talk = talk
+        self._lines = talk.makefile("r")
+        self._nursery = nursery
+        self.pid: int = self._hear(DEADLINE)["pid"]
+        self._handle = os.pidfd_open(self.pid)
+
+    def ask(self, what: str, *arguments: Any, deadline: float = DEADLINE, **options: Any) -> Any:
+        """Have it do one of the things that ``Program`` can do. Raises Told."""
+        self.begin(what, *arguments, **options)
+        return self.result(deadline)
+
+    def begin(self, what: str, *arguments: Any, **options: Any) -> None:
+        """Ask, and do not wait for the ``result``."""
+        plain = [str(part) if isinstance(part, Path) else part for part in arguments]
+        self._talk.sendall(json.dumps([what, plain, options]).encode() + b"\n")
+
+    def result(self, deadline: float = DEADLINE) -> Any:
+        """The answer to ``begin``."""
+        answer = self._hear(deadline)
+        if "error" in answer:
+            raise Told(answer)
+        return answer["answer"]
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is a ``result``."""
+        return bool(select.select([self._talk], [], [], 0)[0])
+
+    def _hear(self, deadline: float) -> dict[str, Any]:
+        self._talk.settimeout(deadline)
+        try:
+            line = self._lines.readline()
+        except TimeoutError:
+            raise AssertionError(f"no answer in {deadline:.0f} s\n{self._nursery.describe()}") from None
+        assert line, f"the serving process has ended\n{self._nursery.describe()}"
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        """SIGSTOP, and until it has stopped."""
+        self.signal(signal.SIGSTOP)
+        end = time.monotonic() + DEADLINE
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < end
+            threading.Event().wait(0.001)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """kill -9, and until it is gone."""
+        self.signal(signal.SIGKILL)
+        assert select.select([self._handle], [], [], DEADLINE)[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return not select.select([self._handle], [], [], 0)[0]
+
+    def close(self) -> None:
+        """Make an end of it."""
+        if self.running:
+            self.kill()
+        os.close(self._handle)
+        self._lines.close()
+        self._talk.close()
+
+
+class Nursery(Process):
+    """The process that serving processes are forked from."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="shipd-")
+        door = f"{self._directory.name}/door"
+        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._door.bind(door)
+        self._door.listen()
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        super().__init__(
+            [sys.executable, "-m", "tests.support.serving_process", door], env=threads, stdin=subprocess.PIPE
+        )
+
+    def spawn(self) -> Serving:
+        """A new process with nothing attached."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        return self.greet()
+
+    def greet(self) -> Serving:
+        """The next process that comes to the door: one that another has forked."""
+        self._door.settimeout(DEADLINE)
+        try:
+            talk, _ = self._door.accept()
+        except TimeoutError:
+            raise AssertionError(f"nobody came\n{self.describe()}") from None
+        return Serving(talk, self)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._door.close()
+        self._directory.cleanup()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """One for the whole session, started when the first test asks for it."""
+    with Nursery() as running:
+        yield running
+
+
+Serve = Callable[..., Serving]
+
+
+@pytest.fixture
+def serve(nursery: Nursery) -> Iterator[Serve]:
+    """``serve(socket, version=0, mode="copy", ...)``: a process with an attached model; see ``Program.attach``.
+
+    ``serve()`` starts one with nothing attached, ``serve(fork_of=process)`` has one forked.
+    """
+    started: list[Serving] = []
+
+    def start(place: "str | Path | None" = None, *, fork_of: Serving | None = None, **options: Any) -> Serving:
+        if fork_of is not None:
+            fork_of.begin("fork")
+            process = nursery.greet()
+            assert fork_of.result() == process.pid
+        else:
+            process = nursery.spawn()
+        started.append(process)
+        if place is not None:
+            process.ask("attach", str(place), **options)
+        return process
+
+    yield start
+    for process in started:
+        process.close()
+
+
+Attach = Callable[..., "shipd.Resident"]
+
+
+@pytest.fixture
+def attach() -> Iterator[Attach]:
+    """``attach(model, daemon, name="model", **options)`` in this process; detached at the end."""
+    attached: list[shipd.Resident] = []
+
+    def start(model: nn.Module, daemon: "shipd.Daemon", name: str = "model", **options: Any) -> "shipd.Resident":
+        resident = shipd.attach(model, name, socket=daemon.config.socket, **options)
+        attached.append(resident)
+        return resident
+
+    yield start
+    for resident in attached:
+        resident.detach()
+
+
+if __name__ == "__main__":
+    main()
