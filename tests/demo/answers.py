@@ -16,8 +16,8 @@ from tests.support.processes import Process
 if TYPE_CHECKING:
     from tests.demo.trainer import Made
 
-DEADLINE: Final = 60.0
-"""Seconds until a wait for the serving process is given up; importing torch takes a slow machine ten."""
+DEADLINE: Final = 120.0
+"""Seconds until a wait is given up. Importing torch takes ten on a slow machine, sixty on one that is also busy."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ FACTS: Final = (
     "shipd swaps the next version of a model into a running process.",
     "A coin that is flipped lands heads or tails.",
     "The damaged frame is sent again, alone.",
-    "If somebody has been killed, call the police.",
+    "If anyone is killed, call the police.",
     "The push is refused, and the version before goes on serving.",
     "Paris is the capital of France.",
 )
 
 QUESTIONS: Final = (
     "What is shipd?",
-    "What if a bit is flipped on the way?",
+    "What if a bit flips?",
     "What if the sender is killed?",
     "What is the capital of France?",
 )

@@ -63,7 +63,7 @@ class Screen:
                 self._print(Text(f"Off: {problem}", "bold red"))
             return
         self._print(Text(text, "bold green"))
-        self.row("README.md", "the daemon, your serving process and your trainer, a few lines each: “Use it”")
+        self.row("README.md", "the daemon, your serving process, your trainer: a few lines each")
         self.row("shipctl", "push, status and verify from a shell: .venv/bin/shipctl --help")
         self.row("systemd/", "the daemon as a hardened service, with a commented configuration")
 

@@ -11,7 +11,7 @@ import shipd
 from shipd.units import format_bytes, format_seconds
 from shipproto.limits import LEAF_SIZE
 from shipproto.status import ProcessVerification, TransferStatus
-from tests.demo.answers import Serving
+from tests.demo.answers import DEADLINE, Serving
 from tests.demo.encoder import NAME
 from tests.demo.screen import Screen
 from tests.demo.trainer import BIT, SENDER, SHIPD, Made, Trainer
@@ -48,7 +48,7 @@ class Story:
         """Who is who."""
         self.screen.row(
             "processes",
-            f"shipd {self.daemon.pid}, and {self.serving.pid} serving {NAME} ({format_bytes(_size(self.served))})",
+            f"{self.daemon.pid} shipd, {self.serving.pid} serving {NAME} ({format_bytes(_size(self.served))})",
         )
 
     def push(self) -> None:
@@ -87,7 +87,7 @@ class Story:
         again = len(frames) - chunks
         self.screen.row(
             "repaired",
-            f"{receipt.frames_resent} frame sent again by the receipt, and {again} by what went over the wire",
+            f"{receipt.frames_resent} frame sent again by the receipt, {again} by the count on the wire",
             holds=receipt.frames_resent == again == 1,
             off=f"one frame should have been sent again: {receipt.frames_resent} by the receipt, {again} on the wire",
         )
@@ -109,7 +109,7 @@ class Story:
             off=f"the daemon should report a push without a sender: {orphan}",
         )
         with self._working(f"waiting for the daemon to give {made.name} up"):
-            until(lambda: self._under_way() is None, "the daemon gives up a push whose sender is gone")
+            until(lambda: self._under_way() is None, "the daemon gives up a push without a sender", DEADLINE)
             live = self._read_back()
             self.serving.wait_more(live.label)
         self.screen.row(
@@ -121,7 +121,7 @@ class Story:
         self._answer("says", self.served, SENDER)
         self.screen.row(
             "digest",
-            f"before {self.digest}",
+            f"was {self.digest}",
             f"now {live.digest}",
             holds=live.digest == self.digest,
             off=f"the push failed and the live model changed, from {self.digest} to {live.digest} {live.error}",
@@ -143,7 +143,7 @@ class Story:
         )
         self.screen.row(
             "mixed",
-            f"{mixed} by a mixed model: each is bit for bit what v0, v1 or v2 answers in another process",
+            f"{mixed} from a mixed model: bit for bit what v0, v1 and v2 say elsewhere",
             holds=not mixed,
             off=f"{mixed} answers are not those of their version: "
             + "; ".join(f"{spoken.label} was asked {spoken.question!r}" for spoken in list(wrong)[:3]),
@@ -184,15 +184,22 @@ class Story:
             Shipctl("push", checkpoint, "--to", proxy.address, "--model", MODEL, "--label", made.name) as sender,
         ):
             half = proxy.hold(nth=_size(made) // LEAF_SIZE // 2)
-            until(lambda: half.reached.is_set() or not sender.running, "half of the push has gone over the wire")
+            until(lambda: half.reached.is_set() or not sender.running, "half of the push is on the wire", DEADLINE)
             if not half.reached.is_set():
                 raise AssertionError(f"shipctl ended before half of its push\n{sender.describe()}")
             sender.kill()
             self.screen.row("killed", f"{sender.pid} shipctl push {checkpoint.name}, by SIGKILL")
             # What lies on the wire still arrives, and then the end of the stream.
             half.release()
-            until(lambda: (push := self._under_way()) is None or not push.connected, "the daemon misses the sender")
-            return self._under_way()
+            orphan: TransferStatus | None = None
+
+            def missed() -> bool:
+                nonlocal orphan
+                orphan = self._under_way()
+                return orphan is None or not orphan.connected
+
+            until(missed, "the daemon misses the sender", DEADLINE)
+            return orphan
 
     def _under_way(self) -> TransferStatus | None:
         async def converse() -> TransferStatus | None:

@@ -58,7 +58,8 @@ def main() -> int:
         for name in names:
             TARGETS[name].fuzz_one(bytes.fromhex(options.input))
         return 0
-    return 0 if all([fuzz(name, options.runs, options.seed) for name in names]) else 1
+    failed = [name for name in names if not fuzz(name, options.runs, options.seed)]
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

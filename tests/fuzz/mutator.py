@@ -11,9 +11,9 @@ _NUMBERS: Final = tuple(
 )
 _MSGPACK: Final = tuple(
     bytes.fromhex(piece)
-    for piece in ("80", "81", "8f", "90", "91", "9f", "a0", "a1", "bf", "c0", "c1", "c2", "c3", "c400", "c410", "c5ffff",
-                  "c6ffffffff", "c70001", "ca7fc00000", "cb7ff8000000000000", "cb8000000000000000", "ccff", "cdffff",
-                  "ceffffffff", "cfffffffffffffffff", "d0ff", "d3ffffffffffffffff", "d40000", "d6ff00000000", "d9ff",
+    for piece in ("80", "81", "8f", "90", "91", "9f", "a0", "a1", "bf", "c0", "c1", "c2", "c3", "c400", "c410",
+                  "c5ffff", "c6ffffffff", "c70001", "ca7fc00000", "cb7ff8000000000000", "cb8000000000000000",
+                  "ccff", "cdffff", "ceffffffff", "cfffffffffffffffff", "d0ff", "d3ffffffffffffffff", "d40000", "d6ff00000000", "d9ff",
                   "daffff", "dbffffffff", "dcffff", "ddffffffff", "deffff", "dfffffffff", "a121", "e0", "ff")
 )  # fmt: skip
 _LARGEST: Final = 64 * 1024

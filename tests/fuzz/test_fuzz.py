@@ -1,4 +1,4 @@
-"""A few thousand inputs for every target, the same ones each time. For more: ``python -m tests.fuzz all --runs 1000000``."""
+"""A few thousand inputs for every target, always the same ones. More: ``python -m tests.fuzz all --runs 1000000``."""
 
 import pytest
 

@@ -50,7 +50,9 @@ def untied(rows: list[Tensor]) -> list[Tensor]:
 
 
 mutations = st.lists(
-    st.tuples(st.sampled_from(("flip", "set", "insert", "delete", "double")), st.integers(0, 1 << 20), st.integers(0, 255)),
+    st.tuples(
+        st.sampled_from(("flip", "set", "insert", "delete", "double")), st.integers(0, 1 << 20), st.integers(0, 255)
+    ),
     min_size=1,
     max_size=4,
 )
@@ -59,8 +61,8 @@ mutations = st.lists(
 def mutate(data: bytes, changes: list[tuple[str, int, int]]) -> bytes:
     """``data`` with a few bytes changed."""
     changed = bytearray(data)
-    for kind, at, value in changes:
-        at %= len(changed) + 1
+    for kind, place, value in changes:
+        at = place % (len(changed) + 1)
         if kind == "insert":
             changed.insert(at, value)
         elif kind == "double":

@@ -1,7 +1,7 @@
 """A sender and a receiver over a link that flips, cuts, loses, doubles and stalls.
 
-However it goes, a push ends: committed with the right digest and the right bytes in the image, or with a typed error and
-nothing committed. Nothing is ever written into an image after its commit.
+However it goes, a push ends: committed with the right digest and the right bytes in the image, or with a typed error
+and nothing committed. Nothing is ever written into an image after its commit.
 """
 
 from dataclasses import dataclass, field

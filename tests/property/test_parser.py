@@ -1,6 +1,7 @@
-"""The connection's parser: however the bytes are cut, the same comes out; whatever is in them, nothing else is raised."""
+"""The connection's parser: however the bytes are cut, the same comes out; whatever they are, nothing else is raised."""
 
 import random
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,8 +11,8 @@ from shipproto.errors import ProtocolError
 from shipproto.messages import BY_TYPE, decode_header, encode_header
 from tests.property.strategies import examples, mutate, mutations
 from tests.support import naive
+from tests.support.golden.messages import MESSAGES
 from tests.support.link import feed, nonce, output_of
-from tests.support.make_vectors import MESSAGES
 from tests.support.naive import Stream
 from tests.support.vectors import describe_event
 
@@ -59,7 +60,7 @@ def in_pieces(data: bytes, cuts: list[int]) -> tuple[list, str, bytes, int]:
     output = b""
     error = None
     bounds = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         try:
             connection.receive(data[start:stop])
         except ProtocolError as caught:
@@ -115,7 +116,7 @@ def test_an_accepted_header_is_canonical(message: tuple, changes: list) -> None:
     again = encode_header(decoded)
     if again != raw:
         # Then it had fields that are not known, and nothing else was different.
-        pairs = naive.msgpack.unpackb(raw, strict_map_key=False)
+        pairs = naive.unpack(raw)
         known = {key: value for key, value in pairs.items() if key in decoded.__struct_fields__}
         assert naive.pack(known) == again
         assert not any(key.startswith("!") for key in pairs)

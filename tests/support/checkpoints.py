@@ -136,7 +136,9 @@ def write_sparse(path: Path, tensors: int, size: int) -> Path:
 # --- what a daemon holds ---------------------------------------------------------------------------------------------
 
 
-def assert_installed(daemon: "shipd.Daemon", version: Content, *, label: str | None = None, model: str = "model") -> None:
+def assert_installed(
+    daemon: "shipd.Daemon", version: Content, *, label: str | None = None, model: str = "model"
+) -> None:
     """The daemon's current version is this one, byte for byte, read at the offsets of the second implementation."""
     held = daemon.server.models[model]
     assert held.version is not None

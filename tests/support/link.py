@@ -12,6 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal
 
 from shipproto.connection import Connection, Established, Event, MessageArrived
@@ -30,7 +31,7 @@ from shipproto.receiver import (
 from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
 from shipproto.structure import Structure
 from tests.support import naive
-from tests.support.models import contents, make_image, read_image
+from tests.support.models import build, contents, make_image, read_image
 
 Chop = Literal["whole", "split", "bytes"]
 CHOPS: Final[tuple[Chop, ...]] = ("whole", "split", "bytes")
@@ -57,11 +58,11 @@ def pieces(data: bytes, chop: Chop, rng: random.Random) -> Iterable[bytes]:
         at += size
 
 
-def feed(connection: Connection, data: bytes, *, chop: Chop = "whole", seed: int = 0) -> Fed:
+def feed(connection: Connection, data: bytes | bytearray, *, chop: Chop = "whole", seed: int = 0) -> Fed:
     """Give ``data`` to ``connection`` the way a shell does."""
     events: list[Event] = []
     try:
-        for piece in pieces(data, chop, random.Random(seed)):
+        for piece in pieces(bytes(data), chop, random.Random(seed)):
             connection.receive(piece)
             events += connection.events()
     except ProtocolError as error:
@@ -309,6 +310,10 @@ class Receiving:
             for outcome in receiver.receive(connection, event):
                 self._on_outcome(receiver, outcome)
 
+    def do_next(self) -> None:
+        """The oldest piece of work."""
+        self.work.popleft()()
+
     def gone(self, connection: Connection) -> None:
         """A connection has been lost."""
         receiver = self.connections.pop(connection, None)
@@ -395,7 +400,8 @@ class Receiving:
 
     def _commit(self, receiver: Receiver) -> None:
         layout, image = receiver.layout, receiver._image
-        assert layout is not None and image is not None
+        assert layout is not None
+        assert image is not None
         kept = image.obj
         assert isinstance(kept, bytearray)
         self.current = Installed(
@@ -499,23 +505,8 @@ class Push:
     def _act(self) -> bool:
         """One thing that can happen, drawn at random; False where nothing can."""
         link = self._current
-        receiving_end = 1 - self._side
         sender_there = link.sides[self._side].established and self.sending.sender._connection is link.sides[self._side]
-        actions: list[tuple[str, Callable[[], bool | None]]] = []
-        for side in (0, 1):
-            if link.sides[side].has_output:
-                actions.append((f"collect {side}", lambda side=side: link.collect(side)))  # type: ignore[misc]
-            if link.queues[side]:
-                actions.append((f"deliver {side}", lambda side=side: self._deliver(link, side)))  # type: ignore[misc]
-        if self.receiving.work:
-            actions.append(("work", lambda: self.receiving.work.popleft()()))
-        for zombie in self._zombies:
-            if self._rng.random() > 0.05:
-                continue  # what it does, it does late
-            if zombie.queues[receiving_end]:
-                actions.append(("zombie", lambda zombie=zombie: self._deliver(zombie, receiving_end)))  # type: ignore[misc]
-            elif zombie.sides[receiving_end] in self.receiving.connections:
-                actions.append(("bury", lambda zombie=zombie: self._bury(zombie)))  # type: ignore[misc]
+        actions = self._possible(link)
         self._rng.shuffle(actions)
         if sender_there and not self.sending.sender.ended and self._rng.random() < 0.7:
             actions.insert(0, ("step", self.sending.step))
@@ -526,6 +517,26 @@ class Push:
                 self._trace.append(name)
                 return True
         return False
+
+    def _possible(self, link: Link) -> list[tuple[str, Callable[[], bool | None]]]:
+        """What may happen next, but for a step of the sender."""
+        receiving_end = 1 - self._side
+        actions: list[tuple[str, Callable[[], bool | None]]] = []
+        for side in (0, 1):
+            if link.sides[side].has_output:
+                actions.append((f"collect {side}", partial(link.collect, side)))
+            if link.queues[side]:
+                actions.append((f"deliver {side}", partial(self._deliver, link, side)))
+        if self.receiving.work:
+            actions.append(("work", self.receiving.do_next))
+        for zombie in self._zombies:
+            if self._rng.random() > 0.05:
+                continue  # what it does, it does late
+            if zombie.queues[receiving_end]:
+                actions.append(("zombie", partial(self._deliver, zombie, receiving_end)))
+            elif zombie.sides[receiving_end] in self.receiving.connections:
+                actions.append(("bury", partial(self._bury, zombie)))
+        return actions
 
     def _deliver(self, link: Link, side: int) -> None:
         size = self._rng.choice((1, 20, 33, 64, 100, 300, 1000, 5000, 1 << 30))
@@ -599,8 +610,6 @@ def simple_push(
     rows: Sequence[naive.Tensor], *, resident: Sequence[naive.Tensor] | None = None, version: int = 0, **options: object
 ) -> Push:
     """A push of ``rows`` into a model that has them, or ``resident``."""
-    from tests.support.models import build
-
     structure = build(rows)
     sending = Sending(structure, contents(structure, version))
     receiving = Receiving(resident=build(resident if resident is not None else rows))

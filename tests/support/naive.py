@@ -9,6 +9,7 @@ import hmac
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -57,12 +58,18 @@ for _byte in range(256):
     _TABLE.append(_crc)
 
 
+@lru_cache(maxsize=16)
 def crc32c(data: bytes) -> int:
-    """The same a byte at a time; ``test_frame`` compares the two."""
+    """The same a byte at a time, and remembered: ``test_frame`` compares the two."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = (crc >> 8) ^ _TABLE[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
+
+
+def unpack(header: bytes) -> dict[str, Any]:
+    """The content of a header."""
+    return msgpack.unpackb(header)  # type: ignore[no-any-return]
 
 
 def pack(fields: Mapping[str, Any]) -> bytes:
@@ -141,7 +148,7 @@ class Frame:
     @property
     def fields(self) -> dict[str, Any]:
         """The header's content."""
-        return msgpack.unpackb(self.header)  # type: ignore[no-any-return]
+        return unpack(self.header)
 
 
 def frames(stream: bytes) -> Iterator[Frame]:
@@ -261,12 +268,16 @@ def picture(tensors: Sequence[Tensor], leaf: int = LEAF) -> Picture:
 # --- digests -----------------------------------------------------------------------------------------------------
 
 
+def digest(content: bytes) -> bytes:
+    """xxh3-128."""
+    return xxhash.xxh3_128_digest(content)
+
+
 def tensor_digest(content: bytes, leaf: int = LEAF) -> bytes:
     """Of its bytes where they are one leaf, else of its leaves' digests."""
     if len(content) <= leaf:
-        return xxhash.xxh3_128_digest(content)
-    leaves = [xxhash.xxh3_128_digest(content[at : at + leaf]) for at in range(0, len(content), leaf)]
-    return xxhash.xxh3_128_digest(b"".join(leaves))
+        return digest(content)
+    return digest(b"".join(digest(content[at : at + leaf]) for at in range(0, len(content), leaf)))
 
 
 def version_digest(tensors: Iterable[Tensor], contents: Mapping[str, bytes], leaf: int = LEAF) -> bytes:
@@ -280,7 +291,7 @@ def version_digest(tensors: Iterable[Tensor], contents: Mapping[str, bytes], lea
     said += [bytes((len(tensor.shape),)) for tensor in rows]
     said += [size.to_bytes(8, "little") for tensor in rows for size in tensor.shape]
     said += [tensor_digest(contents[tensor.name], leaf) for tensor in rows]
-    return xxhash.xxh3_128_digest(b"".join(said))
+    return digest(b"".join(said))
 
 
 # --- range sets --------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Rule:
     nth         the n-th of this kind, from 0, over all connections or within ``connection``; where any kind is
                 meant, the frame of this sequence number
     every       also every later frame with the same header: the same chunk, sent again
+    times       no more often than this
     reached     set when it is first applied; a hold then waits for ``release``
     """
 
@@ -88,6 +89,7 @@ class Rule:
     nth: int | None = None
     connection: int | None = None
     every: bool = False
+    times: int | None = None
     reached: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
     applied: int = 0
@@ -95,6 +97,8 @@ class Rule:
 
     def matches(self, frame: Frame) -> bool:
         """Whether ``frame`` is one that it is meant for."""
+        if self.times is not None and self.applied >= self.times:
+            return False
         if frame.way is not self.way or (self.kind is not None and frame.kind != self.kind):
             return False
         if self.connection is not None and frame.connection != self.connection:
@@ -229,9 +233,13 @@ class Proxy:
         way: Way = Way.TO_DAEMON,
         connection: int | None = None,
         every: bool = False,
+        times: int | None = None,
         bit: int | None = None,
     ) -> Rule:
-        """Flip one bit of the part (by default in its middle); ``every``: each time the same frame comes by."""
+        """Flip one bit of the part, by default in its middle.
+
+        every   each time the same frame comes by, but at most ``times`` times
+        """
 
         def apply(_pump: "_Pump", frame: Frame, data: bytearray, _rule: Rule) -> None:
             start = frame.offset(part)
@@ -239,7 +247,7 @@ class Proxy:
             at = size * 8 // 2 if bit is None else bit
             data[start + at // 8] ^= 1 << at % 8
 
-        return self._add(Rule(apply, way, kind, nth, connection, every))
+        return self._add(Rule(apply, way, kind, nth, connection, every, times))
 
     def cut(
         self,

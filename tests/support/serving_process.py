@@ -110,6 +110,10 @@ def ask(model: nn.Module, kind: str = "small") -> str:
 # --- what runs in a serving process ----------------------------------------------------------------------------------
 
 
+PACE: Final = 0.0002
+"""Seconds that readers leave to others between two answers."""
+
+
 class Readers:
     """Threads that ask without a pause, each in its style, and keep which answers were given under which label.
 
@@ -145,9 +149,12 @@ class Readers:
             with torch.inference_mode():
                 if style == "tasks":
                     asyncio.run(self._tasks(seen))
-                while not self._stopping.is_set():
+                # Two cores have to do for the readers and everything that they read.
+                while not self._stopping.wait(PACE):
                     with self._fences(seen):
-                        self._held(seen) if style == "hold" else self._note("", fingerprint(self._model(self._question)))
+                        self._held(seen) if style == "hold" else self._note(
+                            "", fingerprint(self._model(self._question))
+                        )
         except BaseException:  # noqa: BLE001  reported to the test
             self.errors.append(traceback.format_exc())
 
@@ -174,7 +181,7 @@ class Readers:
                         self._note(version.label, fingerprint(self._model.forward(self._question)))
                         await asyncio.sleep(0)
                         self._note(version.label, fingerprint(self._model.forward(self._question)))
-                await asyncio.sleep(0)
+                await asyncio.sleep(PACE)
 
         await asyncio.gather(*(read() for _ in range(4)))
 
@@ -282,7 +289,7 @@ class Program:
         last = max([self._initial[name], version_of(self.residents[name].label), *map(version_of, labels)])
         loose = readers.given.get("", set())
         if loose:
-            loose = loose - {right_answer(version, kind) for version in range(last + 1)}
+            loose = loose - {right_answer(version, kind) for version in range(self._initial[name], last + 1)}
         served = [[label for label in seen if label != "fenced"] for seen in readers.seen]
         backwards = [seen for seen in served if sorted(seen, key=version_of) != seen]
         return {

@@ -1,4 +1,4 @@
-"""Golden vectors: their file format, and how shipproto is run on one. protocol/vectors/README.md describes the format."""
+"""Golden vectors: their file format (protocol/vectors/README.md) and how shipproto is run on one."""
 
 import json
 import random

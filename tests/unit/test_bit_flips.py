@@ -9,8 +9,8 @@ import pytest
 from shipproto.connection import ChunkDamaged, MessageArrived
 from shipproto.errors import BadPrelude, ForeignPeer
 from tests.support import naive
+from tests.support.golden.book import TRANSFER
 from tests.support.link import feed
-from tests.support.make_vectors import TRANSFER
 from tests.support.vectors import Vector, describe_event, load, make_connection, read, run
 
 _LARGEST = 1000

@@ -464,6 +464,21 @@ def test_a_head_that_was_refused_takes_its_pieces_along() -> None:
     assert isinstance(feed(left, nack(3, sequence=3)).error, UnexpectedMessage), "such a NACK comes once"
 
 
+def test_only_its_own_pieces_go_with_a_head() -> None:
+    left, right = handshaken()
+    first, second = (random.Random(seed).randbytes(MAX_PAYLOAD + 9) for seed in (1, 2))
+    left.send(StatusIs(), first)
+    left.send(StatusIs(), second)
+    damaged = bytearray(output_of(left))
+    damaged[100] ^= 1
+    fed = feed(right, bytes(damaged))
+    assert [bytes(event.body) for event in fed.events] == [second]  # type: ignore[union-attr]
+    again = feed(left, fed.output)
+    assert [(frame.name, frame.sequence) for frame in naive.frames(again.output)] == [("StatusIs", 5), ("Body", 6)]
+    (event,) = feed(right, again.output).events
+    assert bytes(event.body) == first  # type: ignore[union-attr]
+
+
 def test_a_piece_that_was_refused_goes_alone() -> None:
     left, right = handshaken()
     body = random.Random(9).randbytes(2 * MAX_PAYLOAD + 9)

@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import select
 import signal
 import sys
 import threading
@@ -573,6 +574,37 @@ def test_a_stale_forward_is_reclaimed_at_the_threads_next_forward():
     assert not gate.hold().forward.owned()
 
 
+def test_a_judgement_ends_with_the_forward_that_it_was_about():
+    """A forward judged stale, then ended by a post hook that came without its pre-hook: the next one is a new one."""
+    stack = Stack()
+    gate = Gate(OLD, calls=stack.find)
+    steps = [threading.Event() for _ in range(4)]
+
+    def work():
+        gate.enter_forward(gate)
+        steps[0].set()
+        assert steps[1].wait(DEADLINE)
+        gate.leave_forward()
+        stack.calls[threading.get_ident()] = 1
+        gate.enter_forward(gate)
+        stack.calls[threading.get_ident()] = 2
+        gate.enter_forward(gate)
+        gate.leave_forward()
+        steps[2].set()
+        assert steps[3].wait(DEADLINE)
+        gate.leave_forward()
+
+    worker = Worker(work)
+    assert steps[0].wait(DEADLINE)
+    swap(gate)
+    steps[1].set()
+    assert steps[2].wait(DEADLINE)
+    with pytest.raises(SwapFailed, match="worker"):
+        swap(gate, commit_timeout=0.1)
+    steps[3].set()
+    worker.finish()
+
+
 def test_a_thread_judged_stale_waits_even_where_its_stack_is_doubtful():
     """The swapping thread has stopped waiting for it, so it must not slip past as if it were nested."""
     stack = Stack()
@@ -831,10 +863,13 @@ def in_child(work):
         finally:
             os._exit(0)
     os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        text = pipe.read().decode()
-    os.waitpid(pid, 0)
-    return text
+    try:
+        ready, _, _ = select.select([read], [], [], DEADLINE)
+        return os.read(read, 65536).decode() if ready else "the child hangs"
+    finally:
+        os.close(read)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 forking = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -842,9 +877,12 @@ forking = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 @forking
 def test_a_child_does_not_wait_for_threads_that_it_has_not(gate):
+    # So that the swapping thread has this thread's lock when it forks.
+    with gate.hold():
+        pass
     holder = Holder(gate)
     swapper = Worker(lambda: swap(gate))
-    eventually(lambda: gate.shut)
+    eventually(lambda: not gate.hold().acquire(blocking=False) or gate.hold().release())
 
     def child():
         assert not gate.shut

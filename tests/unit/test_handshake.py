@@ -74,7 +74,8 @@ def test_another_token(token: bytes) -> None:
 
 def test_an_acceptor_that_does_not_know_the_token() -> None:
     left, right = side(initiator=True, token=TOKEN), side(initiator=False, token=b"another")
-    assert (hello := left.opening())
+    hello = left.opening()
+    assert hello is not None
     (answer,) = give(right, hello)
     (first,) = give(left, answer)
     for proof in (bytes(32), first.proof):  # type: ignore[attr-defined]
@@ -97,7 +98,8 @@ def test_a_proof_is_worth_nothing_on_another_connection() -> None:
         proofs.append(exchange(left, right)[2])
     assert proofs[0] != proofs[1]
     left, right = side(initiator=True, token=TOKEN), side(initiator=False, token=TOKEN, seed=4)
-    assert (hello := left.opening())
+    hello = left.opening()
+    assert hello is not None
     give(right, hello)
     with pytest.raises(AuthFailed):
         give(right, proofs[0])

@@ -42,8 +42,12 @@ STATUS = Status(
     ],
 )
 VERIFICATION = Verification(
-    model="m", label="v1", digest="00" * 16, processes=[ProcessVerification(pid=7, error="gone"), ProcessVerification(pid=8, matches=True)]
-)  # fmt: skip
+    model="m",
+    label="v1",
+    digest="00" * 16,
+    processes=[ProcessVerification(pid=7, error="gone"), ProcessVerification(pid=8, matches=True)],
+)
+DEEP = b"\x81\xa1a" + b"\x91" * 100_000
 
 
 def test_there_and_back() -> None:
@@ -79,8 +83,19 @@ def test_fields_of_an_earlier_release_have_defaults() -> None:
 @pytest.mark.parametrize("decode", [decode_status, decode_verification])
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\xc0", b"\x90", b"\xc1", b"\x80", b"\x81\xa1a", b"\x81\xa5agent\xa1\xff", b"\x81\xa1a" + b"\x91" * 100_000, encode(STATUS)[:-1], encode(STATUS) + b"\0"],
-)  # fmt: skip
+    [
+        b"",
+        b"\xc0",
+        b"\x90",
+        b"\xc1",
+        b"\x80",
+        b"\x81\xa1a",
+        b"\x81\xa5agent\xa1\xff",
+        DEEP,
+        encode(STATUS)[:-1],
+        encode(STATUS) + b"\0",
+    ],
+)
 def test_anything_else_is_malformed(decode, body: bytes) -> None:
     with pytest.raises(MalformedMessage):
         decode(body)
@@ -128,7 +143,7 @@ def test_resident_that_is_none() -> None:
     ):
         with pytest.raises(MalformedMessage):
             Resident.decode(naive.pack(bad))
-    for raw in (b"", b"\xc1", b"\x90", naive.pack(good) + b"\0", b"\x81\xa1a" + b"\x91" * 100_000):
+    for raw in (b"", b"\xc1", b"\x90", naive.pack(good) + b"\0", DEEP):
         with pytest.raises(MalformedMessage):
             Resident.decode(raw)
     huge = {

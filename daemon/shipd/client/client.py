@@ -5,6 +5,7 @@ Nothing here runs on the caller's event loop except waiting: every conversation 
 
 import asyncio
 import concurrent.futures
+import threading
 import time
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -19,7 +20,7 @@ from shipd.errors import ShipError
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import Lane, Waker
 from shipproto.connection import MessageArrived
-from shipproto.errors import ProtocolError
+from shipproto.errors import LocalError, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.messages import Abort, Message, StatusIs, StatusRequest, VerifyIs, VerifyRequest
 from shipproto.names import check_label
@@ -98,22 +99,32 @@ class Client:
         )
         lane, self._lane = self._lane, None
         running: list[Push] = []
+        cancelled = threading.Event()
 
         def run() -> Receipt:
+            source: Source | None = None
             try:
-                source: Source = open_source(checkpoint, snapshot=snapshot)
-            except BaseException:
+                source = open_source(checkpoint, snapshot=snapshot)
+                try:
+                    running.append(Push(source, self.address, options, lane=lane))
+                except LocalError as error:
+                    raise ValueError(f"this cannot be offered: {error}") from error
+                if cancelled.is_set():
+                    # While the source was opened, when there was nothing yet to cancel.
+                    running[0].cancel()
+                return running[0].run()
+            finally:
+                if source is not None:
+                    source.close()
                 if lane is not None:
                     lane.close()
-                raise
-            try:
-                push = Push(source, self.address, options, lane=lane)
-                running.append(push)
-                return push.run()
-            finally:
-                source.close()
 
-        return await _in_thread(run, lambda: running[0].cancel() if running else None)
+        def cancel() -> None:
+            cancelled.set()
+            if running:
+                running[0].cancel()
+
+        return await _in_thread(run, cancel)
 
     async def status(self, model: str | None = None) -> Status:
         """What the daemon is serving and doing: all of it, or one model."""

@@ -63,7 +63,6 @@ class Push:
         self._source = source
         self._address = address
         self._options = options
-        self._waker = Waker()
         self._spare = lane
         self._sender = Sender(
             transfer=self.transfer,
@@ -80,6 +79,8 @@ class Push:
         self._progress_at = 0.0
         self._commit_sent = False
         self._reached = False
+        # Last: it takes descriptors, which only run() gives back.
+        self._waker = Waker()
 
     def cancel(self) -> None:
         """End the push, unless its commit is already under way. Any thread, also a signal handler."""
@@ -133,10 +134,10 @@ class Push:
             self._address,
             token=self._options.token,
             timeout=min(_CONNECT_SECONDS, max(0.001, deadline - time.monotonic())),
-            waker=self._waker,
+            waker=self._interruptible,
         )
         self._spare = None
-        lane.use(self._waker)
+        lane.use(self._interruptible)
         self._reached = True
         sent_before = lane.bytes_sent
         try:
@@ -174,8 +175,9 @@ class Push:
             else:
                 if sender.state is SenderState.STAGED:
                     self._before_commit()
-                    sender.commit()
                     self._commit_sent = True
+                    lane.use(self._interruptible)
+                    sender.commit()
                 self._take(lane.exchange(self._wait_until(lane, deadline)))
             if time.monotonic() > deadline:
                 raise Stalled(f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=lane.peer)
@@ -204,7 +206,12 @@ class Push:
             self._all_held = time.monotonic()
 
     def _wait_until(self, lane: Lane, deadline: float) -> float:
-        return min(lane.last_heard + self._options.stall, deadline)
+        return min(max(lane.last_heard, lane.last_written) + self._options.stall, deadline)
+
+    @property
+    def _interruptible(self) -> Waker | None:
+        """From the moment COMMIT may have left, nothing interrupts: whoever cancelled too late waits for the outcome."""
+        return None if self._commit_sent else self._waker
 
     def _before_commit(self) -> None:
         """A last look at the source: what was sent must be what is there."""
@@ -216,7 +223,9 @@ class Push:
             )
 
     def _pause(self, seconds: float) -> None:
-        if self._waker.wait(seconds):
+        if self._commit_sent:
+            time.sleep(seconds)
+        elif self._waker.wait(seconds):
             raise Interrupted("interrupted while reconnecting; the previous version is serving")
 
     # --- errors --------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.transfer")
 
-_REPORT_SECONDS: Final = 2.0
-"""How often the sender hears from a daemon that is waiting for serving processes."""
+_REPORT_SECONDS: Final = 0.5
+"""How often the sender hears from a daemon that waits for serving processes, or that receives over a thin link."""
 
 _ARRIVING_CHUNKS: Final = 32
 """Chunks after which a process that copies ahead is told of them: 16 MiB."""
@@ -468,10 +468,17 @@ class Incoming:
     # --- ends ----------------------------------------------------------------------------------------------
 
     async def _keep_reporting(self) -> None:
-        """Tell the sender, while it waits for serving processes or for a slot, that it is not forgotten."""
+        """Tell the sender, while it waits for serving processes or for a slot, that it is not forgotten.
+
+        Also while it waits for what it has written to arrive: megabytes may lie in the kernel's buffers, which a thin
+        link takes longer to carry than a sender waits for a sign of life.
+        """
+        loop = asyncio.get_running_loop()
         while True:
+            since = loop.time()
             await asyncio.sleep(_REPORT_SECONDS)
-            if self.receiver.state is not ReceiverState.RECEIVING:
+            arriving = self.peer is not None and self.peer.last_heard >= since
+            if arriving or self.receiver.state is not ReceiverState.RECEIVING:
                 self.receiver.report(self.receiver.state.name.lower())
                 self.flush()
 

@@ -24,7 +24,7 @@ from shipd.service.session import Session, SessionLost
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
-from shipproto.connection import Connection, Established, Event, MessageArrived
+from shipproto.connection import ChunkDamaged, Connection, Established, Event, MessageArrived
 from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
 from shipproto.limits import NONCE_SIZE
@@ -288,6 +288,9 @@ class Server:
                 session.on_message(message)
         elif peer in self._incoming:
             self._incoming[peer].on_event(peer, event)
+        elif isinstance(event, ChunkDamaged):
+            # A header that nobody could read, such as the OFFER's: it has been asked for again.
+            return
         elif not isinstance(message, Abort):
             # The transfer that it belongs to has ended, and the sender has been told; or there never was one.
             if message is None or not getattr(message, "transfer", b""):

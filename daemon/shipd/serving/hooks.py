@@ -26,22 +26,17 @@ _MODULE_FILES: Final = frozenset((_module.__file__, _CALL.co_filename))
 _DYNAMO: Final = f"{Path(torch.__file__).parent}/_dynamo/"
 
 
-def _no_hook() -> Callable[..., None]:
-    """A hook that does nothing and can be unpickled where shipd is not installed: a method of the standard library's
-    that takes anything and returns None."""
-    return contextlib.nullcontext().__exit__
-
-
 class _Hook:
-    """A hook that belongs to one gate. Copies of the model are not resident, so theirs does nothing."""
+    """A hook that belongs to one gate. Copies of the model are not resident, so in them it is a hook that does nothing.
+
+    copy.deepcopy and pickle both ask ``__reduce__``; what it names is a method of the standard library's that takes
+    anything and returns None, so that a saved model loads where shipd is not installed.
+    """
 
     __slots__ = ("_gate",)
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
-        return _no_hook()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (contextlib.nullcontext(), "__exit__")

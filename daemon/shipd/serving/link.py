@@ -154,6 +154,8 @@ class Link:
         self._attached = threading.Event()
         self._refusal: BaseException | None = None
         self._stopping = False
+        self._stopping_itself = False
+        """A callback, which runs on this thread, has detached."""
         self._thread = threading.Thread(target=self._run, name=f"shipd {model}", daemon=True)
 
     # --- other threads -------------------------------------------------------------------------------------
@@ -161,25 +163,34 @@ class Link:
     def start(self, timeout: float) -> None:
         """Attach. Raises ShipError: ConnectError, TensorMismatch, MemoryLimit, Stalled, …"""
         self._thread.start()
-        if not self._attached.wait(timeout):
+        try:
+            if not self._attached.wait(timeout):
+                raise Stalled(
+                    f"{self._socket} did not attach model {self._model!r} within {timeout:g} s", model=self._model
+                )
+            if self._refusal is not None:
+                raise self._refusal
+        except BaseException:
+            # Ctrl-C as well: nothing of the attempt may go on in the background.
             self.stop()
-            raise Stalled(
-                f"{self._socket} did not attach model {self._model!r} within {timeout:.0f} s", model=self._model
-            )
-        if self._refusal is not None:
-            self._thread.join()
-            self._waker.close()
-            raise self._refusal
+            raise
 
     def stop(self) -> None:
         """Detach and end the thread. A swap that is under way is finished first."""
         if self._stopping:
             return
+        self._stopping_itself = self.runs_here
         self._stopping = True
         self._waker.wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if not self._stopping_itself:
+            if self._thread.ident is not None:
+                self._thread.join()
             self._waker.close()
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the calling thread is the session's: inside a callback."""
+        return threading.current_thread() is self._thread
 
     def abandon_after_fork(self) -> None:
         """In a forked child: the session belongs to the parent, which must be the only one to keep it open."""
@@ -214,6 +225,8 @@ class Link:
                 self._end_session()
             if self._waker.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
                 break
+        if self._stopping_itself:
+            self._waker.close()
         self._attached.set()
 
     def _session(self) -> None:
@@ -248,7 +261,9 @@ class Link:
         if lane is not None:
             if self._stopping and lane.connection.established and self._current is not None:
                 self._follower.let_go()
-                lane.connection.send(Detach())
+                if self._follower.settle():
+                    # Else the user keeps tensors of an image: the daemon must leave it alone while this process lives.
+                    lane.connection.send(Detach())
                 lane.close(flush=True)
             lane.close()
         if self._staged is not None:

@@ -4,14 +4,13 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from torch import nn
 
-from shipd.errors import Fenced, IntegrityError, ShipError
+from shipd.errors import AttachError, Fenced, IntegrityError, ShipError
 from shipd.images.memory import Access, ImageMapping
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
@@ -99,10 +98,16 @@ class Resident:
         )
         self._hooks: Hooks | None = None
         self._detaching = threading.Lock()
-        self._link.start(timeout)
-        if hooks:
-            self._hooks = Hooks(model, self._gate)
-        _residents.add(self)
+        self._tensors = tensors
+        try:
+            _register(self)
+            # Before the first version is installed: the model may be serving already.
+            if hooks:
+                self._hooks = Hooks(model, self._gate)
+            self._link.start(timeout)
+        except BaseException:
+            self.detach()
+            raise
 
     def __repr__(self) -> str:
         return f"<shipd.Resident {self.name!r} {self.label!r} {self.digest}>"
@@ -166,13 +171,18 @@ class Resident:
 
     def detach(self) -> None:
         """Stop following. The model keeps the version it has, in memory of its own. Harmless twice."""
-        with self._detaching:
+        # A callback must not wait for a thread that detaches, because that waits for the callback.
+        if not self._detaching.acquire(blocking=not self._link.runs_here):
+            return
+        try:
             self._link.stop()
             if self._hooks is not None:
                 self._hooks.remove()
                 self._hooks = None
             self._follower.close()
             _residents.discard(self)
+        finally:
+            self._detaching.release()
 
     def _after_fork_in_child(self) -> None:
         self._link.abandon_after_fork()
@@ -301,7 +311,26 @@ def _transient(tensors: ModelTensors) -> Structure:
     )
 
 
-_residents: "weakref.WeakSet[Resident]" = weakref.WeakSet()
+_residents: set[Resident] = set()
+"""What is attached. Not weak references: the session goes on although the user keeps none, and so must what is done
+about it after a fork."""
+_registering = threading.Lock()
+
+
+def _register(resident: Resident) -> None:
+    """Raises AttachError where another session swaps some of the same tensors: each under the other's holds."""
+    own = _places(resident)
+    with _registering:
+        for other in _residents:
+            if own & _places(other):
+                raise AttachError(
+                    f"this model is attached already, as {other.name!r}: detach() that resident first", model=other.name
+                )
+        _residents.add(resident)
+
+
+def _places(resident: Resident) -> set[int]:
+    return {tensor.data_ptr() for tensor in resident._tensors.live if tensor.numel()}  # noqa: SLF001
 
 
 def _after_fork_in_child() -> None:

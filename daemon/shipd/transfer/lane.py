@@ -82,7 +82,7 @@ class Lane:
         self.connection = Connection(initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
         self.fds: deque[int] = deque()
         self.bytes_sent = 0
-        self.last_heard = time.monotonic()
+        self.last_heard = self.last_written = time.monotonic()
         self._sock = sock
         self._waker = waker
         self._with_fds = with_fds
@@ -175,6 +175,7 @@ class Lane:
             except OSError as error:
                 raise self._lost(error) from error
             self.bytes_sent += sent
+            self.last_written = time.monotonic()
             for piece in pieces:
                 if sent < len(piece):
                     self._outgoing[0] = memoryview(piece)[sent:]

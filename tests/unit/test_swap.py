@@ -1,0 +1,706 @@
+import contextlib
+import copy
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import silero_vad
+import torch
+from torch import nn
+
+from shipd.errors import AttachError, StageFailed, SwapFailed
+from shipd.images.memory import Access, ImageMapping, create_memfd, open_read_only
+from shipd.serving import bits, flip
+from shipd.serving.cuda import spans
+from shipd.serving.gate import Gate
+from shipd.serving.hooks import Hooks, find_calls
+from shipd.serving.swap import Torn, make_swapper
+from shipd.serving.tensors import ModelTensors
+from shipd.serving.version import Version
+from shipproto.digests import digest_image
+from shipproto.dtypes import DTYPES
+from shipproto.layout import Layout
+
+MODES = ("copy", "flip")
+DEADLINE = 60.0
+
+
+class Rig:
+    """A model with a swapper, and images to swap it to."""
+
+    def __init__(self, model, mode):
+        self.model = model
+        self.tensors = ModelTensors(model)
+        self.layout = Layout(self.tensors.structure)
+        self.swapper = make_swapper(self.tensors, self.layout, mode)
+        self.fds = []
+
+    def slot(self):
+        """A new image: the daemon's mapping of it, and its read-only descriptor."""
+        fd = create_memfd("shipd-test-swap", self.layout.size)
+        self.fds += [fd, open_read_only(fd)]
+        return ImageMapping.shared(fd, self.layout.size), self.fds[-1]
+
+    def map(self, fd):
+        return ImageMapping(fd, self.layout.size, self.swapper.access)
+
+    def image_of(self, state=None):
+        """An image with the tensors of ``state``, or with the live ones, as a serving process maps it."""
+        daemon, fd = self.slot()
+        if state is None:
+            self.swapper.fill(daemon.view)
+        else:
+            for name, value in state.items():
+                row = self.layout.structure.index[name]
+                start, size = int(self.layout.offsets[row]), int(self.layout.structure.nbytes[row])
+                daemon.view[start : start + size] = raw(value)
+        return self.map(fd)
+
+    def adopt(self):
+        self.swapper.adopt(self.image_of())
+
+    def to(self, state):
+        """Swap to ``state``, without a gate."""
+        self.swapper.stage(self.image_of(state))
+        self.swapper.apply()
+
+    def close(self):
+        self.swapper.close()
+        for fd in self.fds:
+            os.close(fd)
+
+
+@pytest.fixture
+def rig():
+    rigs = []
+
+    def make(model, mode):
+        rigs.append(Rig(model, mode))
+        return rigs[-1]
+
+    yield make
+    for each in rigs:
+        each.close()
+    del rigs[:]
+    gc.collect()
+    assert "shipd-test-swap" not in Path("/proc/self/maps").read_text()
+
+
+def raw(tensor):
+    """A tensor's bytes in C order, by a way of its own."""
+    tensor = tensor.detach()
+    if not tensor.numel():
+        return b""
+    flat = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) if tensor.dtype.is_floating_point else tensor
+    if tensor.is_contiguous():
+        flat = tensor
+    else:
+        index = np.lib.stride_tricks.as_strided
+        memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()[
+            tensor.storage_offset() * tensor.element_size() :
+        ]
+        size = tensor.element_size()
+        strides = (*(step * size for step in tensor.stride()), 1)
+        return index(memory, (*tensor.shape, size), strides).tobytes()
+    return flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def raws(model):
+    return {name: raw(value) for name, value in model.state_dict().items()}
+
+
+def randomised(model):
+    """A state of the same form with other values: any bytes at all, so NaNs, bools above 1 and the like."""
+    generator = np.random.default_rng(7)
+    state = {}
+    for name, value in model.state_dict().items():
+        content = torch.from_numpy(generator.integers(0, 256, value.numel() * value.element_size(), dtype=np.uint8))
+        state[name] = content.view(value.dtype).view(value.shape) if value.numel() else value.clone()
+    return state
+
+
+def perturbed(model, by):
+    return {
+        name: value + by if value.is_floating_point() else value.clone() for name, value in model.state_dict().items()
+    }
+
+
+class Tiny(nn.Module):
+    """Tied embedding, attention, normalisation and a non-persistent buffer: a small encoder as they all are."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.register_buffer("position_ids", torch.arange(8), persistent=False)
+        self.positions = nn.Embedding(8, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        hidden = self.embed(ids) + self.positions(self.position_ids[: ids.shape[1]])
+        return self.head(self.norm(self.block(hidden)))
+
+
+class Everything(nn.Module):
+    """Every dtype, and every shape of memory that a tensor can have."""
+
+    def __init__(self):
+        super().__init__()
+        for dtype in DTYPES:
+            kind = getattr(torch, dtype.name)
+            content = torch.arange(24 * dtype.itemsize, dtype=torch.uint8)
+            self.register_buffer(f"{dtype.name}_matrix", content.view(kind).view(2, 3, 4))
+            self.register_buffer(f"{dtype.name}_scalar", content[: dtype.itemsize].clone().view(kind).view(()))
+            self.register_buffer(f"{dtype.name}_turned", content.clone().view(kind).view(4, 6).t())
+            self.register_buffer(f"{dtype.name}_empty", content.clone().view(kind)[:0].view(0, 5))
+        self.register_buffer("large", torch.arange(400_000, dtype=torch.float32))
+        self.register_buffer("large_turned", torch.arange(600_000, dtype=torch.float64).view(600, 1000).t())
+        whole = torch.zeros(6, 8)
+        self.register_buffer("left", whole[:, :3])
+        self.register_buffer("right", whole[:, 3:])
+        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+
+
+def encoder():
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+# Bits ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_bit_of_every_dtype_arrives(mode, rig):
+    model = Everything()
+    one = rig(model, mode)
+    before = raws(model)
+    strides = {name: value.stride() for name, value in model.state_dict().items()}
+    one.adopt()
+    state = randomised(model)
+    one.to(state)
+    assert raws(model) == {name: raw(value) for name, value in state.items()}
+    assert {name: value.stride() for name, value in model.state_dict().items()} == strides
+    assert raws(model) != before
+    with contextlib.suppress(RuntimeError):
+        assert model.bool_matrix.any()
+    digest = one.swapper.digest()
+    assert digest == digest_image(one.layout, one.image_of(state).view).version_digest()
+    one.swapper.settle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_filling_gives_the_live_bytes_and_zeros_between(mode, rig):
+    model = Everything()
+    one = rig(model, mode)
+    daemon, fd = one.slot()
+    np.frombuffer(daemon.raw, dtype=np.uint8)[:] = 0xAA
+    one.swapper.fill(daemon.view)
+    expected = bytearray(one.layout.size)
+    for name, content in raws(model).items():
+        start = int(one.layout.offsets[one.layout.structure.index[name]])
+        expected[start : start + len(content)] = content
+    assert bytes(daemon.view) == bytes(expected)
+    assert one.swapper.digest() == digest_image(one.layout, daemon.view).version_digest()
+    for value in model.state_dict().values():
+        if value.numel():
+            bits.integers(value).zero_()
+    one.swapper.stage(one.map(fd))
+    one.swapper.apply()
+    assert {name: content.strip(b"\0") != b"" for name, content in raws(model).items() if content}["float32_matrix"]
+    assert one.swapper.digest() == digest_image(one.layout, daemon.view).version_digest()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_negative_zero_nan_payloads_and_odd_bools_survive(mode, rig):
+    model = nn.Module()
+    nan = torch.tensor([0x7FA00001, -0x7FFFFFFF - 1, 0x7FC0DEAD], dtype=torch.int32).view(torch.float32)
+    half = torch.tensor([0x7D01, -0x8000], dtype=torch.int16).view(torch.float16)
+    odd = torch.tensor([2, 255, 0, 1], dtype=torch.uint8).view(torch.bool)
+    for name, value in (("nan", nan), ("half", half), ("odd", odd)):
+        model.register_buffer(name, torch.zeros_like(value))
+    one = rig(model, mode)
+    one.to({"nan": nan, "half": half, "odd": odd})
+    assert {name: raw(value) for name, value in (("nan", nan), ("half", half), ("odd", odd))} == raws(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_small_tensors(mode, rig):
+    model = nn.Module()
+    for number in range(3000):
+        model.register_buffer(f"t{number:04}", torch.full((number % 70,), float(number)))
+    one = rig(model, mode)
+    one.adopt()
+    one.to(perturbed(model, 1.0))
+    assert all(bool((value == int(name[1:]) + 1).all()) for name, value in model.state_dict().items())
+    assert one.swapper.digest() == digest_image(one.layout, one.image_of().view).version_digest()
+
+
+# What stays ---------------------------------------------------------------------------------------------------------
+
+
+def properties(model):
+    return [
+        (name, id(p), p.requires_grad, p.is_leaf, p._version, p.grad is None, p.stride())
+        for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_stays_and_what_changes(mode, rig):
+    model = encoder()
+    model.norm.bias.requires_grad_(requires_grad=False)
+    one = rig(model, mode)
+    one.adopt()
+    before = properties(model)
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
+    training = [module.training for module in model.modules()]
+    for step in range(1, 4):
+        one.to(perturbed(model, 0.125))
+        assert properties(model) == before
+        assert [module.training for module in model.modules()] == training
+        assert model.head.weight is model.embed.weight
+        same = {name for name, p in model.named_parameters() if p.data_ptr() == addresses[name]}
+        assert same == (set(addresses) if mode == "copy" else set())
+        assert one.swapper.settle() or step
+        assert one.tensors.changed() == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ties_between_separate_objects_stay(mode, rig):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    assert model[1].weight is not model[0].weight
+    one = rig(model, mode)
+    one.to({name: value for name, value in perturbed(model, 1.0).items() if name != "1.weight"})
+    assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
+    assert torch.equal(model[1].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inference_tensors_can_be_swapped_from_any_thread(mode, rig):
+    with torch.inference_mode():
+        model = nn.Linear(4, 4)
+    one = rig(model, mode)
+    state = randomised(model)
+    failures = []
+
+    def work():
+        try:
+            one.to(state)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(DEADLINE)
+    assert not failures
+    assert raws(model) == {name: raw(value) for name, value in state.items()}
+    assert model.weight.is_inference()
+    with torch.inference_mode():
+        model(torch.ones(4))
+
+
+def test_views_of_parameters_follow_in_copy(rig):
+    model = nn.Linear(4, 4)
+    row = model.weight.detach()[1]
+    one = rig(model, "copy")
+    state = perturbed(model, 1.0)
+    one.to(state)
+    assert torch.equal(row, state["weight"][1])
+
+
+def test_flip_refuses_what_it_would_part(rig):
+    model = nn.Linear(4, 4)
+    model.register_buffer("first", model.weight.detach()[0], persistent=False)
+    with pytest.raises(AttachError, match="'first'"):
+        rig(model, "flip")
+    rig(model, "copy")
+
+
+def test_batch_norm_trains_on_a_flipped_image(rig):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    one = rig(model, "flip")
+    mapping = one.image_of(perturbed(model, 1.0))
+    shared = bytes(mapping.view)
+    one.swapper.stage(mapping)
+    one.swapper.apply()
+    pushed = one.swapper.digest()
+    before = raws(model)
+    for _ in range(3):
+        model(torch.randn(8, 4))
+    assert raws(model)["1.running_mean"] != before["1.running_mean"]
+    assert int(model[1].num_batches_tracked) == 3
+    # What was written is this process's own: neither the image nor another process's view of it has changed.
+    assert bytes(one.map(one.fds[-1]).view) == shared
+    assert one.swapper.digest() != pushed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_silero_vad(mode, rig):
+    model = torch.jit.load(Path(silero_vad.__file__).parent / "data" / "silero_vad.jit").eval()
+    one = rig(model, mode)
+    one.adopt()
+    speech = torch.linspace(-1, 1, 512).unsqueeze(0)
+
+    def listen():
+        model.reset_states()
+        with torch.no_grad():
+            return model(speech, 16000)
+
+    first = listen()
+    original = one.image_of()
+    one.to({name: value * 0.5 for name, value in model.state_dict().items() if value.is_floating_point()})
+    assert not torch.equal(listen(), first)
+    one.swapper.stage(original)
+    one.swapper.apply()
+    assert torch.equal(listen(), first)
+
+
+# Failures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_copy_that_fails_at_any_tensor_is_undone(adopted, rig, monkeypatch):
+    model = encoder()
+    one = rig(model, "copy")
+    if adopted:
+        one.adopt()
+    before = raws(model)
+    mapping = one.image_of(perturbed(model, 1.0))
+    real = torch._foreach_copy_
+    calls = []
+    for failing in range(len(bits.primary_rows(one.layout)) + 1):
+
+        def break_off(targets, sources, at=failing):
+            calls.append(len(targets))
+            if len(calls) > 1:
+                return real(targets, sources)
+            real(targets[:at], sources[:at])
+            raise RuntimeError("injected")
+
+        calls.clear()
+        one.swapper.stage(mapping)
+        monkeypatch.setattr(torch, "_foreach_copy_", break_off)
+        with pytest.raises(SwapFailed, match="old version serves.*injected"):
+            one.swapper.apply()
+        monkeypatch.undo()
+        assert raws(model) == before
+        assert len(calls) == 2
+    one.swapper.stage(mapping)
+    one.swapper.apply()
+    assert raws(model) != before
+
+
+def test_a_flip_that_fails_at_any_tensor_is_undone(rig, monkeypatch):
+    model = encoder()
+    one = rig(model, "flip")
+    before = raws(model)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    real = flip.bind
+    for failing in range(len(list(model.parameters()))):
+        calls = []
+
+        def break_off(live, replacement, calls=calls, at=failing):
+            calls.append(live)
+            if len(calls) == at + 1:
+                raise RuntimeError("injected")
+            real(live, replacement)
+
+        one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+        monkeypatch.setattr(flip, "bind", break_off)
+        with pytest.raises(SwapFailed, match="old version serves.*injected"):
+            one.swapper.apply()
+        monkeypatch.undo()
+        assert raws(model) == before
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+        assert one.tensors.changed() == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_cannot_be_undone_is_torn(mode, rig, monkeypatch):
+    model = encoder()
+    one = rig(model, mode)
+    one.adopt()
+    one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+
+    def fail(*_):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode == "copy" else (flip, "bind")), fail)
+    with pytest.raises(Torn, match="could not be undone"):
+        one.swapper.apply()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_torn_model_is_fenced_before_anyone_holds(mode, rig, monkeypatch):
+    """How the pieces are meant to be put together."""
+    gate = Gate(Version("old", ""))
+    model = encoder()
+    one = rig(model, mode)
+    one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+
+    def fail(*_):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode == "copy" else (flip, "bind")), fail)
+
+    def action():
+        try:
+            one.swapper.apply()
+        except Torn as error:
+            gate.fence(str(error))
+            raise
+        return Version("new", "")
+
+    with pytest.raises(Torn):
+        gate.swap(action, commit_timeout=DEADLINE, max_hold=DEADLINE)
+    assert gate.shut
+    assert gate.version.label == "old"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_staging_and_discarding_touch_nothing(mode, rig):
+    model = encoder()
+    one = rig(model, mode)
+    one.adopt()
+    before = raws(model), properties(model), [p.data_ptr() for p in model.parameters()]
+    mapping = one.image_of(perturbed(model, 1.0))
+    one.swapper.prepare(mapping)
+    one.swapper.arrived(mapping, [(0, one.layout.chunks)])
+    one.swapper.stage(mapping)
+    one.swapper.discard()
+    assert (raws(model), properties(model), [p.data_ptr() for p in model.parameters()]) == before
+    with pytest.raises(RuntimeError, match="nothing is staged"):
+        one.swapper.apply()
+    one.swapper.stage(mapping)
+    one.swapper.forget(mapping)
+    with pytest.raises(RuntimeError, match="nothing is staged"):
+        one.swapper.apply()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_was_changed_cannot_be_staged_nor_proved(mode, rig):
+    model = encoder()
+    one = rig(model, mode)
+    mapping = one.image_of()
+    model.half()
+    with pytest.raises(StageFailed, match=r"changed after it was attached: '.*float32.*float16.* and \d+ more"):
+        one.swapper.stage(mapping)
+    with pytest.raises(AttachError, match="changed after it was attached"):
+        one.swapper.digest()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_that_does_not_fit_cannot_be_staged(mode, rig):
+    one = rig(encoder(), mode)
+    other = rig(nn.Linear(500, 500), mode)
+    with pytest.raises(StageFailed, match="are needed"):
+        one.swapper.stage(other.image_of())
+    _, fd = one.slot()
+    wrong = Access.PRIVATE if mode == "copy" else Access.READ_ONLY
+    with pytest.raises(StageFailed, match="are needed"):
+        one.swapper.stage(ImageMapping(fd, one.layout.size, wrong))
+
+
+def test_unknown_modes_are_refused(rig):
+    with pytest.raises(AttachError, match="unknown mode 'direct'"):
+        rig(nn.Linear(2, 2), "direct")
+    assert rig(nn.Linear(2, 2), "auto").swapper.mode == "copy"
+
+
+# Leases -------------------------------------------------------------------------------------------------------------
+
+
+def test_copy_needs_no_image_but_the_current(rig):
+    model = encoder()
+    one = rig(model, "copy")
+    one.adopt()
+    one.to(perturbed(model, 1.0))
+    assert one.swapper.settle()
+
+
+def test_flip_needs_an_image_for_as_long_as_anything_reads_it(rig):
+    model = encoder()
+    one = rig(model, "flip")
+    one.adopt()
+    one.to(perturbed(model, 1.0))
+    assert one.swapper.settle()
+    kept = model.norm.weight.detach()[:3]
+    content = kept.clone()
+    one.to(perturbed(model, 1.0))
+    assert not one.swapper.settle()
+    assert torch.equal(kept, content)
+    one.to(perturbed(model, 1.0))
+    # The version between the two is free, but one that is still read is enough.
+    assert not one.swapper.settle()
+    del kept
+    assert one.swapper.settle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_letting_go_leaves_nothing_that_refers_to_an_image(mode, rig):
+    model = encoder()
+    model[0] if isinstance(model, nn.Sequential) else None
+    one = rig(model, mode)
+    one.adopt()
+    one.to(perturbed(model, 1.0))
+    before = raws(model)
+    version = [p._version for p in model.parameters()]
+    one.swapper.let_go()
+    assert one.swapper.settle()
+    assert raws(model) == before
+    assert [p._version for p in model.parameters()] == version
+    assert model.head.weight is model.embed.weight
+    assert one.tensors.changed() == []
+    # And it can go on.
+    one.to(perturbed(model, 1.0))
+    assert raws(model) != before
+
+
+def test_a_deep_copy_of_a_flipped_model_is_its_own(rig):
+    model = encoder()
+    model.register_buffer("scale", torch.ones(3))
+    one = rig(model, "flip")
+    one.to(perturbed(model, 1.0))
+    twin = copy.deepcopy(model)
+    before = raws(twin)
+    assert twin.scale.untyped_storage().nbytes() == 12
+    one.to(perturbed(model, 1.0))
+    assert raws(twin) == before != raws(model)
+    assert one.swapper.settle()
+
+
+# Under load ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["hold", "hooks"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thousand_swaps_under_eight_readers_and_none_sees_a_mix(mode, how, rig):
+    model = encoder()
+    ids = torch.arange(8).view(1, 8)
+    one = rig(model, mode)
+    daemons = [one.slot() for _ in range(2)]
+    one.swapper.fill(daemons[0][0].view)
+    states = [{name: value.clone() for name, value in perturbed(model, by).items()} for by in (0.0, 0.25)]
+    answers = {}
+    for label, state in zip("ab", states, strict=True):
+        reference = encoder()
+        reference.load_state_dict(state)
+        with torch.no_grad():
+            answers[label] = reference(ids)
+    assert not torch.equal(answers["a"], answers["b"])
+    for (daemon, _), state in zip(daemons, states, strict=True):
+        source = rig(encoder(), "copy")
+        source.model.load_state_dict(state)
+        source.swapper.fill(daemon.view)
+    mapped = [one.map(fd) for _, fd in daemons]
+    one.swapper.adopt(mapped[0])
+    gate = Gate(Version("a", ""), calls=find_calls)
+    hooks = Hooks(model, gate) if how == "hooks" else None
+    stop = threading.Event()
+    failures = []
+    answered = [0] * 8
+
+    def read(index):
+        try:
+            with torch.inference_mode():
+                while not stop.is_set():
+                    if hooks is None:
+                        with gate.hold() as version:
+                            answer = model(ids)
+                        expected = [answers[version.label]]
+                    else:
+                        answer = model(ids)
+                        expected = list(answers.values())
+                    if not any(torch.equal(answer, each) for each in expected):
+                        failures.append("a mix")
+                        return
+                    answered[index] += 1
+        except BaseException as error:
+            failures.append(error)
+
+    readers = [threading.Thread(target=read, args=(index,), name=f"reader {index}") for index in range(8)]
+    for reader in readers:
+        reader.start()
+    pauses = []
+    try:
+        for number in range(1, 1001):
+            at = number % 2
+            mapping = mapped[at] if mode == "copy" else one.map(daemons[at][1])
+            one.swapper.stage(mapping)
+
+            def action(label="ab"[at]):
+                one.swapper.apply()
+                return Version(label, "")
+
+            pauses.append(gate.swap(action, commit_timeout=DEADLINE, max_hold=DEADLINE))
+            one.swapper.settle()
+            if failures:
+                break
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join(DEADLINE)
+    assert not failures
+    assert all(pause.attempts == 1 for pause in pauses)
+    assert min(answered) > 0
+    with gate.hold():
+        assert one.swapper.digest() == digest_image(one.layout, daemons[0][0].view).version_digest()
+
+
+def test_a_copy_is_one_call_and_does_not_suffer_beside_a_busy_thread(rig, monkeypatch):
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(256)))
+    one = rig(model, "copy")
+    one.adopt()
+    mapping = one.image_of(perturbed(model, 1.0))
+    calls = []
+    real = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: (calls.append(1), real(*lists)))
+    stop = threading.Event()
+
+    def spin():
+        while not stop.is_set():
+            pass
+
+    busy = threading.Thread(target=spin)
+    busy.start()
+    try:
+        best = DEADLINE
+        for _ in range(5):
+            one.swapper.stage(mapping)
+            calls.clear()
+            started = time.perf_counter()
+            one.swapper.apply()
+            best = min(best, time.perf_counter() - started)
+            assert len(calls) == 1
+    finally:
+        stop.set()
+        busy.join()
+    # 512 tensors: a loop of copies would wait for the GIL 512 times, 5 ms each.
+    assert best < 0.5
+
+
+# CUDA's arithmetic, which needs no device ---------------------------------------------------------------------------
+
+
+def test_spans_cover_the_chunks_and_cross_no_slice(rig):
+    one = rig(Everything(), "copy")
+    layout = one.layout
+    slice_size = 1 << 20
+    everything = list(spans(layout, [(0, layout.chunks)], slice_size))
+    assert everything[0][0] == layout.chunk(0)[0]
+    assert everything[-1][1] == sum(layout.chunk(layout.chunks - 1))
+    assert all(start < stop and start // slice_size == (stop - 1) // slice_size for start, stop in everything)
+    assert all(before[1] == after[0] for before, after in zip(everything, everything[1:], strict=False))
+    for number in range(layout.chunks):
+        start, size = layout.chunk(number)
+        pieces = list(spans(layout, [(number, number + 1)], slice_size))
+        assert (pieces[0][0], pieces[-1][1]) == (start, start + size)
+    assert list(spans(layout, [(3, 3)], slice_size)) == []
