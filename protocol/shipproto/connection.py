@@ -129,6 +129,8 @@ class Connection:
         self, *, initiator: bool, nonce: bytes, agent: str, token: bytes | None = None, landing: Landing | None = None
     ) -> None:
         self.landing = landing
+        self.accepts: tuple[type[Message], ...] | None = None
+        """Messages that this side has any use for, None for all: others are refused before their bodies arrive."""
         self._handshake = Handshake(initiator=initiator, nonce=nonce, agent=agent, token=token)
         self._events: deque[Event] = deque()
         self._failed: ProtocolError | None = None
@@ -207,7 +209,7 @@ class Connection:
     def receive(self, data: Buffer) -> None:
         """Take bytes from anywhere, by copying; for tests and for callers to whom copies do not matter."""
         data = memoryview(data)
-        while len(data):
+        while data:
             view = self.get_buffer()
             count = min(len(view), len(data))
             view[:count] = data[:count]
@@ -306,6 +308,8 @@ class Connection:
             if not isinstance(message, Hello | Auth | Abort):
                 raise UnexpectedMessage(f"{type(message).__name__} before the handshake is done")
             return
+        if self.accepts is not None and not isinstance(message, self.accepts):
+            raise UnexpectedMessage(f"{type(message).__name__} is not for this side")
         if isinstance(message, Data | Body):
             if prelude.flags or not prelude.payload_length:
                 raise MalformedMessage(f"{type(message).__name__} needs a payload and takes no flags")
@@ -338,7 +342,7 @@ class Connection:
         if not self.established:
             for reply in self._handshake.receive(message, self._header):
                 self._emit(reply)
-            if self.established:
+            if self._handshake.step is Step.DONE:
                 self._events.append(Established(self.peer))
             return
         self._dispatch(message, payload, prelude)

@@ -26,7 +26,7 @@ class LeafDigests:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._digests: npt.NDArray[np.uint8] = np.zeros((layout.leaves, DIGEST_SIZE), dtype=np.uint8)
-        self._flat = memoryview(self._digests.reshape(-1)).cast("B") if layout.leaves else memoryview(bytearray())
+        self._flat = self._digests.reshape(-1).data if layout.leaves else memoryview(bytearray())
         self._known = bytearray(layout.leaves)
         # Empty tensors have no bytes and so no chunk that would bring their digest.
         sizes = layout.structure.nbytes
@@ -106,7 +106,7 @@ class LeafDigests:
 def version_digest(layout: Layout, tensor_digests: npt.NDArray[np.uint8]) -> bytes:
     """The version digest for given tensor digests, u8[n, 16] in the structure's order."""
     hasher = xxhash.xxh3_128(layout.structure.identity())
-    hasher.update(np.ascontiguousarray(tensor_digests))
+    hasher.update(np.ascontiguousarray(tensor_digests).data)
     return hasher.digest()
 
 

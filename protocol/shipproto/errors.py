@@ -20,7 +20,7 @@ class ProtocolError(Exception):
 
 
 class ForeignPeer(ProtocolError):
-    """The first bytes are not a frame. ``opening`` holds at most 64 of them."""
+    """The first bytes are not a frame. ``opening`` holds as many as had arrived, below 100."""
 
     def __init__(self, message: str, opening: bytes) -> None:
         super().__init__(message)

@@ -13,6 +13,7 @@ The bytes between packed tensors are zeros and travel with their chunk.
 """
 
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -80,10 +81,7 @@ class Layout:
             start = int(self.offsets[self.small[bounds[-1]]])
             bounds.append(int(np.searchsorted(ends, start + LEAF_SIZE, side="right")))
         # A run of empty tensors alone at an end would make a chunk of no bytes: its neighbour takes it in.
-        sizes = [
-            int(ends[stop - 1] - self.offsets[self.small[begin]])
-            for begin, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        sizes = [int(ends[stop - 1] - self.offsets[self.small[begin]]) for begin, stop in pairwise(bounds)]
         kept = [0, *(bounds[at + 1] for at, size in enumerate(sizes) if size)]
         kept[-1] = len(self.small)
         return np.array(kept, dtype=np.int64)

@@ -5,6 +5,7 @@ encodings, fields that have their default value left out. Unknown keys are ignor
 "!": those are critical, and a side that does not know one must refuse the message.
 """
 
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Final
 
 import msgpack
@@ -47,7 +48,7 @@ _Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^{LABEL_PATTERN}\Z")]
 _OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^({LABEL_PATTERN})?\Z")]
 _Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
-_Word = Annotated[str, msgspec.Meta(max_length=64)]
+_Word = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _NO_TIME: Final = 0.0
 _Metadata = Annotated[
@@ -282,7 +283,7 @@ class VerifyIs(Message, frozen=True, kw_only=True):
 
 
 class Attach(Message, frozen=True, kw_only=True):
-    """A process serves this model. The body is ``local.Resident``: its structure and non-persistent buffers."""
+    """A process serves this model. The body is ``resident.Resident``: its structure and non-persistent buffers."""
 
     TYPE = 48
     MAX_BODY = 2 * MAX_STRUCTURE_BODY
@@ -489,6 +490,8 @@ def decode_header(kind: int, raw: bytes | bytearray | memoryview) -> Message:
         _check_unknown(kind, message, bytes(raw))
     if isinstance(message, Hello) and message.version_min > message.version_max:
         raise MalformedMessage("Hello: version_min exceeds version_max")
+    if isinstance(message, Offer) and not any(message.transfer):
+        raise MalformedMessage("Offer: a transfer's id is not all zeros")
     if (field := _OPTIONAL_16.get(kind)) and len(getattr(message, field)) not in (0, DIGEST_SIZE):
         raise MalformedMessage(f"{BY_TYPE[kind].__name__}: {field} has neither {DIGEST_SIZE} bytes nor none")
     return message
@@ -513,7 +516,7 @@ def _check_unknown(kind: int, message: Message, raw: bytes) -> None:
     if _deeper_than(pairs, MAX_HEADER_DEPTH):
         raise MalformedMessage(f"{name}: nested more than {MAX_HEADER_DEPTH} deep")
     keys: list[str] = [key for key, _ in pairs]  # no other keys: the decoder has refused them
-    if any(key >= following for key, following in zip(keys, keys[1:], strict=False)):
+    if any(key >= following for key, following in pairwise(keys)):
         raise MalformedMessage(f"{name}: keys are repeated or out of order")
     unknown = [key for key in keys if key not in _fields[kind]]
     if critical := [key for key in unknown if key.startswith("!")]:
@@ -560,11 +563,6 @@ def _without(name: str, raw: bytes, unknown: frozenset[str]) -> bytes:
         if key not in unknown:
             kept.append(raw[start : unpacker.tell()])
     return b"".join((packer.pack_map_header(len(kept)), *kept))
-
-
-def body_limit(message: type[Message]) -> int:
-    """The largest body, in bytes, that a message of this type may have."""
-    return message.MAX_BODY
 
 
 def check_body(message: Message, size: int) -> None:

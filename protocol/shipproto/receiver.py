@@ -21,10 +21,18 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
-from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
+from shipproto.errors import (
+    AbortCode,
+    LocalError,
+    MalformedMessage,
+    ProtocolError,
+    TransferError,
+    UnexpectedMessage,
+)
 from shipproto.frame import Buffer
 from shipproto.layout import Layout
 from shipproto.limits import DIGEST_SIZE, MAX_VERIFY_ROUNDS
@@ -68,9 +76,12 @@ RECEIVER_ENDED: Final = frozenset({ReceiverState.COMMITTED, ReceiverState.ABORTE
 
 @dataclass(frozen=True, slots=True)
 class StructureArrived:
-    """The offered structure, decoded and checked; the shell now accepts or refuses."""
+    """The offered structure, still encoded, and with the digest that was offered.
 
-    structure: Structure
+    The shell has it decoded by ``decode_structure``, on any thread, and then accepts or refuses.
+    """
+
+    encoded: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +158,11 @@ class Receiver:
     def ended(self) -> bool:
         """Whether the transfer is over, one way or the other."""
         return self.state in RECEIVER_ENDED
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is held."""
+        return self.layout is not None and len(self.held) == self.layout.chunks
 
     @property
     def attended(self) -> bool:
@@ -229,6 +245,19 @@ class Receiver:
         if self._connection is not None:
             self._connection.send(StructureWanted(transfer=self.transfer))
 
+    def decode_structure(self, encoded: bytes) -> Structure:
+        """The offered structure. Pure, and milliseconds for many tensors: may run on another thread.
+
+        Raises TransferError where it is no structure, or not what the offer says it is.
+        """
+        try:
+            structure = Structure.decode(encoded)
+        except ProtocolError as error:
+            raise TransferError(AbortCode.PROTOCOL, f"the offered structure is not valid: {error}") from error
+        if (self.offer.tensors, self.offer.nbytes) != (len(structure), structure.total_bytes):
+            raise TransferError(AbortCode.PROTOCOL, "the offered structure has other figures than the offer")
+        return structure
+
     def accept(self, layout: Layout, image: memoryview) -> None:
         """Take the version into ``image``, laid out as ``layout``, whose structure rules from now on."""
         if len(image) < layout.size:
@@ -301,6 +330,9 @@ class Receiver:
             self.held.discard(start, stop)
         self._finish = self._sent_digests = None
         self.state = ReceiverState.RECEIVING
+        if self._connection is not None and self._connection.landing is None:
+            # It was opened meanwhile, when there was nothing to receive.
+            self._listen(self._connection)
         self._want(again)
         return False
 
@@ -337,12 +369,10 @@ class Receiver:
     # --- what the sender says ------------------------------------------------------------------------------
 
     def _on_structure(self, _message: StructureIs, body: Buffer) -> list[ReceiverEvent]:
-        structure = Structure.decode(body)
-        if structure.digest != self.offer.structure:
+        encoded = bytes(body)
+        if xxhash.xxh3_128_digest(encoded) != self.offer.structure:
             raise MalformedMessage("the structure that arrived is not the one that was offered")
-        if (self.offer.tensors, self.offer.nbytes) != (len(structure), structure.total_bytes):
-            raise MalformedMessage("the structure that arrived has other figures than the offer")
-        return [StructureArrived(structure)]
+        return [StructureArrived(encoded)]
 
     def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
         expected = len(self._require_layout().structure) * DIGEST_SIZE
@@ -387,13 +417,12 @@ class Receiver:
         self._landing.remove(event.chunk)
         self.digests.record(event.chunk, event.content)
         self.held.add(event.chunk)
-        complete = len(self.held) == self._require_layout().chunks
-        if complete or len(self.held) % _PROGRESS_CHUNKS == 0:
+        if self.complete or len(self.held) % _PROGRESS_CHUNKS == 0:
             self.report("receiving")
         return [ChunkHeld(event.chunk), *self._check_complete()]
 
     def _check_complete(self) -> list[ReceiverEvent]:
-        if self._finish is None or len(self.held) < self._require_layout().chunks:
+        if self._finish is None or not self.complete:
             return []
         self.state = ReceiverState.VERIFYING
         self._stage = "verifying"

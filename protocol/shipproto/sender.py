@@ -45,6 +45,7 @@ from shipproto.messages import (
     decode_header,
     encode_header,
 )
+from shipproto.names import harmless
 from shipproto.rangeset import RangeSet
 from shipproto.structure import Structure
 
@@ -404,13 +405,19 @@ def _check_own(message: Message) -> None:
 
 
 def send_abort(connection: Connection, transfer: bytes, error: TransferError) -> None:
-    """Queue the ABORT that says what ``error`` says."""
-    details = [_text(detail) for detail in error.details]
+    """Queue the ABORT that says what ``error`` says. A list of details that is too long loses its end."""
+    details = [harmless(detail) for detail in error.details]
     body = msgspec.msgpack.encode(details) if details else b""
+    while len(body) > Abort.MAX_BODY:
+        details = [*details[: (len(details) - 1) // 2], "and more"]
+        body = msgspec.msgpack.encode(details)
     abort = Abort(
-        code=error.code, message=_text(str(error), MAX_TEXT), tensor=_text(error.tensor, MAX_NAME), transfer=transfer
+        code=error.code,
+        message=harmless(str(error), MAX_TEXT),
+        tensor=harmless(error.tensor, MAX_NAME),
+        transfer=transfer,
     )
-    connection.send(abort, body if len(body) <= Abort.MAX_BODY else b"")
+    connection.send(abort, body)
 
 
 def read_abort(abort: Abort, body: Buffer) -> TransferError:
@@ -423,12 +430,12 @@ def read_abort(abort: Abort, body: Buffer) -> TransferError:
         details = msgspec.msgpack.decode(body, type=list[str]) if len(body) else []
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessage(f"Abort: {error}") from error
-    return TransferError(code, abort.message, tensor=abort.tensor, details=tuple(details))
-
-
-def _text(text: str, limit: int | None = None) -> str:
-    """``text`` cut to ``limit`` characters; what UTF-8 cannot express, as in some file names, becomes "?"."""
-    return text[:limit].encode("utf-8", "replace").decode()
+    return TransferError(
+        code,
+        harmless(abort.message),
+        tensor=harmless(abort.tensor),
+        details=tuple(harmless(detail) for detail in details),
+    )
 
 
 def _listing(names: list[str]) -> str:

@@ -46,6 +46,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     image_bytes: int = 0
     committed_at: float = 0.0
     """Unix time of the last commit; 0 for a version that came with an attached process."""
+    metadata: dict[str, str] = {}
+    """What its sender said of the version."""
     processes: list[ProcessStatus] = []
     transfer: TransferStatus | None = None
 

@@ -113,6 +113,8 @@ def stop(number: int, _frame: FrameType | None) -> None:
     """The first signal ends the demo, and no other one disturbs its cleaning up."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    # It may have struck in the middle of a constructor, whose destructor then complains.
+    sys.unraisablehook = lambda _: None
     raise Stopped(number)
 
 

@@ -66,7 +66,7 @@ class Serving(Process):
         return found.answer
 
     def wait_more(self, label: str) -> None:
-        """Until it has answered every question once more, and did so as ``label``."""
+        """Until it has answered every question again, as ``label``."""
         before = self._count_of(label)
         wanted = before + 2 * len({spoken.question for spoken in self._spoken})
         self._wait_for(lambda: self._count_of(label) >= wanted, f"gave no more answers as {label}")
@@ -119,7 +119,8 @@ class Serving(Process):
         with self._heard:
             self._heard.wait_for(lambda: condition() or self._ended, DEADLINE)
             if not condition():
-                raise AssertionError(f"the serving process {complaint}")
+                how = f"ended with {self.wait()}" if self._ended else f"took longer than {DEADLINE:.0f} s"
+                raise AssertionError(f"the serving process {complaint}: it {how}")
 
     def _read(self) -> None:
         stream = self._process.stdout

@@ -24,6 +24,8 @@ class Screen:
             reconfigure(errors="replace")
         self._console = Console(highlight=False, emoji=False)
         self._console.width = min(self._console.width, WIDTH) if self._console.is_terminal else WIDTH
+        held, off = "✓✗" if self._console.encoding.startswith("utf") else "+!"
+        self._marks = {True: (f" {held}", "green"), False: (f" {off}", "bold red"), None: ("  ", "")}
         self.problems: list[str] = []
 
     def title(self, text: str) -> None:
@@ -49,9 +51,8 @@ class Screen:
             (lead and f"{lead} ", "dim"),
             (joined if len(joined) <= width else "\n".join(parts), "bold red" if holds is False else ""),
         )
-        mark = {True: (" ✓", "green"), False: (" ✗", "bold red"), None: ("  ", "")}[holds]
         for number, line in enumerate(text.wrap(self._console, width)):
-            first = Text.assemble(mark, " ", (f"{label:<{LABEL}}", "dim"), " ")
+            first = Text.assemble(self._marks[holds], " ", (f"{label:<{LABEL}}", "dim"), " ")
             line.rstrip()
             self._print((first if number == 0 else Text(" " * indent)) + line)
 

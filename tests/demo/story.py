@@ -143,7 +143,9 @@ class Story:
         )
         self.screen.row(
             "mixed",
-            f"{mixed} from a mixed model: bit for bit what v0, v1 and v2 say elsewhere",
+            f"{mixed} from a mixed model: bit for bit what v0, v1 and v2 say elsewhere"
+            if not mixed
+            else f"{mixed} from a mixed model, or from one that is not what its label says",
             holds=not mixed,
             off=f"{mixed} answers are not those of their version: "
             + "; ".join(f"{spoken.label} was asked {spoken.question!r}" for spoken in list(wrong)[:3]),

@@ -11,6 +11,7 @@ import pytest
 import shipd
 import shipd.client.client
 import shipd.client.push
+from shipd.checkpoints import source
 from shipd.transfer.lane import Lane
 from tests.support import checkpoints
 from tests.support.checkpoints import LEAF, assert_installed
@@ -732,7 +733,7 @@ def test_a_cancellation_that_comes_as_the_commit_leaves_cannot_be_half_obeyed(da
 
 
 def test_cancelling_while_the_checkpoint_is_opened(daemon, new, monkeypatch):
-    opened = shipd.client.client.open_source
+    opened = source.open_source
     opening, go_on = threading.Event(), threading.Event()
 
     def slowly(*arguments, **options):

@@ -4,18 +4,17 @@ import random
 from typing import Final
 
 _NUMBERS: Final = tuple(
-    number.to_bytes(width, order)  # type: ignore[arg-type]
+    number.to_bytes(width, order)
     for width in (1, 2, 4, 8)
     for order in ("big", "little")
     for number in (0, 1, (1 << (8 * width - 1)) - 1, 1 << (8 * width - 1), (1 << (8 * width)) - 1)
 )
-_MSGPACK: Final = tuple(
-    bytes.fromhex(piece)
-    for piece in ("80", "81", "8f", "90", "91", "9f", "a0", "a1", "bf", "c0", "c1", "c2", "c3", "c400", "c410",
-                  "c5ffff", "c6ffffffff", "c70001", "ca7fc00000", "cb7ff8000000000000", "cb8000000000000000",
-                  "ccff", "cdffff", "ceffffffff", "cfffffffffffffffff", "d0ff", "d3ffffffffffffffff", "d40000", "d6ff00000000", "d9ff",
-                  "daffff", "dbffffffff", "dcffff", "ddffffffff", "deffff", "dfffffffff", "a121", "e0", "ff")
-)  # fmt: skip
+_SPELT: Final = """
+    80 81 8f de0000 deffff df00000000 dfffffffff 90 91 9f dcffff ddffffffff a0 a1 bf a121 d9ff daffff dbffffffff
+    c400 c410 c5ffff c6ffffffff c0 c1 c2 c3 c70001 d40000 d6ff00000000 ca7fc00000 cb7ff8000000000000
+    cb8000000000000000 ccff cdffff ceffffffff cfffffffffffffffff d0ff d3ffffffffffffffff e0 ff
+"""
+_MSGPACK: Final = tuple(map(bytes.fromhex, _SPELT.split()))
 _LARGEST: Final = 64 * 1024
 
 

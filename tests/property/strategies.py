@@ -1,4 +1,9 @@
-"""What the property tests draw from, and how many examples they look at: always the same ones, so that CI repeats."""
+"""What the property tests draw from, and how many examples they look at: always the same ones, so that CI repeats.
+
+For longer: ``SHIPD_EXAMPLES=50 python -m pytest tests/property`` looks at fifty times as many, and at others each time.
+"""
+
+import os
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -10,11 +15,14 @@ LEAF = 256
 """Leaf size of the models drawn here: a few hundred bytes make several chunks."""
 
 
+TIMES = int(os.environ.get("SHIPD_EXAMPLES", "1"))
+
+
 def examples(count: int) -> settings:
     """Deterministic, without deadlines: the machine may be busy."""
     return settings(
-        max_examples=count,
-        derandomize=True,
+        max_examples=count * TIMES,
+        derandomize=TIMES == 1,
         database=None,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

@@ -33,7 +33,7 @@ bits = st.integers(0, 1 << 24)
 def faults(kind: st.SearchStrategy[str] = kinds, *, most: int = 6, last: int = 40) -> st.SearchStrategy[list[Fault]]:
     """A plan of faults, at most one for each frame."""
     return st.lists(
-        st.builds(Fault, side=st.integers(0, 1), at=st.integers(0, last), kind=kind, bit=bits),  # type: ignore[arg-type]
+        st.builds(Fault, side=st.integers(0, 1), at=st.integers(0, last), kind=kind, bit=bits),
         max_size=most,
         unique_by=lambda fault: (fault.side, fault.at),
     )

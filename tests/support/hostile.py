@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -461,7 +461,10 @@ def speaking(text: bytes) -> Callable[[Peer], None]:
     return answer
 
 
-def after_hello(answer: Callable[[Peer, dict[str, Any]], None], **fields: Any) -> Callable[[Peer], None]:
+Answer = Callable[[Peer, dict[str, Any]], object]
+
+
+def after_hello(answer: Answer, **fields: Any) -> Callable[[Peer], None]:
     """Shakes hands, waits for an OFFER, and goes on as it likes."""
 
     def converse(peer: Peer) -> None:
@@ -472,41 +475,40 @@ def after_hello(answer: Callable[[Peer, dict[str, Any]], None], **fields: Any) -
     return converse
 
 
-def conversations() -> Iterator[tuple[str, Callable[[Peer, dict[str, Any]], None]]]:
-    """What a daemon must never say to an OFFER."""
+def _want(peer: Peer, offered: dict[str, Any], ranges: bytes, **fields: Any) -> None:
+    peer.send("Want", {"structure": offered["structure"], "transfer": offered["transfer"], **fields}, ranges)
 
-    def want(peer: Peer, offered: dict[str, Any], ranges: bytes, **fields: Any) -> None:
-        peer.send("Want", {"structure": offered["structure"], "transfer": offered["transfer"], **fields}, ranges)
 
-    yield "chunks that do not exist", lambda peer, offered: want(peer, offered, struct.pack("<II", 0, 1 << 31))
-    yield "ranges out of order", lambda peer, offered: want(peer, offered, struct.pack("<IIII", 5, 6, 1, 2))
-    yield "half a range", lambda peer, offered: want(peer, offered, b"\0\0\0\0\1")
-    yield "frames never sent", lambda peer, _offered: peer.send("Nack", {"sequences": [99]}) and None
-    yield "data", lambda peer, _offered: peer.send("Data", {"chunk": 0}, bytes(10)) and None
-    yield "an offer", lambda peer, offered: peer.send("Offer", offered) and None
-    yield "a damaged prelude each time", lambda peer, _offered: peer.send("Ping", prelude_crc=0) and None
-    yield "a payload of 4 GiB", lambda peer, _offered: peer.send("Ping", payload_length=0xFFFFFFFF) and None
-    yield "a header of nonsense", lambda peer, _offered: peer.send("Ping", b"\xc1" * 50) and None
-    yield (
-        "a staged version",
-        lambda peer, offered: peer.send("Staged", {"processes": 1 << 40, "transfer": offered["transfer"]}) and None,
-    )
+def _structure(peer: Peer, offered: dict[str, Any], body: bytes) -> None:
+    peer.send("StructureIs", {"transfer": offered["transfer"]}, body)
+    _want(peer, offered, b"", structure=xxhash.xxh3_128_digest(body))
 
-    def structure(peer: Peer, offered: dict[str, Any], body: bytes) -> None:
-        peer.send("StructureIs", {"transfer": offered["transfer"]}, body)
-        want(peer, offered, b"", structure=xxhash.xxh3_128_digest(body))
 
-    more = encode_structure([Tensor("not.offered", "float32", (1 << 30,))])
-    yield "a structure of what was not offered", lambda peer, offered: structure(peer, offered, more)
-    yield "a structure that is none", lambda peer, offered: structure(peer, offered, STRUCTURES["names unsorted"])
-    yield (
-        "the structure again and again",
-        lambda peer, offered: (
-            [peer.send("StructureWanted", {"transfer": offered["transfer"]}) for _ in range(3)] and None
-        ),
-    )
+_NOT_OFFERED = encode_structure([Tensor("not.offered", "float32", (1 << 30,))])
 
-    def early(peer: Peer, offered: dict[str, Any]) -> None:
-        peer.send("Committed", {"digest": bytes(16), "label": "what", "transfer": offered["transfer"]})
-
-    yield "committed before anything was sent", early
+ANSWERS: dict[str, Answer] = {
+    "chunks that do not exist": lambda peer, offered: _want(peer, offered, struct.pack("<II", 0, 1 << 31)),
+    "ranges out of order": lambda peer, offered: _want(peer, offered, struct.pack("<IIII", 5, 6, 1, 2)),
+    "half a range": lambda peer, offered: _want(peer, offered, b"\0\0\0\0\1"),
+    "frames never sent": lambda peer, _: peer.send("Nack", {"sequences": [99]}),
+    "data": lambda peer, _: peer.send("Data", {"chunk": 0}, bytes(10)),
+    "an offer": lambda peer, offered: peer.send("Offer", offered),
+    "a payload of 4 GiB": lambda peer, _: peer.send("Ping", payload_length=0xFFFFFFFF),
+    "a header of nonsense": lambda peer, _: peer.send("Ping", b"\xc1" * 50),
+    "a type of its own": lambda peer, _: peer.send(250),
+    "staged by a trillion": lambda peer, offered: peer.send(
+        "Staged", {"processes": 1 << 40, "transfer": offered["transfer"]}
+    ),
+    "a structure of what was not offered": lambda peer, offered: _structure(peer, offered, _NOT_OFFERED),
+    "a structure that is none": lambda peer, offered: _structure(peer, offered, STRUCTURES["names unsorted"]),
+    "structure wanted twice": lambda peer, offered: [
+        peer.send("StructureWanted", {"transfer": offered["transfer"]}) for _ in range(2)
+    ],
+    "an abort of nonsense": lambda peer, offered: peer.send(
+        "Abort", {"code": "busy", "transfer": offered["transfer"]}, b"\xc1"
+    ),
+    "committed before anything was sent": lambda peer, offered: peer.send(
+        "Committed", {"digest": bytes(16), "label": "what", "transfer": offered["transfer"]}
+    ),
+}
+"""What a daemon must never say to an OFFER."""

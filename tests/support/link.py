@@ -345,14 +345,19 @@ class Receiving:
 
     def _on_outcome(self, receiver: Receiver, outcome: ReceiverEvent) -> None:
         if isinstance(outcome, StructureArrived):
-            self.work.append(lambda: self._settle(receiver, outcome.structure))
+            self.work.append(lambda: self._settle(receiver, outcome.encoded))
         elif isinstance(outcome, ReadyToVerify):
             self.work.append(lambda: self._verify(receiver))
         elif isinstance(outcome, CommitRequested):
             self.work.append(lambda: self._commit(receiver))
 
-    def _settle(self, receiver: Receiver, offered: Structure) -> None:
+    def _settle(self, receiver: Receiver, encoded: bytes) -> None:
         resident = self.resident
+        try:
+            offered = receiver.decode_structure(encoded)
+        except TransferError as error:
+            receiver.abort(error)
+            return
         if resident is None:
             self._accept(receiver, Layout(offered))
             return

@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from unittest import mock
 
-import shipproto.layout
 from shipproto.layout import Layout
 from shipproto.structure import Structure, TensorSpec
 from tests.support.naive import Tensor
@@ -56,12 +56,8 @@ def read_image(layout: Layout, image: bytearray | memoryview) -> dict[str, bytes
 @contextmanager
 def leaves_of(size: int) -> Iterator[None]:
     """Layouts with a smaller LEAF_SIZE, so that a few kilobytes make many chunks."""
-    before = shipproto.layout.LEAF_SIZE
-    shipproto.layout.LEAF_SIZE = size  # type: ignore[misc]
-    try:
+    with mock.patch("shipproto.layout.LEAF_SIZE", size):
         yield
-    finally:
-        shipproto.layout.LEAF_SIZE = before  # type: ignore[misc]
 
 
 def floats(name: str, *shape: int, tied_to: str | None = None) -> Tensor:

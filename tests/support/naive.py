@@ -69,7 +69,7 @@ def crc32c(data: bytes) -> int:
 
 def unpack(header: bytes) -> dict[str, Any]:
     """The content of a header."""
-    return msgpack.unpackb(header)  # type: ignore[no-any-return]
+    return msgpack.unpackb(header)
 
 
 def pack(fields: Mapping[str, Any]) -> bytes:
@@ -110,7 +110,7 @@ class Stream:
     def raw(self, kind: int, header: bytes, payload: bytes = b"", flags: int = 0, **lies: int) -> "Stream":
         """A frame of any kind, with lies in its prelude."""
         sequence = lies.pop("sequence", self.sequence)
-        self.data += prelude(kind, header, payload, sequence, flags, **lies) + header + payload
+        self.data += prelude(kind, header, payload, sequence, flags, **lies) + header + payload  # type: ignore[arg-type]
         self.sequence += 1
         return self
 

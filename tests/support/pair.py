@@ -51,6 +51,11 @@ class Pair:
         assert self.receiver is not None
         return self.receiver
 
+    @property
+    def states(self) -> tuple[SenderState, ReceiverState]:
+        """Where both stand."""
+        return self.sender.state, self.there.state
+
     def connect(self) -> None:
         """A first, or a new connection, on which the sender offers."""
         self.left, self.right = handshaken()

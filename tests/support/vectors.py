@@ -183,6 +183,8 @@ def _receiver(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.Ran
     _converse(connection, vector, found, chop, rng, act)
     (receiver,) = receiving.receivers.values()
     found["state"] = receiver.state.name
+    if receiver.error is not None:
+        raise receiver.error
     if receiving.current is not None:
         found["digest"] = receiving.current.digest.hex()
         expected = contents(receiving.current.layout.structure)

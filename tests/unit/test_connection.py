@@ -341,7 +341,7 @@ def test_bodies_of_any_size(size: int) -> None:
     assert output == bytes(expected.data)
     for form in ("whole", "split"):
         _, right = handshaken()
-        (event,) = feed(right, output, chop=form).events  # type: ignore[arg-type]
+        (event,) = feed(right, output, chop=form).events
         assert isinstance(event, MessageArrived)
         assert isinstance(event.message, StatusIs)
         assert bytes(event.body) == body
@@ -382,6 +382,19 @@ def test_announcing_much_costs_little() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 6 * len(data)
+
+
+def test_what_a_side_has_no_use_for_is_refused_before_its_body_arrives() -> None:
+    connection = acceptor()
+    connection.accepts = (Nack, Ping, Body, Commit)
+    fed = feed(connection, after_hello().add("Commit", {"transfer": TRANSFER}).add("Ping", {"reply": True}).data)
+    assert [type(event) for event in fed.events] == [MessageArrived]
+    assert fed.error is None
+    announced = {"body_id": 1, "body_size": 128 * 1024 * 1024, "mode": "copy", "model": "m"}
+    data = Stream(sequence=3).add("Attach", announced, bytes(MAX_PAYLOAD), naive.MORE).data
+    error = feed(connection, data[: 32 + len(naive.pack(announced))]).error
+    assert isinstance(error, UnexpectedMessage)
+    assert "Attach is not for this side" in str(error)
 
 
 def test_two_bodies_at_once_and_pieces_in_any_order() -> None:
@@ -554,7 +567,6 @@ def test_content_is_not_copied() -> None:
     left, _ = handshaken()
     content = memoryview(bytearray(1000))
     left.send_data(1, content)
-    assert left.has_output
     head, payload = left.take_output()
     assert payload is content
     assert bytes(head) == naive.prelude(20, naive.pack({"chunk": 1}), bytes(1000), 1) + naive.pack({"chunk": 1})

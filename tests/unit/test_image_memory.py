@@ -27,6 +27,10 @@ def fds():
     os.close(read_only)
 
 
+def open_descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
 def mapped() -> int:
     return sum("shipd-test-image" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
@@ -62,11 +66,11 @@ def test_no_descriptor_leaks_where_sealing_fails(monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "no")
 
-    before = set(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(memory.fcntl, "fcntl", refuse)
+    before = open_descriptors()
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     with pytest.raises(OSError, match="no"):
         create_memfd("shipd-test-image", SIZE)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("size", [0, -1])
@@ -115,9 +119,9 @@ def test_the_view_of_a_read_only_mapping_says_so(fds):
 
 
 def test_a_mapping_keeps_no_descriptor(fds):
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     mapping = ImageMapping.shared(fds[0], SIZE)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     mapping.close()
 
 

@@ -50,8 +50,7 @@ def _small_leaves():
 
 def test_a_push() -> None:
     pair = Pair()
-    assert pair.sender.state is SenderState.OFFERED
-    assert pair.there.state is ReceiverState.OFFERED
+    assert pair.states == (SenderState.OFFERED, ReceiverState.OFFERED)
     assert pair.there.attended
     assert pair.sender.stage == "receiving", "it is told that somebody is there"
     offer = pair.there.offer
@@ -59,25 +58,23 @@ def test_a_push() -> None:
     assert (offer.tensors, offer.nbytes) == (len(SMALL), pair.structure.total_bytes)
     pair.there.accept(pair.layout, memoryview(pair.image))
     assert pair.flow() == ["Want"]
-    assert pair.sender.state is SenderState.SENDING
+    assert pair.states == (SenderState.SENDING, ReceiverState.RECEIVING)
     pair.send_all()
     assert [type(outcome) for outcome in pair.outcomes] == [ChunkHeld] * pair.layout.chunks + [ReadyToVerify]
-    assert pair.sender.state is SenderState.FINISHING
     assert pair.sender.next_step() is None
-    assert pair.there.state is ReceiverState.VERIFYING
+    assert pair.states == (SenderState.FINISHING, ReceiverState.VERIFYING)
     assert len(pair.there.held) == pair.sender.held == pair.layout.chunks
     assert pair.there.verify() == ()
     assert pair.there.verified(())
-    assert pair.there.state is ReceiverState.STAGING
+    assert pair.states == (SenderState.FINISHING, ReceiverState.STAGING)
     pair.there.report("staging")
     pair.there.staged(2, 0.25)
     assert pair.flow() == ["Progress", "Staged"]
     assert pair.sender.stage == "staging"
     assert pair.sender.staged == Staged(processes=2, stage_seconds=0.25, transfer=TRANSFER)
-    assert not pair.sender.ended
     pair.sender.commit()
     pair.flow()
-    assert pair.sender.state is SenderState.COMMITTING
+    assert pair.states == (SenderState.COMMITTING, ReceiverState.COMMITTING)
     assert isinstance(pair.outcomes[-1], CommitRequested)
     pair.finish()
     assert pair.sender.ended
@@ -90,12 +87,12 @@ def test_a_push() -> None:
 def test_the_structure_is_sent_only_when_it_is_asked_for() -> None:
     pair = Pair()
     pair.there.want_structure()
-    assert pair.there.state is ReceiverState.STRUCTURE
+    assert pair.states == (SenderState.OFFERED, ReceiverState.STRUCTURE)
     assert pair.flow() == ["StructureWanted", "StructureIs"]
     (arrived,) = pair.outcomes
     assert isinstance(arrived, StructureArrived)
-    assert arrived.structure.encoded == pair.structure.encoded
-    assert pair.there.state is ReceiverState.OFFERED
+    assert arrived.encoded == pair.structure.encoded
+    assert pair.states == (SenderState.OFFERED, ReceiverState.OFFERED)
     pair.accept()
     pair.finish_from_anywhere()
 

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import gc
 import os
@@ -15,7 +14,6 @@ from torch import nn
 from shipd.errors import AttachError, StageFailed, SwapFailed
 from shipd.images.memory import Access, ImageMapping, create_memfd, open_read_only
 from shipd.serving import bits, flip
-from shipd.serving.cuda import spans
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
 from shipd.serving.swap import Torn, make_swapper
@@ -83,9 +81,8 @@ def rig():
         return rigs[-1]
 
     yield make
-    for each in rigs:
-        each.close()
-    del rigs[:]
+    while rigs:
+        rigs.pop().close()
     gc.collect()
     assert "shipd-test-swap" not in Path("/proc/self/maps").read_text()
 
@@ -95,18 +92,10 @@ def raw(tensor):
     tensor = tensor.detach()
     if not tensor.numel():
         return b""
-    flat = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) if tensor.dtype.is_floating_point else tensor
-    if tensor.is_contiguous():
-        flat = tensor
-    else:
-        index = np.lib.stride_tricks.as_strided
-        memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()[
-            tensor.storage_offset() * tensor.element_size() :
-        ]
-        size = tensor.element_size()
-        strides = (*(step * size for step in tensor.stride()), 1)
-        return index(memory, (*tensor.shape, size), strides).tobytes()
-    return flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+    size = tensor.element_size()
+    memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()[tensor.storage_offset() * size :]
+    strides = (*(step * size for step in tensor.stride()), 1)
+    return np.lib.stride_tricks.as_strided(memory, (*tensor.shape, size), strides).tobytes()
 
 
 def raws(model):
@@ -119,7 +108,7 @@ def randomised(model):
     state = {}
     for name, value in model.state_dict().items():
         content = torch.from_numpy(generator.integers(0, 256, value.numel() * value.element_size(), dtype=np.uint8))
-        state[name] = content.view(value.dtype).view(value.shape) if value.numel() else value.clone()
+        state[name] = content.view(value.dtype).view(value.shape) if value.numel() else value
     return state
 
 
@@ -187,8 +176,6 @@ def test_every_bit_of_every_dtype_arrives(mode, rig):
     assert raws(model) == {name: raw(value) for name, value in state.items()}
     assert {name: value.stride() for name, value in model.state_dict().items()} == strides
     assert raws(model) != before
-    with contextlib.suppress(RuntimeError):
-        assert model.bool_matrix.any()
     digest = one.swapper.digest()
     assert digest == digest_image(one.layout, one.image_of(state).view).version_digest()
     one.swapper.settle()
@@ -212,7 +199,7 @@ def test_filling_gives_the_live_bytes_and_zeros_between(mode, rig):
             bits.integers(value).zero_()
     one.swapper.stage(one.map(fd))
     one.swapper.apply()
-    assert {name: content.strip(b"\0") != b"" for name, content in raws(model).items() if content}["float32_matrix"]
+    assert raws(model)["float32_matrix"].strip(b"\0")
     assert one.swapper.digest() == digest_image(one.layout, daemon.view).version_digest()
 
 
@@ -222,11 +209,11 @@ def test_negative_zero_nan_payloads_and_odd_bools_survive(mode, rig):
     nan = torch.tensor([0x7FA00001, -0x7FFFFFFF - 1, 0x7FC0DEAD], dtype=torch.int32).view(torch.float32)
     half = torch.tensor([0x7D01, -0x8000], dtype=torch.int16).view(torch.float16)
     odd = torch.tensor([2, 255, 0, 1], dtype=torch.uint8).view(torch.bool)
-    for name, value in (("nan", nan), ("half", half), ("odd", odd)):
+    for name, value in (("nan", nan), ("short", half), ("odd", odd)):
         model.register_buffer(name, torch.zeros_like(value))
     one = rig(model, mode)
-    one.to({"nan": nan, "half": half, "odd": odd})
-    assert {name: raw(value) for name, value in (("nan", nan), ("half", half), ("odd", odd))} == raws(model)
+    one.to({"nan": nan, "short": half, "odd": odd})
+    assert {name: raw(value) for name, value in (("nan", nan), ("short", half), ("odd", odd))} == raws(model)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -382,7 +369,8 @@ def test_a_copy_that_fails_at_any_tensor_is_undone(adopted, rig, monkeypatch):
             calls.append(len(targets))
             if len(calls) > 1:
                 return real(targets, sources)
-            real(targets[:at], sources[:at])
+            if at:
+                real(targets[:at], sources[:at])
             raise RuntimeError("injected")
 
         calls.clear()
@@ -547,7 +535,6 @@ def test_flip_needs_an_image_for_as_long_as_anything_reads_it(rig):
 @pytest.mark.parametrize("mode", MODES)
 def test_letting_go_leaves_nothing_that_refers_to_an_image(mode, rig):
     model = encoder()
-    model[0] if isinstance(model, nn.Sequential) else None
     one = rig(model, mode)
     one.adopt()
     one.to(perturbed(model, 1.0))
@@ -685,22 +672,3 @@ def test_a_copy_is_one_call_and_does_not_suffer_beside_a_busy_thread(rig, monkey
         busy.join()
     # 512 tensors: a loop of copies would wait for the GIL 512 times, 5 ms each.
     assert best < 0.5
-
-
-# CUDA's arithmetic, which needs no device ---------------------------------------------------------------------------
-
-
-def test_spans_cover_the_chunks_and_cross_no_slice(rig):
-    one = rig(Everything(), "copy")
-    layout = one.layout
-    slice_size = 1 << 20
-    everything = list(spans(layout, [(0, layout.chunks)], slice_size))
-    assert everything[0][0] == layout.chunk(0)[0]
-    assert everything[-1][1] == sum(layout.chunk(layout.chunks - 1))
-    assert all(start < stop and start // slice_size == (stop - 1) // slice_size for start, stop in everything)
-    assert all(before[1] == after[0] for before, after in zip(everything, everything[1:], strict=False))
-    for number in range(layout.chunks):
-        start, size = layout.chunk(number)
-        pieces = list(spans(layout, [(number, number + 1)], slice_size))
-        assert (pieces[0][0], pieces[-1][1]) == (start, start + size)
-    assert list(spans(layout, [(3, 3)], slice_size)) == []

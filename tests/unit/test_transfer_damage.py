@@ -19,7 +19,7 @@ from shipproto.sender import SendChunk, SenderState
 from tests.support.link import Fault, check_committed, output_of, simple_push
 from tests.support.models import SMALL, build, leaves_of
 from tests.support.naive import Tensor
-from tests.support.pair import TRANSFER, Pair, make_sender
+from tests.support.pair import PADDED, TRANSFER, Pair, make_sender
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +116,16 @@ def test_tensors_are_asked_for_on_the_next_connection_where_there_is_none() -> N
     pair.connect()
     assert pair.sender.state is SenderState.SENDING
     assert pair.sender.held == pair.layout.chunks - 1
+    pair.finish_from_anywhere()
+
+
+def test_tensors_are_asked_for_on_a_connection_that_was_opened_while_verifying() -> None:
+    """Nothing was to be received when it was opened; now there is."""
+    pair = Pair(PADDED, resident=SMALL)
+    pair.to(ReceiverState.VERIFYING)
+    pair.connect()
+    assert not pair.there.verified((pair.structure.index["steps"],))
+    pair.flow()
     pair.finish_from_anywhere()
 
 

@@ -18,12 +18,13 @@ from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from shipproto.connection import Event
 from shipproto.errors import AbortCode, ProtocolError, TransferError
 from shipproto.limits import TRANSFER_ID_SIZE
-from shipproto.messages import Committed
+from shipproto.messages import Committed, Ping
 from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
 
 _CONNECT_SECONDS: Final = 10.0
 _BACKOFF: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses between attempts to reconnect; the last one repeats."""
+_PING_SECONDS: Final = 1.0
 _MAX_BREAKS: Final = 5
 """Connections in a row that broke without a single chunk getting through: the path is broken, not unlucky."""
 
@@ -79,6 +80,7 @@ class Push:
         self._progress_at = 0.0
         self._commit_sent = False
         self._reached = False
+        self._pinged = 0.0
         # Last: it takes descriptors, which only run() gives back.
         self._waker = Waker()
 
@@ -171,8 +173,10 @@ class Push:
                 self._send_chunk(lane, reader, step.chunk)
             elif isinstance(step, DigestChunk):
                 sender.digest_chunk(step.chunk, reader.read(step.chunk))
+                self._keep_alive(lane)
                 self._take(lane.pump())
             else:
+                self._keep_alive(lane)
                 if sender.state is SenderState.STAGED:
                     self._before_commit()
                     self._commit_sent = True
@@ -204,6 +208,13 @@ class Push:
                 raise self._protocol_failure(error) from error
         if self._all_held is None and self._first_data is not None and self._sender.held == self._sender.layout.chunks:
             self._all_held = time.monotonic()
+
+    def _keep_alive(self, lane: Lane) -> None:
+        """Nothing to send is no reason for the daemon to take this side for dead. It reports twice a second."""
+        now = time.monotonic()
+        if now - self._pinged >= _PING_SECONDS:
+            self._pinged = now
+            lane.connection.send(Ping())
 
     def _wait_until(self, lane: Lane, deadline: float) -> float:
         return min(max(lane.last_heard, lane.last_written) + self._options.stall, deadline)

@@ -5,6 +5,7 @@ one, and every one that comes when a version has been committed, has that versio
 attach() returns. Two processes of one name never serve two versions.
 """
 
+import dataclasses
 import logging
 from typing import Final
 
@@ -14,6 +15,7 @@ from shipd.images.slots import Slot, SlotPool
 from shipd.service.incoming import Host
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import Model, Version
+from shipd.service.rollout import SWAP_GRACE
 from shipd.service.session import ON_ATTACH, Session
 from shipproto.digests import LeafDigests, digest_image
 from shipproto.errors import AbortCode, TransferError
@@ -26,8 +28,6 @@ log = logging.getLogger("shipd.session")
 
 INITIAL_LABEL: Final = "initial"
 """Label of a version that nobody pushed: the one that the first process came with."""
-
-_SWAP_GRACE: Final = 5.0
 
 
 class Attaching:
@@ -135,7 +135,7 @@ class Attaching:
             raise
         pool.commit(slot, digests)
         digest = digests.version_digest()
-        model.becomes(Version(version.label, digest, slot, pushed=True, committed_at=version.committed_at))
+        model.becomes(dataclasses.replace(version, digest=digest, slot=slot))
         model.pool = pool
         self._host.images.free_pool(old)
 
@@ -169,7 +169,7 @@ class Attaching:
         ready = await session.stage(ON_ATTACH, version.slot, version.label, version.digest, config.stage_timeout)
         if ready.error:
             raise TransferError(AbortCode.STAGE_FAILED, f"the committed version cannot be staged: {ready.error}")
-        swapped = await session.swap(ON_ATTACH, version.slot, config.commit_timeout, _SWAP_GRACE)
+        swapped = await session.swap(ON_ATTACH, version.slot, config.commit_timeout, SWAP_GRACE)
         if swapped.error:
             raise TransferError(AbortCode.SWAP_FAILED, f"the committed version cannot be swapped in: {swapped.error}")
 

@@ -17,14 +17,13 @@ from shipd.images.slots import Slot, SlotPool
 from shipd.service.config import Config
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import ImageStore, Model, Version
-from shipd.service.session import Session, SessionLost
+from shipd.service.rollout import Outcome, Rollout
 from shipd.transfer.peer import Peer
 from shipd.units import format_bytes
 from shipproto.connection import Event
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
-from shipproto.messages import Committed, Offer, Swapped
-from shipproto.rangeset import RangeSet
+from shipproto.messages import Committed, Offer
 from shipproto.receiver import (
     ChunkHeld,
     CommitRequested,
@@ -34,21 +33,14 @@ from shipproto.receiver import (
     StructureArrived,
     TransferAborted,
 )
-from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.transfer")
 
 _REPORT_SECONDS: Final = 0.5
 """How often the sender hears from a daemon that waits for serving processes, or that receives over a thin link."""
 
-_ARRIVING_CHUNKS: Final = 32
-"""Chunks after which a process that copies ahead is told of them: 16 MiB."""
-
 _COMMIT_SECONDS: Final = 600.0
 """How long a staged version waits for COMMIT: its sender may be staging on many hosts before any of them swaps."""
-
-_SWAP_GRACE: Final = 5.0
-"""Seconds beyond the commit timeout for a process to say how its swap went."""
 
 _T = TypeVar("_T")
 
@@ -81,12 +73,11 @@ class Incoming:
         self._host = host
         self._slot: Slot | None = None
         self._pool: SlotPool | None = None
-        self._structure: asyncio.Future[Structure] = asyncio.get_running_loop().create_future()
+        self._structure: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._verify = asyncio.Event()
-        self._commit = asyncio.Event()
+        self._commit_requested = asyncio.Event()
         self._reason: TransferError | None = None
-        self._told: list[Session] = []
-        self._ahead = RangeSet()
+        self._rollout: Rollout | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(peer, offer), name=f"push to {model.name}")
 
@@ -104,14 +95,14 @@ class Incoming:
 
     def connected(self, peer: Peer, offer: Offer) -> None:
         """The sender is here, for the first time or again."""
+        self.receiver.connected(peer.connection, offer)
+        previous, self.peer = self.peer, peer
+        self.peer_name = peer.name
+        if previous is not None and previous is not peer:
+            previous.close("the sender opened another connection")
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-        if self.peer is not None and self.peer is not peer:
-            self.peer.close("the sender opened another connection")
-        self.receiver.connected(peer.connection, offer)
-        self.peer = peer
-        self.peer_name = peer.name
         self.flush()
 
     def disconnected(self, peer: Peer) -> None:
@@ -132,15 +123,16 @@ class Incoming:
         """Take an event of one of the sender's connections. Raises ProtocolError."""
         for outcome in self.receiver.receive(peer.connection, event):
             if isinstance(outcome, ChunkHeld):
-                self._tell_ahead(outcome.chunk)
+                if self._rollout is not None:
+                    self._rollout.arrived(outcome.chunk, last=self.receiver.complete)
             elif isinstance(outcome, StructureArrived):
                 if not self._structure.done():
-                    self._structure.set_result(outcome.structure)
+                    self._structure.set_result(outcome.encoded)
             elif isinstance(outcome, ReadyToVerify):
                 self._verify.set()
             elif isinstance(outcome, CommitRequested):
                 self.committing = True
-                self._commit.set()
+                self._commit_requested.set()
             elif isinstance(outcome, TransferAborted):
                 self.fail(outcome.error)
 
@@ -169,29 +161,31 @@ class Incoming:
         reporter = asyncio.get_running_loop().create_task(self._keep_reporting())
         try:
             self.connected(peer, offer)
-            log.info("push offered", extra={**self._context(), "label": offer.label, "bytes": offer.nbytes})
+            log.info(
+                "push offered",
+                extra={**self._context(), "label": offer.label, "bytes": offer.nbytes, "resumed": offer.resumed},
+            )
             layout = await self._settle_structure(offer)
             version = self.model.version
-            if (
-                offer.label
-                and version is not None
-                and version.label == offer.label
-                and version.slot.digests is not None
-            ):
-                await self._compare(version)
+            if version is not None and offer.label == version.label:
+                await self._compare(layout, version)
                 return
             pool = await self._choose_pool(layout)
             slot = await self._take_slot(pool)
+            rollout = self._rollout = Rollout(self._host.config, self.model, pool, slot, self.receiver.transfer)
             self.receiver.accept(pool.layout, slot.memory.view)
             self.flush()
             await self._receive()
-            await self._refuse_conflict()
+            self._refuse_conflict()
             if self.receiver.ended:
                 return
             async with self.model.lock:
-                sessions = await self._stage(slot)
-                await self._await_commit()
-                await self._swap(slot, sessions)
+                seconds = await rollout.stage(self.receiver.label, self.receiver.digest)
+            self.receiver.staged(len(rollout.ready), seconds)
+            self.flush()
+            await self._await_commit()
+            async with self.model.lock:
+                self._commit(slot, await rollout.swap(self.receiver.label, self.receiver.digest))
         except TransferError as error:
             self._abort(error)
         except asyncio.CancelledError:
@@ -210,7 +204,7 @@ class Incoming:
             return pool.layout
         self.receiver.want_structure()
         self.flush()
-        offered = await self._structure
+        offered = await self._host.work(self.receiver.decode_structure, await self._structure)
         resident = self.model.structure
         if resident is not None:
             problems = await self._host.work(mismatches, offered, resident, self.model.transient)
@@ -296,10 +290,12 @@ class Incoming:
             log.warning("tensors arrived with other digests and were asked for again", extra=self._context())
             self.flush()
 
-    async def _compare(self, version: Version) -> None:
+    async def _compare(self, layout: Layout, version: Version) -> None:
         """The label is the current version's: only the digests decide whether the content is, too."""
         digests = version.slot.digests
         assert digests is not None
+        if digests.layout.structure.digest != layout.structure.digest:
+            raise self._conflict(version.digest)
         self.receiver.compare(digests)
         self.flush()
         await self._verify.wait()
@@ -308,7 +304,7 @@ class Incoming:
         self.receiver.verified(())
         self._already(version)
 
-    async def _refuse_conflict(self) -> None:
+    def _refuse_conflict(self) -> None:
         """The label may have come only with FINISH, and may be that of an earlier version."""
         known = self.model.labels.get(self.receiver.label)
         if known is not None and known != self.receiver.digest:
@@ -331,92 +327,36 @@ class Incoming:
         )
         self.flush()
 
-    # --- serving processes ---------------------------------------------------------------------------------
-
-    async def _stage(self, slot: Slot) -> list[Session]:
-        """Every process makes ready. Those that die or do not answer are left behind, unless nobody remains."""
-        started = asyncio.get_running_loop().time()
-        sessions = [session for session in self.model.sessions if not session.lost]
-        timeout = self._host.config.stage_timeout
-        pool = self._pool or self.model.pool
-        assert pool is not None
-        for session in sessions:
-            pool.lease(session.number, slot)
-            if session not in self._told:
-                self._told.append(session)
-        answers = await asyncio.gather(
-            *(
-                session.stage(self.receiver.transfer, slot, self.receiver.label, self.receiver.digest, timeout)
-                for session in sessions
-            ),
-            return_exceptions=True,
-        )
-        ready = []
-        failures = []
-        for session, answer in zip(sessions, answers, strict=True):
-            if isinstance(answer, SessionLost):
-                failures.append(f"process {session.pid} died while staging")
-            elif isinstance(answer, TimeoutError):
-                failures.append(f"process {session.pid} was not ready within {timeout:.0f} s")
-                session.evict(f"it was not ready to swap within {timeout:.0f} s")
-            elif isinstance(answer, BaseException):
-                raise answer
-            elif answer.error:
-                raise TransferError(
-                    AbortCode.STAGE_FAILED, f"process {session.pid} cannot take the version: {answer.error}"
-                )
-            else:
-                ready.append(session)
-        if sessions and not ready:
-            raise TransferError(AbortCode.STAGE_FAILED, f"no serving process is left to swap: {'; '.join(failures)}")
-        self.receiver.staged(len(ready), asyncio.get_running_loop().time() - started)
-        self.flush()
-        return ready
+    # --- the commit ----------------------------------------------------------------------------------------
 
     async def _await_commit(self) -> None:
         try:
             async with asyncio.timeout(_COMMIT_SECONDS):
-                await self._commit.wait()
+                await self._commit_requested.wait()
         except TimeoutError:
             raise TransferError(
                 AbortCode.STALLED, f"staged, but the sender asked for no commit within {_COMMIT_SECONDS:.0f} s"
             ) from None
 
-    async def _swap(self, slot: Slot, sessions: list[Session]) -> None:
-        """Every process swaps. If none can, the old version stays; if some cannot, they are fenced."""
-        timeout = self._host.config.commit_timeout
-        answers = await asyncio.gather(
-            *(session.swap(self.receiver.transfer, slot, timeout, _SWAP_GRACE) for session in sessions),
-            return_exceptions=True,
+    def _commit(self, slot: Slot, outcome: Outcome) -> None:
+        """The version is the current one: in the books, in the log, and to the sender."""
+        version = Version(
+            self.receiver.label, self.receiver.digest, slot, pushed=True, metadata=self.receiver.offer.metadata
         )
-        swapped = [answer for answer in answers if isinstance(answer, Swapped) and not answer.error]
-        refused = [
-            (session, answer.error)
-            for session, answer in zip(sessions, answers, strict=True)
-            if isinstance(answer, Swapped) and answer.error
-        ]
-        if sessions and len(refused) == len(sessions):
-            # Everyone has said that the old version is live and whole: nothing has happened.
-            raise TransferError(
-                AbortCode.SWAP_FAILED, "; ".join(f"process {session.pid}: {why}" for session, why in refused)
-            )
-        version = Version(self.receiver.label, self.receiver.digest, slot, pushed=True)
         self._install(version)
-        stale = []
-        for session, answer in zip(sessions, answers, strict=True):
-            if isinstance(answer, Swapped) and not answer.error:
-                session.serves(version.label, version.digest)
-            elif not isinstance(answer, SessionLost):
-                stale.append(str(session.pid))
-                session.evict(answer.error if isinstance(answer, Swapped) else "it did not swap in time")
+        for session in outcome.swapped:
+            session.serves(version.label, version.digest)
+        for session, why in outcome.stale:
+            session.evict(why)
+        stale = tuple(str(session.pid) for session, _why in outcome.stale)
         log.info(
             "committed",
             extra={
                 **self._context(),
                 "label": version.label,
                 "digest": version.digest.hex(),
-                "swapped": len(swapped),
-                "stale": stale,
+                "swapped": len(outcome.swapped),
+                "stale": ",".join(stale),
                 "damaged": self.receiver.chunks_damaged,
             },
         )
@@ -424,9 +364,9 @@ class Incoming:
             Committed(
                 digest=version.digest,
                 label=version.label,
-                pause_seconds=max((answer.pause_seconds for answer in swapped), default=None),
-                stale=tuple(stale),
-                swapped=len(swapped),
+                pause_seconds=outcome.pause_seconds,
+                stale=stale,
+                swapped=len(outcome.swapped),
                 transfer=self.receiver.transfer,
             )
         )
@@ -444,26 +384,6 @@ class Incoming:
         self.model.pool.commit(version.slot, self.receiver.digests)
         self.model.becomes(version)
         self._slot = None
-
-    def _tell_ahead(self, chunk: int) -> None:
-        """Processes that copy to a device may begin with what has arrived."""
-        slot = self._slot
-        pool = self.model.pool
-        if slot is None or pool is None or self._pool is not None:
-            return
-        sessions = [session for session in self.model.sessions if session.pinned and not session.lost]
-        if not sessions:
-            return
-        self._ahead.add(chunk)
-        if len(self._ahead) < _ARRIVING_CHUNKS and len(self.receiver.held) < pool.layout.chunks:
-            return
-        for session in sessions:
-            if session not in self._told:
-                # It knows nothing of what came before, and will copy that when it stages.
-                self._told.append(session)
-                pool.lease(session.number, slot)
-            session.arriving(self.receiver.transfer, slot, self._ahead)
-        self._ahead = RangeSet()
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -495,8 +415,8 @@ class Incoming:
             pool = self._pool or self.model.pool
             assert pool is not None
             pool.discard(slot)
-            for session in self._told:
-                session.unstage(self.receiver.transfer, slot)
+            if self._rollout is not None:
+                self._rollout.cancel()
         if self._pool is not None:
             self._host.images.free_pool(self._pool)
             self._pool = None

@@ -4,6 +4,7 @@ import asyncio
 import os
 import select
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class Version:
     slot: Slot
     pushed: bool
     committed_at: float = field(default_factory=time.time)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Model:

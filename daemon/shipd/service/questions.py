@@ -41,6 +41,7 @@ def _model(model: Model) -> ModelStatus:
         bytes=structure.total_bytes if structure else 0,
         image_bytes=model.pool.size if model.pool else 0,
         committed_at=version.committed_at if version else 0.0,
+        metadata=dict(version.metadata) if version else {},
         processes=[_process(session, model) for session in model.sessions],
         transfer=_transfer(model),
     )

@@ -31,11 +31,23 @@ from shipproto.limits import NONCE_SIZE
 from shipproto.messages import (
     Abort,
     Attach,
+    Body,
+    Commit,
+    Data,
     Detach,
+    DigestIs,
+    Filled,
+    Finish,
+    Message,
+    Nack,
     Offer,
+    Ping,
     Release,
+    StageReady,
     StatusIs,
     StatusRequest,
+    StructureIs,
+    Swapped,
     VerifyIs,
     VerifyRequest,
 )
@@ -53,6 +65,13 @@ _SWEEP_SECONDS: Final = 1.0
 _VERIFY_SECONDS: Final = 60.0
 _REMEMBERED: Final = 256
 """Outcomes kept for senders that lost their connection before they heard."""
+
+FROM_SENDERS: Final = (
+    *(Body, Nack, Ping, Offer, StructureIs, Data, Finish, Commit, Abort),
+    *(StatusRequest, VerifyRequest),
+)
+FROM_PROCESSES: Final = (Attach, Filled, StageReady, Swapped, Release, DigestIs, Detach)
+"""What the daemon takes, and from whom: serving processes are only ever on the Unix socket."""
 
 _T = TypeVar("_T")
 
@@ -81,6 +100,7 @@ class Server:
         self._tcp: asyncio.Server | None = None
         self._unix: socket.socket | None = None
         self._unix_inode = (0, 0)
+        self._unix_group = -1
         self._sweep: asyncio.TimerHandle | None = None
         self._declare()
 
@@ -137,6 +157,7 @@ class Server:
             raise ConfigError(f"cannot listen on {path}: {why}") from error
         info = path.stat()
         self._unix_inode = (info.st_dev, info.st_ino)
+        self._unix_group = info.st_gid
         return sock
 
     async def drain(self) -> None:
@@ -215,11 +236,13 @@ class Server:
 
     # --- connections ---------------------------------------------------------------------------------------
 
-    def _connection(self, token: bytes | None) -> Connection:
-        return Connection(initiator=False, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
+    def _connection(self, token: bytes | None, accepts: tuple[type[Message], ...]) -> Connection:
+        connection = Connection(initiator=False, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
+        connection.accepts = accepts
+        return connection
 
     def _accept_tcp(self) -> StreamPeer:
-        return StreamPeer(self._connection(self._token), self._opened, self._on_event, self._on_lost)
+        return StreamPeer(self._connection(self._token, FROM_SENDERS), self._opened, self._on_event, self._on_lost)
 
     def _accept_unix(self) -> None:
         assert self._unix is not None
@@ -229,7 +252,13 @@ class Server:
             if not isinstance(error, BlockingIOError):
                 log.warning("cannot accept a local connection", extra={"why": error.strerror})
             return
-        self._opened(UnixPeer(sock, self._connection(None), self._on_event, self._on_lost))
+        connection = self._connection(None, FROM_SENDERS + FROM_PROCESSES)
+        peer = UnixPeer(sock, connection, self._on_event, self._on_lost)
+        if peer.uid not in (0, os.geteuid()) and self._unix_group not in peer.groups:
+            # The file's mode says the same to whoever connects; this says it to whoever was handed the socket.
+            peer.close(f"user {peer.uid} is not in the socket's group")
+            return
+        self._opened(peer)
 
     def _opened(self, peer: Peer) -> None:
         if len(self._peers) >= _MAX_CONNECTIONS:
@@ -324,7 +353,8 @@ class Server:
             return
         if self._draining:
             raise TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down")
-        if peer in self._incoming:
+        bound = self._incoming.get(peer)
+        if bound is not None and not bound.receiver.ended:
             raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
         if model is None:
             known = ", ".join(sorted(self.models)) or "none"

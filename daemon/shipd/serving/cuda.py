@@ -9,6 +9,7 @@ locking a private mapping would copy every page. Where it is refused, a small pa
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -48,11 +49,15 @@ def spans(layout: Layout, chunks: Iterable[tuple[int, int]], slice_size: int) ->
             start = cut
 
 
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
 class _Ring:
     """Page-locked buffers of constant size, for images that could not be page-locked themselves."""
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(RING_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(RING_BUFFERS)]
+        self._buffers = [_pinned(RING_BUFFER) for _ in range(RING_BUFFERS)]
         self._sent = [torch.cuda.Event() for _ in range(RING_BUFFERS)]
         self._next = 0
 
@@ -93,7 +98,9 @@ class CudaCopySwap(CopySwap):
         # What the shadow holds: which image, and which of its chunks.
         self._source: ImageMapping | None = None
         self._present = bytearray(layout.chunks)
+        # Addresses of the slices of each mapping that are page-locked, which happens on another thread.
         self._locked: dict[ImageMapping, list[int]] = {}
+        self._locking = threading.Lock()
         self._ring: _Ring | None = None
 
     @contextlib.contextmanager
@@ -103,26 +110,33 @@ class CudaCopySwap(CopySwap):
 
     def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool] = never) -> None:
         """See Swapper. Page-locks the mapping, which also populates it."""
-        if mapping in self._locked or mapping.access is Access.PRIVATE:
-            return
+        with self._locking:
+            if mapping in self._locked or mapping.access is Access.PRIVATE:
+                return
+            self._locked[mapping] = []
         flags = _REGISTER_READ_ONLY if mapping.access is Access.READ_ONLY else 0
-        cudart = torch.cuda.cudart()
-        addresses: list[int] = []
-        self._locked[mapping] = addresses
         with torch.cuda.device(self.device):
             for start in range(0, mapping.size, LOCK_SLICE):
-                # One that is half locked works as well: CUDA copies from ordinary memory too, only more slowly.
-                if cancelled():
-                    return
-                size = min(LOCK_SLICE, mapping.size - start)
-                if int(cudart.cudaHostRegister(mapping.address + start, size, flags)) != 0:
-                    self._clear_error()
-                    self._unlock(mapping)
-                    self.page_locked = False
-                    mapping.populate(cancelled)
-                    return
-                addresses.append(mapping.address + start)
-        self.page_locked = True
+                # What is locked in part works as well: CUDA copies from ordinary memory too, only more slowly.
+                if cancelled() or not self._lock(mapping, start, flags):
+                    break
+        if self.page_locked is False:
+            mapping.populate(cancelled)
+
+    def _lock(self, mapping: ImageMapping, start: int, flags: int) -> bool:
+        """Page-lock one slice. False where that is refused, or the mapping has been forgotten meanwhile."""
+        with self._locking:
+            addresses = self._locked.get(mapping)
+            if addresses is None:
+                return False
+            address, size = mapping.address + start, min(LOCK_SLICE, mapping.size - start)
+            self.page_locked = int(torch.cuda.cudart().cudaHostRegister(address, size, flags)) == 0
+            if self.page_locked:
+                addresses.append(address)
+                return True
+            self._clear_error()
+            self._unlock(addresses)
+            return False
 
     def _clear_error(self) -> None:
         """The runtime keeps a thread's last error, and the next launch would report it as its own: make one that
@@ -130,11 +144,10 @@ class CudaCopySwap(CopySwap):
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self.device).add_(1)
 
-    def _unlock(self, mapping: ImageMapping) -> None:
-        cudart = torch.cuda.cudart()
+    def _unlock(self, addresses: list[int]) -> None:
         with torch.cuda.device(self.device):
-            for address in self._locked.pop(mapping, []):
-                if int(cudart.cudaHostUnregister(address)) != 0:
+            while addresses:
+                if int(torch.cuda.cudart().cudaHostUnregister(addresses.pop())) != 0:
                     self._clear_error()
 
     def fill(self, image: memoryview) -> None:
@@ -165,13 +178,12 @@ class CudaCopySwap(CopySwap):
 
     def _send(self, mapping: ImageMapping, ranges: Sequence[tuple[int, int]]) -> None:
         image = bits.flat_bytes(mapping.raw)
-        locked = bool(self._locked.get(mapping))
-        if not locked and self._ring is None:
+        if self.page_locked is False and self._ring is None:
             self._ring = _Ring()
         with self._on_stream():
             for start, stop in spans(self.layout, ranges, LOCK_SLICE):
                 source, target = image[start:stop], self._shadow[start:stop]
-                if locked or self._ring is None:
+                if self._ring is None:
                     target.copy_(source, non_blocking=True)
                 else:
                     self._ring.send(target, source, self._stream)
@@ -200,13 +212,20 @@ class CudaCopySwap(CopySwap):
         # Waited for inside the gate: later holds may use any stream, and what goes wrong must come out now.
         self._stream.synchronize()
 
+    def _undo(self) -> None:
+        # What did not fail of the failed copy may still be under way, on another stream.
+        torch.cuda.synchronize(self.device)
+        super()._undo()
+        torch.cuda.synchronize(self.device)
+
     def forget(self, mapping: ImageMapping) -> None:
         """See Swapper."""
         super().forget(mapping)
         if self._source is mapping:
             self._source = None
         self._stream.synchronize()
-        self._unlock(mapping)
+        with self._locking:
+            self._unlock(self._locked.pop(mapping, []))
 
     def digest(self) -> bytes:
         """See Swapper."""
@@ -216,8 +235,10 @@ class CudaCopySwap(CopySwap):
     def close(self) -> None:
         """See Swapper."""
         self._stream.synchronize()
-        for mapping in list(self._locked):
-            self._unlock(mapping)
+        with self._locking:
+            for addresses in self._locked.values():
+                self._unlock(addresses)
+            self._locked.clear()
         super().close()
         self._groups = []
         self._source = self._ring = None

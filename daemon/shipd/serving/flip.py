@@ -124,12 +124,12 @@ class FlipSwap:
 
     def let_go(self) -> None:
         """See Swapper. Takes as much memory as the model."""
+        lives = list({id(live): live for live in self.tensors.live if live.numel()}.values())
         copies: dict[int, Tensor] = {}
-        for live in self.tensors.live:
-            place = live.data_ptr()
-            if live.numel() and place not in copies:
-                copies[place] = _copied(live, live)
-        for live in {id(live): live for live in self.tensors.live if live.numel()}.values():
+        for live in lives:
+            if live.data_ptr() not in copies:
+                copies[live.data_ptr()] = _copied(live, live)
+        for live in lives:
             bind(live, copies[live.data_ptr()])
         if self._current is not None:
             self._retired.append(self._current)
@@ -161,8 +161,8 @@ class FlipSwap:
 
 
 def _copied(value: Tensor, like: Tensor) -> Tensor:
-    """The bits of ``value`` in memory of their own, with the strides of ``like``. clone() would change bools and close
-    the gaps between strides."""
+    """The bits of ``value`` in memory of their own, with the strides of ``like``. clone() would close the gaps
+    between strides, and torch.empty warns of some dtypes."""
     reach = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride(), strict=True))
     memory = torch.zeros(reach * like.element_size(), dtype=torch.uint8)
     copy = memory.view(like.dtype).as_strided(like.shape, like.stride())

@@ -201,6 +201,7 @@ class _ModelFollower:
         self._max_hold = max_hold
         self._callbacks = callbacks
         self._attached = False
+        self._torn: str | None = None
         self._reading = threading.Lock()
 
     def held(self) -> Version | None:
@@ -216,6 +217,9 @@ class _ModelFollower:
             log.warning("an image could not be prepared; the first swap will be slower", extra={"why": str(error)})
 
     def fill(self, image: memoryview) -> None:
+        """Raises Fenced where the live parameters are a mix: they must not become a version."""
+        if self._torn is not None:
+            raise Fenced(self._torn)
         self._swapper.fill(image)
 
     def arrived(self, mapping: ImageMapping, chunks: RangeSet) -> None:
@@ -240,8 +244,10 @@ class _ModelFollower:
                 reason = f"the weights are a mix of two versions: {error}"
                 # Inside the closed gate, so that nobody gets to see them.
                 self._gate.fence(reason)
+                self._torn = reason
                 raise Fenced(reason) from error
             copy_seconds = time.perf_counter() - started
+            self._torn = None
             return version
 
         pause = self._gate.swap(act, commit_timeout=timeout, max_hold=self._max_hold, then=self._call_back)

@@ -11,6 +11,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from shipproto.connection import Connection, Event
 from shipproto.errors import LocalError, ProtocolError
@@ -23,12 +24,21 @@ _READS_PER_WAKE = 8
 """Receives before other connections get their turn."""
 
 
-def peer_pid(sock: socket.socket) -> tuple[int, int]:
-    """Process and user id of whoever connected, as the kernel recorded them (SO_PEERCRED)."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return 0, -1
-    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return pid, uid
+_SO_PEERGROUPS: Final = 59
+"""Linux 4.13; not in Python's socket module. Supplementary groups of whoever connected."""
+
+_MAX_GROUPS: Final = 65536
+"""NGROUPS_MAX of Linux."""
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, frozenset[int]]:
+    """Process, user and groups of whoever connected, as the kernel recorded them (SO_PEERCRED, SO_PEERGROUPS)."""
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    try:
+        groups = array.array("I", sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS))
+    except OSError:
+        groups = array.array("I")
+    return pid, uid, frozenset((gid, *groups))
 
 
 class UnixPeer:
@@ -42,7 +52,7 @@ class UnixPeer:
         on_lost: Callable[["UnixPeer"], None],
     ) -> None:
         self.connection = connection
-        self.pid, self.uid = peer_pid(sock)
+        self.pid, self.uid, self.groups = peer_credentials(sock)
         self.name = f"process {self.pid}"
         self._sock = sock
         self._on_event = on_event

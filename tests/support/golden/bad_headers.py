@@ -144,6 +144,7 @@ def reject_headers(book: Book) -> None:
     header("metadata-nested", "metadata in metadata", "Offer", {**OFFER, "metadata": {"k": {}}})
     packed = pack({**OFFER, "metadata": {"k": "1", "l": "2"}})
     header("metadata-key-twice", "metadata with a key twice", "Offer", packed.replace(b"\xa1l", b"\xa1k"))
+    header("offer-transfer-zero", "a transfer that is all zeros", "Offer", {**OFFER, "transfer": bytes(16)})
     header("offer-bytes", "more bytes than a version may have", "Offer", {**OFFER, "nbytes": (1 << 44) + 1})
     header("offer-tensors", "more tensors than a version may have", "Offer", {**OFFER, "tensors": (1 << 20) + 1})
     header("staged-processes", "65 processes", "Staged", {"processes": 65, **T})

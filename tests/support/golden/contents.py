@@ -136,6 +136,7 @@ def accept_bodies(book: Book) -> None:
         "bytes": 3000,
         "image_bytes": 8192,
         "committed_at": 0.0,
+        "metadata": {"run": "a7"},
         "processes": [process],
         "transfer": transfer,
     }

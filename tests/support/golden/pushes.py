@@ -204,7 +204,7 @@ def reject_conversations(book: Book) -> None:
     receiver(
         "structure-figures",
         "a structure with other figures than the offer",
-        bad,
+        "TransferError",
         greeted().add("Offer", lies).add("StructureIs", T, gold.body),
         resident=None,
     )
