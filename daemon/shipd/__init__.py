@@ -3,7 +3,7 @@
 This is the whole public surface, imported only when it is used: a sender of safetensors files never loads
 torch, and nothing here starts a thread at import.
 
-    connect, Client, Receipt, Progress        the sending side
+    connect, Client, Receipt, Progress        the sending side; Status, Verification: what it is told
     attach, Resident, Version                 the serving side
     Daemon, Config                            a daemon inside a process
     ShipError and its subclasses              everything that can go wrong, see shipd.errors
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from shipd.serving.resident import Resident as Resident
     from shipd.serving.resident import attach as attach
     from shipd.serving.version import Version as Version
+    from shipproto.status import Status as Status
+    from shipproto.status import Verification as Verification
 
 _HOMES = {
     "shipd.client.client": ("Client", "connect"),
@@ -61,6 +63,7 @@ _HOMES = {
     "shipd.service.embedded": ("Daemon",),
     "shipd.serving.resident": ("Resident", "attach"),
     "shipd.serving.version": ("Version",),
+    "shipproto.status": ("Status", "Verification"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

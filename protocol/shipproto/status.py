@@ -35,6 +35,16 @@ class TransferStatus(msgspec.Struct, frozen=True, kw_only=True):
     connected: bool = True
 
 
+class FailedPush(msgspec.Struct, frozen=True, kw_only=True):
+    """The latest push of a model, if it ended without effect. ``at`` is Unix time."""
+
+    transfer_id: str
+    peer: str
+    reason: str
+    label: str = ""
+    at: float = 0.0
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model. ``digest`` is hexadecimal; both it and ``label`` are empty before the first version."""
 
@@ -50,6 +60,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What its sender said of the version."""
     processes: list[ProcessStatus] = []
     transfer: TransferStatus | None = None
+    failed: FailedPush | None = None
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +91,11 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     digest: str
     processes: list[ProcessVerification] = []
+
+    @property
+    def matches(self) -> bool:
+        """Whether every process serves what is committed."""
+        return all(process.matches for process in self.processes)
 
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -1,6 +1,6 @@
-import functools
 import asyncio
 import contextlib
+import functools
 import time
 
 import pytest
@@ -19,7 +19,7 @@ def gate():
 async def until(condition):
     async with asyncio.timeout(DEADLINE):
         while not condition():
-            await asyncio.sleep(0)  # noqa: ASYNC110  nothing tells of it
+            await asyncio.sleep(0)
 
 
 def test_overlapping_tasks_cannot_starve_a_swap_nor_does_it_block_their_loop(gate):

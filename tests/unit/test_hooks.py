@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -359,17 +358,13 @@ def test_a_swap_waits_for_a_scripted_forward(gate):
     model = torch.jit.script(Loop())
     Hooks(model, gate)
     flag = torch.zeros(1)
+    started = threading.Event()
+    nn.Module.register_forward_pre_hook(model, lambda *_: started.set())
     serving = Serving(lambda: model(flag), "scripted")
     serving.again()
-    # Nothing of Python runs inside; that the forward has begun shows in a swap that cannot come through.
-    failures: list[SwapFailed] = []
-
-    def fails():
-        with contextlib.suppress(SwapFailed) as _, pytest.raises(SwapFailed) as caught:
-            swap(gate, commit_timeout=0.1)
-        return caught
-
-    eventually(lambda: blocked(gate))
+    assert started.wait(DEADLINE)
+    with pytest.raises(SwapFailed, match="scripted"):
+        swap(gate, commit_timeout=0.3)
     flag.fill_(1.0)
     serving.wait()
     assert swap(gate).attempts == 1
@@ -399,7 +394,7 @@ def fresh_dynamo():
 def test_a_compiled_forward_is_held_and_never_taken_for_over(how, gate, fresh_dynamo):
     during = Blocking()
     during.leave.set()
-    model = Probe(torch.compiler.disable(lambda: during())).requires_grad_(requires_grad=False)
+    model = Probe(torch.compiler.disable(during)).requires_grad_(requires_grad=False)
     Hooks(model, gate)
     run = compiled(model, how, "eager")
     serving = Serving(lambda: run(torch.ones(2, 4)), "compiled")
@@ -435,21 +430,22 @@ def test_hooks_cause_no_recompilation(gate, fresh_dynamo):
 
 
 def test_an_interrupt_in_a_compiled_forward_costs_no_later_swap(gate, fresh_dynamo):
-    model = Probe(torch.compiler.disable(lambda: action())).requires_grad_(requires_grad=False)
+    interrupting = threading.Event()
 
-    def action():
-        pass
+    def during():
+        if interrupting.is_set():
+            raise KeyboardInterrupt
 
+    model = Probe(torch.compiler.disable(during)).requires_grad_(requires_grad=False)
     Hooks(model, gate)
     run = torch.compile(model, backend="eager")
     serving = Serving(lambda: run(torch.ones(2, 4)))
     serving.again()
     serving.wait()
-    action = interrupt
+    interrupting.set()
     serving.again()
     assert serving.wait() is KeyboardInterrupt
-    action = Blocking()
-    action.leave.set()
+    interrupting.clear()
     for _ in range(3):
         assert swap(gate).wait_seconds < 5
         serving.again()
@@ -458,21 +454,20 @@ def test_an_interrupt_in_a_compiled_forward_costs_no_later_swap(gate, fresh_dyna
 
 
 def test_finding_calls():
-    found = []
-    inner = Probe(
-        lambda: found.append((find_calls(sys._getframe(), id(outer)), find_calls(sys._getframe(), id(inner))))
-    )
+    modules: list[nn.Module] = []
+    found: list[tuple[int, bool]] = []
 
     class Outer(nn.Module):
-        def __init__(self):
+        def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
         def forward(self, x):
             return self.inner(x)
 
-    outer = Outer()
-    outer(torch.ones(4))
-    assert found == [((1, False), (1, False))]
-    assert find_calls(sys._getframe(), id(outer)) == (0, False)
-    assert find_calls(None, id(outer)) == (0, False)
+    inner = Probe(lambda: found.extend(find_calls(sys._getframe(), id(module)) for module in modules))
+    modules.extend((Outer(inner), inner, nn.Linear(4, 4)))
+    modules[0](torch.ones(4))
+    assert found == [(1, False), (1, False), (0, False)]
+    assert find_calls(sys._getframe(), id(inner)) == (0, False)
+    assert find_calls(None, id(inner)) == (0, False)

@@ -62,6 +62,14 @@ def print_status(status: Status, address: str) -> None:
         )
     console.print(table)
     for model in status.models:
+        if model.failed is not None:
+            failed = model.failed
+            console.print(
+                f"{model.name}: the last push, {failed.label or failed.transfer_id} from {failed.peer}, ended without "
+                f"effect {format_seconds(max(0.0, time.time() - failed.at))} ago: {failed.reason}",
+                soft_wrap=True,
+                markup=False,
+            )
         if model.transfer is not None:
             transfer = model.transfer
             share = 100 * transfer.bytes_held / max(1, transfer.bytes_total)

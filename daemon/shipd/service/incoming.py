@@ -10,6 +10,7 @@ interrupts it.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
@@ -23,7 +24,9 @@ from shipd.units import format_bytes
 from shipproto.connection import Event
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
+from shipproto.limits import MAX_TEXT
 from shipproto.messages import Committed, Offer
+from shipproto.names import harmless
 from shipproto.receiver import (
     ChunkHeld,
     CommitRequested,
@@ -33,6 +36,7 @@ from shipproto.receiver import (
     StructureArrived,
     TransferAborted,
 )
+from shipproto.status import FailedPush
 
 log = logging.getLogger("shipd.transfer")
 
@@ -382,6 +386,7 @@ class Incoming:
                 self._host.images.free_pool(old)
         assert self.model.pool is not None
         self.model.pool.commit(version.slot, self.receiver.digests)
+        self.model.failed = None
         self.model.becomes(version)
         self._slot = None
 
@@ -404,6 +409,13 @@ class Incoming:
 
     def _abort(self, error: TransferError) -> None:
         log.warning("push ended without effect", extra={**self._context(), "code": str(error.code), "why": str(error)})
+        self.model.failed = FailedPush(
+            transfer_id=self.transfer_id,
+            peer=self.peer_name,
+            reason=harmless(str(error), MAX_TEXT),
+            label=self.receiver.label,
+            at=time.time(),
+        )
         self.receiver.abort(error)
         self.flush()
 

@@ -14,6 +14,7 @@ from shipd.service.session import Session
 from shipd.units import format_bytes
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
+from shipproto.status import FailedPush
 from shipproto.structure import Structure
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Model:
         """Digest by label of the versions there have been: a label never stands for two contents."""
         self.sessions: list[Session] = []
         self.incoming: Incoming | None = None
+        self.failed: FailedPush | None = None
+        """The latest push, if it ended without effect."""
         self.released = asyncio.Event()
         """Set whenever a lease has ended."""
         self.attaching = 0

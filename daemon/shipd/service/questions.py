@@ -44,6 +44,7 @@ def _model(model: Model) -> ModelStatus:
         metadata=dict(version.metadata) if version else {},
         processes=[_process(session, model) for session in model.sessions],
         transfer=_transfer(model),
+        failed=model.failed,
     )
 
 

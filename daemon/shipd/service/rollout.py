@@ -13,7 +13,7 @@ from typing import Final
 
 from shipd.images.slots import Slot, SlotPool
 from shipd.service.config import Config
-from shipd.service.models import Model
+from shipd.service.models import Model, alive
 from shipd.service.session import Session, SessionLost
 from shipproto.errors import AbortCode, TransferError
 from shipproto.messages import StageReady, Swapped
@@ -42,6 +42,8 @@ class Rollout:
 
     def __init__(self, config: Config, model: Model, pool: SlotPool, slot: Slot, transfer: bytes) -> None:
         self.ready: list[Session] = []
+        self.left: list[tuple[Session, str]] = []
+        """Processes that were given up, and why. They live, and serve nothing until they have come back."""
         self._config = config
         self._model = model
         self._pool = pool
@@ -68,7 +70,7 @@ class Rollout:
         """Have every process make ready; seconds that took. Raises TransferError where the push cannot go on."""
         started = asyncio.get_running_loop().time()
         sessions = [session for session in self._model.sessions if not session.lost]
-        left: list[str] = []
+        failures: list[str] = []
         for session, answer in await self._ask_to_stage(sessions, label, digest):
             if isinstance(answer, StageReady) and not answer.error:
                 self.ready.append(session)
@@ -77,11 +79,12 @@ class Rollout:
                     AbortCode.STAGE_FAILED, f"process {session.pid} cannot take the version: {answer.error}"
                 )
             else:
-                left.append(f"process {session.pid} {answer}")
+                failures.append(f"process {session.pid} {answer}")
                 if not session.lost:
                     session.evict(answer)
+                    self.left.append((session, answer))
         if sessions and not self.ready:
-            raise TransferError(AbortCode.STAGE_FAILED, f"no serving process is left to swap: {'; '.join(left)}")
+            raise TransferError(AbortCode.STAGE_FAILED, f"no serving process is left to swap: {'; '.join(failures)}")
         return asyncio.get_running_loop().time() - started
 
     async def swap(self, label: str, digest: bytes) -> Outcome:
@@ -117,6 +120,8 @@ class Rollout:
                 raise answer
         if refusals and len(refusals) == len(outcome.stale) and not outcome.swapped:
             raise TransferError(AbortCode.SWAP_FAILED, "; ".join(refusals))
+        back = {session.pid for session in (*outcome.swapped, *(session for session, _why in outcome.stale))}
+        outcome.stale += [(session, why) for session, why in self.left if session.pid not in back and alive(session.pid)]
         return outcome
 
     def cancel(self) -> None:
@@ -140,7 +145,7 @@ class Rollout:
             if isinstance(answer, SessionLost):
                 told.append((session, "died while staging"))
             elif isinstance(answer, TimeoutError):
-                told.append((session, f"was not ready to swap within {timeout:.0f} s"))
+                told.append((session, f"was not ready to swap within {timeout:g} s"))
             elif isinstance(answer, BaseException):
                 raise answer
             else:

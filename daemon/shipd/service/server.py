@@ -303,8 +303,7 @@ class Server:
         elif isinstance(message, Attach) and isinstance(peer, UnixPeer) and session is None:
             self._begin_attach(peer, message, body)
         elif isinstance(message, StatusRequest):
-            models = [model for model in self.models.values() if message.model in ("", model.name)]
-            peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
+            self._tell_status(peer, message)
         elif isinstance(message, VerifyRequest):
             self._spawn(self._verify(peer, message))
         elif session is not None and message is not None:
@@ -357,16 +356,19 @@ class Server:
         if bound is not None and not bound.receiver.ended:
             raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
         if model is None:
-            known = ", ".join(sorted(self.models)) or "none"
-            raise TransferError(
-                AbortCode.UNKNOWN_MODEL,
-                f"no model {offer.model!r} here: nothing is attached under that name and no configuration declares it "
-                f"(models here: {known})",
-            )
+            raise self._unknown(offer.model)
         if model.incoming is not None:
             self._spawn(self._supersede(peer, offer, model, model.incoming))
             return
         self._begin_push(peer, offer, model)
+
+    def _unknown(self, name: str) -> TransferError:
+        known = ", ".join(sorted(self.models)) or "none"
+        return TransferError(
+            AbortCode.UNKNOWN_MODEL,
+            f"no model {name!r} here: nothing is attached under that name and no configuration declares it "
+            f"(models here: {known})",
+        )
 
     def _begin_push(self, peer: Peer, offer: Offer, model: Model) -> None:
         self._ended.pop(offer.transfer, None)
@@ -453,11 +455,17 @@ class Server:
             model.pool.release(session.number, release.slot, release.generation)
             model.released.set()
 
+    def _tell_status(self, peer: Peer, request: StatusRequest) -> None:
+        if request.model and request.model not in self.models:
+            send_abort(peer.connection, b"", self._unknown(request.model))
+            return
+        models = [model for model in self.models.values() if request.model in ("", model.name)]
+        peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
+
     async def _verify(self, peer: Peer, request: VerifyRequest) -> None:
         model = self.models.get(request.model)
         if model is None:
-            error = TransferError(AbortCode.UNKNOWN_MODEL, f"no model {request.model!r} here")
-            send_abort(peer.connection, b"", error)
+            send_abort(peer.connection, b"", self._unknown(request.model))
             peer.flush()
             return
         peer.send(VerifyIs(), encode(await questions.verify(model, _VERIFY_SECONDS)))

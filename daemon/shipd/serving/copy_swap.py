@@ -11,7 +11,7 @@ from torch import Tensor
 from shipd.errors import SwapFailed
 from shipd.images.memory import Access, ImageMapping
 from shipd.serving import bits
-from shipd.serving.staging import Torn, check_stage, fill_image, never, read_digest
+from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image, never, read_digest
 from shipd.serving.tensors import ModelTensors
 from shipproto.layout import Layout
 
@@ -35,6 +35,7 @@ class CopySwap:
 
     def fill(self, image: memoryview) -> None:
         """See Swapper."""
+        check_unchanged(self.tensors)
         fill_image(self.layout, self.tensors.live, image)
 
     def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool] = never) -> None:
@@ -83,6 +84,10 @@ class CopySwap:
     def settle(self) -> bool:
         """See Swapper. Live tensors never refer to an image."""
         return True
+
+    def reads(self, mapping: ImageMapping) -> bool:  # noqa: ARG002
+        """See Swapper. Live tensors never refer to an image."""
+        return False
 
     def let_go(self) -> None:
         """See Swapper. Live tensors never refer to an image."""

@@ -20,7 +20,7 @@ from shipd.errors import AttachError
 from shipd.images.memory import Access, ImageMapping
 from shipd.serving import bits
 from shipd.serving.copy_swap import CopySwap
-from shipd.serving.staging import clear_padding, never
+from shipd.serving.staging import check_unchanged, clear_padding, never
 from shipd.serving.tensors import ModelTensors
 from shipproto.layout import Layout
 
@@ -152,6 +152,7 @@ class CudaCopySwap(CopySwap):
 
     def fill(self, image: memoryview) -> None:
         """See Swapper."""
+        check_unchanged(self.tensors)
         self._source = None
         torch.cuda.synchronize(self.device)
         with self._on_stream():

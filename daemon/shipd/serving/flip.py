@@ -17,7 +17,7 @@ from torch import Tensor
 from shipd.errors import AttachError, SwapFailed
 from shipd.images.memory import Access, ImageMapping
 from shipd.serving import bits
-from shipd.serving.staging import Torn, check_stage, fill_image, never, read_digest
+from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image, never, read_digest
 from shipd.serving.tensors import ModelTensors
 from shipproto.layout import Layout
 
@@ -46,6 +46,8 @@ class FlipSwap:
 
     def fill(self, image: memoryview) -> None:
         """See Swapper."""
+        self._remember()
+        check_unchanged(self.tensors)
         fill_image(self.layout, self.tensors.live, image)
 
     def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool] = never) -> None:
@@ -121,6 +123,10 @@ class FlipSwap:
         self._remember()
         self._retired = [(mapping, anchor) for mapping, anchor in self._retired if anchor() is not None]
         return not self._retired
+
+    def reads(self, mapping: ImageMapping) -> bool:
+        """See Swapper."""
+        return any(other is mapping for other, _ in self._retired)
 
     def let_go(self) -> None:
         """See Swapper. Takes as much memory as the model."""

@@ -48,8 +48,8 @@ BREATH: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """What a swap cost. ``pause_seconds`` is the gate closed to the gate open, in the attempt that succeeded;
-    ``wait_seconds`` the part of it until the last holder had left; ``attempts`` how often the gate was closed."""
+    """What a swap cost. ``pause_seconds`` is the gate closed to the gate open, the longest where it took several
+    ``attempts``; ``wait_seconds`` how long it took in the last of them until the last holder had left."""
 
     pause_seconds: float
     wait_seconds: float
@@ -210,13 +210,15 @@ class Gate:
                 raise RuntimeError("the swapping thread holds the gate itself")
             deadline = time.monotonic() + commit_timeout
             attempts = 0
+            longest = 0.0
             while True:
                 attempts += 1
                 closed_at = time.monotonic()
                 waited, holders = self._attempt(action, then, closed_at, min(deadline, closed_at + max_hold))
                 now = time.monotonic()
+                longest = max(longest, now - closed_at)
                 if holders is None:
-                    return Pause(now - closed_at, waited, attempts)
+                    return Pause(longest, waited, attempts)
                 if now >= deadline:
                     who = ", ".join(holders) or "(they left just then)"
                     raise SwapFailed(

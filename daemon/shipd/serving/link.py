@@ -101,6 +101,9 @@ class Follower(Protocol):
     def settle(self) -> bool:
         """Clean up after swaps. Whether nobody can read an earlier version's image any more."""
 
+    def reads(self, mapping: ImageMapping) -> bool:
+        """Whether somebody may still read this image of an earlier version."""
+
     def forget(self, mapping: ImageMapping) -> None:
         """This mapping will not be named again."""
 
@@ -195,6 +198,7 @@ class Link:
     def abandon_after_fork(self) -> None:
         """In a forked child: the session belongs to the parent, which must be the only one to keep it open."""
         self._stopping = True
+        self.connected = False
         if self._lane is not None:
             self._lane.close()
         for image in self._images.values():
@@ -217,10 +221,12 @@ class Link:
                 failures = 0 if self.connected else failures + 1
                 log.warning("lost the daemon; serving goes on", extra={"model": self._model, "why": str(error)})
             except BaseException as error:
-                self._refusal = error
-                if self._attached.is_set():
-                    log.exception("the session failed unexpectedly", extra={"model": self._model})
-                break
+                if not self._attached.is_set():
+                    self._refusal = error
+                    break
+                # Whatever it was: not to follow any more would be to serve an old version for ever.
+                failures += 1
+                log.exception("the session failed unexpectedly", extra={"model": self._model})
             finally:
                 self._end_session()
             if self._waker.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
@@ -376,6 +382,12 @@ class Link:
         try:
             self._follower.stage(self._mapping(message.slot, message.generation))
             self._staged = (message.generation, Version(message.label, message.digest.hex()))
+        except ShipError as failure:
+            log.warning(
+                "a version could not be staged",
+                extra={"model": self._model, "label": message.label, "why": str(failure)},
+            )
+            error = str(failure)[:MAX_TEXT]
         except Exception as failure:
             log.exception("a version could not be staged", extra={"model": self._model, "label": message.label})
             error = f"{type(failure).__name__}: {failure}"[:MAX_TEXT]
@@ -394,10 +406,13 @@ class Link:
         generation, version = self._staged
         try:
             times = self._follower.swap(version, message.timeout)
-        except ShipError as error:
+        except Exception as error:
+            # The old version is live, unless it says Fenced.
+            if not isinstance(error, ShipError):
+                log.exception("a swap failed unexpectedly", extra={"model": self._model, "label": version.label})
             lane.connection.send(
                 Swapped(
-                    error=str(error)[:MAX_TEXT],
+                    error=str(error)[:MAX_TEXT] or repr(error),
                     fenced=isinstance(error, Fenced),
                     generation=generation,
                     transfer=message.transfer,
@@ -425,11 +440,13 @@ class Link:
             self._release(lane, message.generation)
 
     def _release_settled(self, lane: Lane) -> None:
-        if not self._releasing or not self._follower.settle():
+        if not self._releasing:
             return
-        for generation in self._releasing:
-            self._release(lane, generation)
-        self._releasing.clear()
+        self._follower.settle()
+        for generation in list(self._releasing):
+            if not self._follower.reads(self._leased[generation][1]):
+                self._releasing.remove(generation)
+                self._release(lane, generation)
 
     def _release(self, lane: Lane, generation: int) -> None:
         leased = self._leased.pop(generation, None)

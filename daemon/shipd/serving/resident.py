@@ -263,6 +263,9 @@ class _ModelFollower:
     def settle(self) -> bool:
         return self._swapper.settle()
 
+    def reads(self, mapping: ImageMapping) -> bool:
+        return self._swapper.reads(mapping)
+
     def forget(self, mapping: ImageMapping) -> None:
         self._swapper.forget(mapping)
 
@@ -287,7 +290,7 @@ class _ModelFollower:
     def let_go(self) -> None:
         try:
             self._gate.swap(self._let_go, commit_timeout=10.0, max_hold=self._max_hold)
-        except ShipError as error:
+        except (ShipError, RuntimeError) as error:
             log.warning("detaching while a hold goes on", extra={"why": str(error)})
             self._let_go()
 

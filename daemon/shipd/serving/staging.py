@@ -75,6 +75,11 @@ def changed(tensors: ModelTensors) -> str | None:
 
 def read_digest(layout: Layout, tensors: ModelTensors) -> bytes:
     """Version digest of the live values; AttachError where the model was changed."""
+    check_unchanged(tensors)
+    return version_digest(layout, tensors.live)
+
+
+def check_unchanged(tensors: ModelTensors) -> None:
+    """AttachError where what is live is not what the model uses."""
     if problem := changed(tensors):
         raise AttachError(problem)
-    return version_digest(layout, tensors.live)

@@ -68,6 +68,9 @@ class Swapper(Protocol):
         """Clean up after ``apply``, when the gate is open. Whether nothing can read an image of an earlier version any
         more, so that its lease may end; where something still refers to one, ask again later."""
 
+    def reads(self, mapping: ImageMapping) -> bool:
+        """Whether anything still refers to ``mapping``, an image of an earlier version; as of the last ``settle``."""
+
     def let_go(self) -> None:
         """Serve from memory of its own from now on, so that every lease may end. The caller keeps the gate closed."""
 

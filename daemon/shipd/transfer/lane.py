@@ -84,6 +84,7 @@ class Lane:
         self.bytes_sent = 0
         self.last_heard = self.last_written = time.monotonic()
         self._sock = sock
+        self._broken: OSError | None = None
         self._waker = waker
         self._with_fds = with_fds
         self._outgoing: deque[Buffer] = deque()
@@ -173,7 +174,10 @@ class Lane:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
-                raise self._lost(error) from error
+                # What the peer said before it closed, which may be why, is still to be read. Reading finds the end.
+                self._broken = error
+                self._outgoing.clear()
+                break
             self.bytes_sent += sent
             self.last_written = time.monotonic()
             for piece in pieces:
@@ -203,7 +207,7 @@ class Lane:
         except OSError as error:
             raise self._lost(error) from error
         if not count:
-            raise self._lost(None)
+            raise self._lost(self._broken)
         self.last_heard = time.monotonic()
         try:
             self.connection.buffer_updated(count)
