@@ -126,6 +126,14 @@ def perturbed(model: nn.Module, by: float) -> dict[str, Tensor]:
     }
 
 
+def properties(model: nn.Module) -> list[tuple[object, ...]]:
+    """What a swap must not change about the tensors."""
+    return [
+        (name, id(p), p.requires_grad, p.is_leaf, p._version, p.grad is None, p.stride())
+        for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    ]
+
+
 def channels_last(layer: nn.Conv2d) -> nn.Conv2d:
     """The layer with its weight in that order of memory."""
     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 it is for tests/gpu."""
 
 import contextlib
+import itertools
 import os
 
 import pytest
@@ -81,7 +82,7 @@ def swapper(runtime):
 
 @pytest.fixture
 def images(swapper):
-    fds = []
+    fds: list[int] = []
 
     def make(change=None):
         """An image of the live tensors, every large one changed by ``change``, and the daemon's mapping of it."""
@@ -161,7 +162,7 @@ def test_a_failed_copy_is_undone_from_the_image_before(adopted, swapper, images,
     daemon, mapping = images(3)
     real = torch._foreach_copy_
     for at in range(2):
-        calls = []
+        calls: list[int] = []
 
         def fail(targets, sources, calls=calls, at=at):
             calls.append(1)
@@ -218,7 +219,7 @@ def test_spans_cover_the_chunks_and_cross_no_slice(swapper):
     assert everything[0][0] == layout.chunk(0)[0]
     assert everything[-1][1] == sum(layout.chunk(layout.chunks - 1))
     assert all(start < stop and start // 1000 == (stop - 1) // 1000 for start, stop in everything)
-    assert all(before[1] == after[0] for before, after in zip(everything, everything[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(everything))
     for number in range(layout.chunks):
         start, size = layout.chunk(number)
         pieces = list(spans(layout, [(number, number + 1)], 1000))

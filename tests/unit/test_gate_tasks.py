@@ -18,7 +18,7 @@ def gate():
 
 async def until(condition):
     async with asyncio.timeout(DEADLINE):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  nothing tells of it
             await asyncio.sleep(0)
 
 

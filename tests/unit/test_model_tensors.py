@@ -7,6 +7,10 @@ from torch import nn
 
 from shipd.errors import AttachError, UnsupportedTensor
 from shipd.serving.tensors import ModelTensors, Transient
+from tests.support.swapping import channels_last
+
+SUB_BYTE: torch.dtype = vars(torch)["uint4"]
+"""torch's annotations do not know it."""
 
 
 class Holding(nn.Module):
@@ -45,10 +49,10 @@ def test_what_a_version_consists_of():
 
 
 def test_ties_need_not_be_the_same_object():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = nn.Parameter(model[0].weight.detach())
-    model[1].bias = nn.Parameter(model[0].bias.detach().view(3))
-    specs = {spec.name: spec.tied_to for spec in ModelTensors(model).structure.specs()}
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = nn.Parameter(first.weight.detach())
+    second.bias = nn.Parameter(first.bias.detach().view(3))
+    specs = {spec.name: spec.tied_to for spec in ModelTensors(nn.Sequential(first, second)).structure.specs()}
     assert specs == {"0.bias": None, "0.weight": None, "1.bias": "0.bias", "1.weight": "0.weight"}
 
 
@@ -67,7 +71,7 @@ def test_tensors_side_by_side_in_one_storage_are_apart():
 
 
 def test_channels_last_and_transposed_tensors_are_fine():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(channels_last(nn.Conv2d(3, 8, 3)))
     model.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
     tensors = ModelTensors(model)
     assert tensors.structure.shape(tensors.structure.index["turned"]) == (3, 2)
@@ -102,7 +106,7 @@ def test_a_dimension_of_one_may_have_any_stride():
     [
         (torch.eye(3).to_sparse(), "not dense"),
         (torch.zeros(3, device="meta"), "meta device"),
-        (torch.zeros(2, dtype=torch.uint4), "dtype is uint4"),
+        (torch.zeros(2, dtype=SUB_BYTE), "dtype is uint4"),
         (torch.ones(2, dtype=torch.cfloat).conj(), "lazy conjugate"),
         (torch.ones(2, dtype=torch.cfloat).conj().imag, "lazy conjugate or negative"),
     ],
@@ -228,10 +232,11 @@ def remove(model):
     ],
 )
 def test_what_the_user_changes_is_noticed(how, expected):
-    model = nn.Sequential(nn.Linear(2, 3))
+    layer = nn.Linear(2, 3)
+    model = nn.Sequential(layer)
     tensors = ModelTensors(model)
     with torch.no_grad():
-        model[0].weight.add_(1)
+        layer.weight.add_(1)
     model.eval().requires_grad_(requires_grad=False)
     assert tensors.changed() == []
     how(model)

@@ -10,7 +10,7 @@ from shipd.serving import bits, flip
 from shipd.serving.gate import Gate
 from shipd.serving.swap import Torn
 from shipd.serving.version import Version
-from tests.support.swapping import encoder, perturbed, raws, rigs
+from tests.support.swapping import encoder, perturbed, properties, raws, rigs
 
 MODES = ("copy", "flip")
 DEADLINE = 60.0
@@ -48,7 +48,7 @@ def test_a_copy_that_fails_at_any_tensor_is_undone(adopted, rig, monkeypatch):
         calls.clear()
         one.swapper.stage(mapping)
         monkeypatch.setattr(torch, "_foreach_copy_", break_off)
-        with pytest.raises(SwapFailed, match="old version serves.*injected"):
+        with pytest.raises(SwapFailed, match=r"old version serves.*injected"):
             one.swapper.apply()
         monkeypatch.undo()
         assert raws(model) == before
@@ -65,7 +65,7 @@ def test_a_flip_that_fails_at_any_tensor_is_undone(rig, monkeypatch):
     addresses = [p.data_ptr() for p in model.parameters()]
     real = flip.bind
     for failing in range(len(list(model.parameters()))):
-        calls = []
+        calls: list[torch.Tensor] = []
 
         def break_off(live, replacement, calls=calls, at=failing):
             calls.append(live)
@@ -75,7 +75,7 @@ def test_a_flip_that_fails_at_any_tensor_is_undone(rig, monkeypatch):
 
         one.swapper.stage(one.image_of(perturbed(model, 1.0)))
         monkeypatch.setattr(flip, "bind", break_off)
-        with pytest.raises(SwapFailed, match="old version serves.*injected"):
+        with pytest.raises(SwapFailed, match=r"old version serves.*injected"):
             one.swapper.apply()
         monkeypatch.undo()
         assert raws(model) == before
@@ -230,7 +230,7 @@ def test_a_deep_copy_of_a_flipped_model_is_its_own(rig):
     one.to(perturbed(model, 1.0))
     twin = copy.deepcopy(model)
     before = raws(twin)
-    assert twin.scale.untyped_storage().nbytes() == 12
+    assert twin.get_buffer("scale").untyped_storage().nbytes() == 12
     one.to(perturbed(model, 1.0))
     assert raws(twin) == before != raws(model)
     assert one.swapper.settle()

@@ -15,12 +15,12 @@ def render_receipt(receipt: Receipt) -> str:
     """A push in a few lines."""
     if receipt.already:
         return f"{receipt.model} is at {receipt.label} already, digest {receipt.digest}: nothing to send"
+    size = f"{format_bytes(receipt.bytes_sent)} for {receipt.tensors} tensors of {format_bytes(receipt.bytes_total)}"
+    times = f"wire {format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)}"
     lines = [
         f"{receipt.model} is at {receipt.label}",
         f"  digest   {receipt.digest}",
-        f"  sent     {format_bytes(receipt.bytes_sent)} for {receipt.tensors} tensors of "
-        f"{format_bytes(receipt.bytes_total)}, in {format_seconds(receipt.seconds)} "
-        f"(wire {format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)})",
+        f"  sent     {size}, in {format_seconds(receipt.seconds)} ({times})",
     ]
     if receipt.frames_resent:
         names = ", ".join(receipt.resent_tensors[:3]) or "no tensor"

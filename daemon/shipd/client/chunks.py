@@ -51,7 +51,7 @@ class ChunkReader:
                     names = structure.names
                     raise TransferError(
                         AbortCode.MISMATCH,
-                        f"the resident model ties {names[one]!r} and {names[other]!r}, but the checkpoint has different "
-                        "values for them",
+                        f"the resident model ties {names[one]!r} and {names[other]!r}, but the checkpoint has "
+                        "different values for them",
                         tensor=names[other],
                     )

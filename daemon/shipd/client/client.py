@@ -85,8 +85,9 @@ class Client:
         stall        seconds without any sign of life after which the push is given up
         on_progress  called on another thread while the push runs
 
-        Raises ValueError for a name or a label that cannot be one. Cancelling ends the push, unless its commit is under way: that is waited for. Raises a ShipError that
-        says what happened; whatever it is, the previous version serves, unless it is OutcomeUnknown.
+        Cancelling ends the push, unless its commit is under way: that is waited for. Raises ValueError for a name or
+        a label that cannot be one, and a ShipError for everything else; whatever that is, the previous version
+        serves, unless it is OutcomeUnknown.
         """
         options = PushOptions(
             model=check_label("model name", model),

@@ -90,7 +90,7 @@ class Push:
             self._waker.wake()
 
     def run(self) -> Receipt:
-        """Push. Raises ShipError; whatever it is, the previous version is still serving, unless it is OutcomeUnknown."""
+        """Push. Raises ShipError; the previous version is serving then, unless it is OutcomeUnknown."""
         started = time.monotonic()
         deadline = started + self._options.timeout if self._options.timeout is not None else float("inf")
         try:
@@ -221,7 +221,7 @@ class Push:
 
     @property
     def _interruptible(self) -> Waker | None:
-        """From the moment COMMIT may have left, nothing interrupts: whoever cancelled too late waits for the outcome."""
+        """Once COMMIT may have left, nothing interrupts: whoever cancelled too late waits for the outcome."""
         return None if self._commit_sent else self._waker
 
     def _before_commit(self) -> None:

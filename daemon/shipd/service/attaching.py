@@ -91,7 +91,7 @@ class Attaching:
             if problems and (model.sessions or (model.version is not None and model.version.pushed)):
                 raise TransferError(
                     AbortCode.MISMATCH,
-                    f"this is not the model that is {'served' if model.sessions else 'committed'} as {model.name!r} here: "
+                    f"this is not the model that is {'served' if model.sessions else 'committed'} as {model.name!r}: "
                     f"{summarise(problems, model.name)}. Attach it under another name.",
                     details=tuple(problems),
                 )

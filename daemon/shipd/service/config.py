@@ -80,8 +80,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         address = self.address
         if self.token_file is None and not _is_loopback(address.host):
             raise ConfigError(
-                f"listen = {self.listen!r} is reachable from other hosts, and no token_file is set: anyone could replace "
-                "your models. Set token_file, or listen on 127.0.0.1."
+                f"listen = {self.listen!r} is reachable from other hosts, and no token_file is set: anyone could "
+                "replace your models. Set token_file, or listen on 127.0.0.1."
             )
         if not self.socket or "\0" in self.socket or len(self.socket.encode()) > 107:
             raise ConfigError(f"socket = {self.socket!r} cannot be the path of a Unix socket (1 to 107 bytes)")

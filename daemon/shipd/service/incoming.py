@@ -19,6 +19,7 @@ from shipd.service.config import Config
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import ImageStore, Model, Version
 from shipd.service.rollout import Outcome, Rollout
+from shipd.service.session import Session
 from shipd.transfer.peer import Peer
 from shipd.units import format_bytes
 from shipproto.connection import Event
@@ -82,6 +83,7 @@ class Incoming:
         self._commit_requested = asyncio.Event()
         self._reason: TransferError | None = None
         self._rollout: Rollout | None = None
+        self._evicted: list[tuple[Session, str]] = []
         self._expiry: asyncio.TimerHandle | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(peer, offer), name=f"push to {model.name}")
 
@@ -177,6 +179,7 @@ class Incoming:
             pool = await self._choose_pool(layout)
             slot = await self._take_slot(pool)
             rollout = self._rollout = Rollout(self._host.config, self.model, pool, slot, self.receiver.transfer)
+            rollout.left += self._evicted
             self.receiver.accept(pool.layout, slot.memory.view)
             self.flush()
             await self._receive()
@@ -264,7 +267,9 @@ class Incoming:
             if loop.time() >= deadline and stale is not None:
                 holders = pool.holders(stale)
                 for session in [session for session in self.model.sessions if session.number in holders]:
-                    session.evict("it did not release an image in time")
+                    why = "it did not release an image in time"
+                    session.evict(why)
+                    self._evicted.append((session, why))
                 pool.forget(stale)
                 continue
             if loop.time() >= deadline:

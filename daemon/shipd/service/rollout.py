@@ -97,7 +97,7 @@ class Rollout:
             else:
                 why = answer.error if isinstance(answer, StageReady) else answer
                 outcome.stale.append((session, f"it could not stage the version: {why}"))
-        answers = await asyncio.gather(
+        replies = await asyncio.gather(
             *(
                 session.swap(self._transfer, self._slot, self._config.commit_timeout, SWAP_GRACE)
                 for session in self.ready
@@ -105,23 +105,25 @@ class Rollout:
             return_exceptions=True,
         )
         refusals: list[str] = []
-        for session, answer in zip(self.ready, answers, strict=True):
-            if isinstance(answer, Swapped) and not answer.error:
+        for session, reply in zip(self.ready, replies, strict=True):
+            if isinstance(reply, Swapped) and not reply.error:
                 outcome.swapped.append(session)
-                outcome.pause_seconds = max(outcome.pause_seconds or 0.0, answer.pause_seconds)
-            elif isinstance(answer, Swapped):
-                outcome.stale.append((session, answer.error))
-                if not answer.fenced:
-                    refusals.append(f"process {session.pid}: {answer.error}")
-            elif isinstance(answer, TimeoutError):
+                outcome.pause_seconds = max(outcome.pause_seconds or 0.0, reply.pause_seconds)
+            elif isinstance(reply, Swapped):
+                outcome.stale.append((session, reply.error))
+                if not reply.fenced:
+                    refusals.append(f"process {session.pid}: {reply.error}")
+            elif isinstance(reply, TimeoutError):
                 # It may have swapped, or may yet: only what has been committed is safe for it to come back to.
                 outcome.stale.append((session, "it did not say in time that it has swapped"))
-            elif not isinstance(answer, SessionLost):
-                raise answer
+            elif not isinstance(reply, SessionLost):
+                raise reply
         if refusals and len(refusals) == len(outcome.stale) and not outcome.swapped:
             raise TransferError(AbortCode.SWAP_FAILED, "; ".join(refusals))
         back = {session.pid for session in (*outcome.swapped, *(session for session, _why in outcome.stale))}
-        outcome.stale += [(session, why) for session, why in self.left if session.pid not in back and alive(session.pid)]
+        outcome.stale += [
+            (session, why) for session, why in self.left if session.pid not in back and alive(session.pid)
+        ]
         return outcome
 
     def cancel(self) -> None:

@@ -2,12 +2,10 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import functools
-import grp
 import logging
 import os
-import socket
-import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +19,11 @@ from shipd.service.config import RELOADABLE, Config
 from shipd.service.incoming import Incoming
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
+from shipd.service.socketfile import SocketFile
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
-from shipproto.connection import ChunkDamaged, Connection, Established, Event, MessageArrived
+from shipproto.connection import Connection, Established, Event, MessageArrived
 from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
 from shipproto.limits import NONCE_SIZE
@@ -98,9 +97,7 @@ class Server:
         self._slow_pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-populate")
         self._closing = False
         self._tcp: asyncio.Server | None = None
-        self._unix: socket.socket | None = None
-        self._unix_inode = (0, 0)
-        self._unix_group = -1
+        self._unix: SocketFile | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._declare()
 
@@ -120,45 +117,20 @@ class Server:
             raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
         self.port = self._tcp.sockets[0].getsockname()[1]
         try:
-            self._unix = self._listen_unix()
+            self._unix = SocketFile(Path(self.config.socket), self.config.socket_group)
         except BaseException:
             self._tcp.close()
             raise
-        loop.add_reader(self._unix.fileno(), self._accept_unix)
+        loop.add_reader(self._unix.socket.fileno(), self._accept_unix)
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_silent)
         log.info(
             "listening",
             extra={
-                "address": str(address),
-                "port": self.port,
+                "address": str(dataclasses.replace(address, port=self.port)),
                 "socket": self.config.socket,
                 "auth": "token" if self._token else "none",
             },
         )
-
-    def _listen_unix(self) -> socket.socket:
-        path = Path(self.config.socket)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            if path.is_socket():
-                _remove_stale(path)
-            previous = os.umask(0o117)
-            try:
-                sock.bind(str(path))
-            finally:
-                os.umask(previous)
-            if self.config.socket_group is not None:
-                os.chown(path, -1, grp.getgrnam(self.config.socket_group).gr_gid)
-            sock.listen(64)
-            sock.setblocking(False)
-        except (OSError, KeyError) as error:
-            sock.close()
-            why = error.strerror if isinstance(error, OSError) else f"no group {self.config.socket_group!r}"
-            raise ConfigError(f"cannot listen on {path}: {why}") from error
-        info = path.stat()
-        self._unix_inode = (info.st_dev, info.st_ino)
-        self._unix_group = info.st_gid
-        return sock
 
     async def drain(self) -> None:
         """Take no new pushes and wait for those under way, at most ``drain_timeout``."""
@@ -177,9 +149,8 @@ class Server:
         if self._tcp is not None:
             self._tcp.close()
         if self._unix is not None:
-            loop.remove_reader(self._unix.fileno())
+            loop.remove_reader(self._unix.socket.fileno())
             self._unix.close()
-            _unlink_own(Path(self.config.socket), self._unix_inode)
         for incoming in set(self._incoming_all()):
             incoming.fail(
                 TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down; it may be back in a moment")
@@ -247,15 +218,14 @@ class Server:
     def _accept_unix(self) -> None:
         assert self._unix is not None
         try:
-            sock, _address = self._unix.accept()
+            sock, _address = self._unix.socket.accept()
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 log.warning("cannot accept a local connection", extra={"why": error.strerror})
             return
         connection = self._connection(None, FROM_SENDERS + FROM_PROCESSES)
         peer = UnixPeer(sock, connection, self._on_event, self._on_lost)
-        if peer.uid not in (0, os.geteuid()) and self._unix_group not in peer.groups:
-            # The file's mode says the same to whoever connects; this says it to whoever was handed the socket.
+        if not self._unix.admits(peer.uid, peer.groups):
             peer.close(f"user {peer.uid} is not in the socket's group")
             return
         self._opened(peer)
@@ -307,22 +277,21 @@ class Server:
         elif isinstance(message, VerifyRequest):
             self._spawn(self._verify(peer, message))
         elif session is not None and message is not None:
-            if isinstance(message, Release):
-                self._release(session, message)
-            elif isinstance(message, Detach):
-                session.detached = True
-                peer.close("detached")
-            else:
-                session.on_message(message)
+            self._on_session(session, message)
         elif peer in self._incoming:
             self._incoming[peer].on_event(peer, event)
-        elif isinstance(event, ChunkDamaged):
-            # A header that nobody could read, such as the OFFER's: it has been asked for again.
-            return
-        elif not isinstance(message, Abort):
-            # The transfer that it belongs to has ended, and the sender has been told; or there never was one.
-            if message is None or not getattr(message, "transfer", b""):
-                raise UnexpectedMessage(f"{type(message or event).__name__} outside a transfer")
+        elif not getattr(message, "transfer", b""):
+            # With the id of a transfer, it belongs to one that has ended, and the sender has been told.
+            raise UnexpectedMessage(f"{type(message or event).__name__} outside a transfer")
+
+    def _on_session(self, session: Session, message: Message) -> None:
+        if isinstance(message, Release):
+            self._release(session, message)
+        elif isinstance(message, Detach):
+            session.detached = True
+            session.peer.close("detached")
+        else:
+            session.on_message(message)
 
     # --- pushes --------------------------------------------------------------------------------------------
 
@@ -479,27 +448,3 @@ class Server:
 def _may_retry(ended: Receiver) -> bool:
     """Whether a repeated OFFER starts the transfer anew: it was cut off, not refused or committed."""
     return ended.error is not None and ended.error.code in (AbortCode.STALLED, AbortCode.SHUTTING_DOWN)
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on any more. Raises ConfigError if somebody does."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            raise ConfigError(f"cannot tell whether {path} is in use: {error.strerror or error}") from error
-    raise ConfigError(f"another daemon is listening on {path}")
-
-
-def _unlink_own(path: Path, inode: tuple[int, int]) -> None:
-    """Remove our socket, but not one that a newer daemon has put in its place."""
-    try:
-        info = path.lstat()
-    except FileNotFoundError:
-        return
-    if stat.S_ISSOCK(info.st_mode) and (info.st_dev, info.st_ino) == inode:
-        path.unlink(missing_ok=True)

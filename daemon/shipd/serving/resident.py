@@ -155,8 +155,8 @@ class Resident:
             found = self._follower.digest().hex()
         if found != version.digest:
             raise IntegrityError(
-                f"model {self.name!r} should be {version.label!r} with digest {version.digest}, and its live parameters "
-                f"have {found}: something in this process has written to them",
+                f"model {self.name!r} should be {version.label!r} with digest {version.digest}, and its live "
+                f"parameters have {found}: something in this process has written to them",
                 model=self.name,
             )
         return found
@@ -184,7 +184,8 @@ class Resident:
         finally:
             self._detaching.release()
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
+        """What os.register_at_fork calls: the child follows no daemon, and must not keep the parent's session open."""
         self._link.abandon_after_fork()
         self._follower.abandon_after_fork()
 
@@ -344,7 +345,7 @@ def _places(resident: Resident) -> set[int]:
 
 def _after_fork_in_child() -> None:
     for resident in list(_residents):
-        resident._after_fork_in_child()
+        resident.after_fork_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

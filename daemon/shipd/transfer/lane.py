@@ -88,7 +88,7 @@ class Lane:
         self._waker = waker
         self._with_fds = with_fds
         self._outgoing: deque[Buffer] = deque()
-        sock.setblocking(False)
+        sock.settimeout(0)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._interest = select.POLLIN
@@ -110,9 +110,10 @@ class Lane:
             raise ConnectError(
                 f"cannot connect to {target}: {_reason(error)}. {hint}".rstrip(), peer=str(target)
             ) from error
-        return cls(sock, str(target), token=token, waker=waker, with_fds=local)._shake_hands(deadline)
+        return cls(sock, str(target), token=token, waker=waker, with_fds=local).shake_hands(deadline)
 
-    def _shake_hands(self, deadline: float) -> "Lane":
+    def shake_hands(self, deadline: float) -> "Lane":
+        """Finish the handshake; the lane itself, or it is closed and the error raised."""
         try:
             while not self.connection.established:
                 for event in self.exchange(deadline):

@@ -62,7 +62,7 @@ class UnixPeer:
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._writing = False
         self._closed = False
-        sock.setblocking(False)
+        sock.settimeout(0)
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @property
