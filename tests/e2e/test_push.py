@@ -92,7 +92,8 @@ def test_nan_payloads_negative_zero_and_complex_are_bits(daemon):
     rows = tuple(
         Tensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in state.items()
     )
-    raw = {name: bytes(tensor.clone().untyped_storage()) for name, tensor in state.items()}
+    # As integers: copying bools makes all that is not 0 a 1.
+    raw = {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
     push(address_of(daemon), state)
     assert_installed(daemon, Content(rows, raw))
 

@@ -512,10 +512,10 @@ def test_an_offer_and_an_abort_in_one_write(target, small):
 
 
 def test_offers_that_are_aborted_leave_no_memory_behind(target, small):
-    """Images are made off the loop: an ABORT may come while they are."""
+    """An ABORT may come while the structure is looked at, or images are made."""
     structure = hostile.columns()
     for number in range(50):
-        transfer = number.to_bytes(16, "big")
+        transfer = (number + 1).to_bytes(16, "big")
         with attacker(target.port) as peer:
             peer.greet().send("Offer", hostile.offer(structure, 1, 4, transfer=transfer))
             peer.expect("StructureWanted")
@@ -573,7 +573,7 @@ FLOODS = {
     "questions": lambda number: frame("StatusRequest", b"\x80", b"", number + 1),
     "pings": lambda number: frame("Ping", {"reply": True}, b"", number + 1),
     "offers": lambda number: frame(
-        "Offer", hostile.offer(b"", 1, 4, transfer=number.to_bytes(16, "big"), model="nobody"), b"", number + 1
+        "Offer", hostile.offer(b"", 1, 4, transfer=(number + 1).to_bytes(16, "big"), model="nobody"), b"", number + 1
     ),
     "damaged frames": lambda number: frame("Ping", b"\x80", b"", number + 1, header_crc=1),
     "pieces of no body": lambda number: frame("Body", {"body_id": 9, "offset": 0}, bytes(LARGE), number + 1),
@@ -583,25 +583,41 @@ LARGE = 128 * 1024
 
 @pytest.mark.parametrize("what", FLOODS)
 def test_floods_whose_answers_nobody_reads_take_no_memory(start_shipd, medium, what):
-    service = start_shipd()
+    # The more models, the longer the answer to a question of forty bytes.
+    service = start_shipd(models={"model": "1GiB", **{f"other.{at}": "1GiB" for at in range(100)}})
     push(service.address, medium, label="v0")
     before = memory(service.pid)["RssAnon"]
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(attacker(service.port)).greet() for _ in range(4)]
-        floods = [stack.enter_context(Background(flood, peer, FLOODS[what], 0.7, 64 * MIB)) for peer in peers]
+        floods = [stack.enter_context(Background(flood, peer, FLOODS[what], 1.5, 64 * MIB)) for peer in peers]
         assert status(service.address).models[0].label == "v0", "others are served meanwhile"
-        for running in floods:
-            running.result()
+        sent = [running.result() for running in floods]
+        assert sum(sent) > 100_000, "else this has shown nothing"
         grown = memory(service.pid)["RssAnon"] - before
     assert grown < 24 * MIB, f"the daemon grew by {grown / MIB:.0f} MiB"
     push(service.address, medium, label="v1")
+
+
+def test_who_does_not_read_is_cut_off_in_the_end(start_daemon, medium, monkeypatch):
+    """There is always something left to be written to it, so that a polite close would wait for ever."""
+    monkeypatch.setattr("shipd.service.server._IDLE_SECONDS", 0.3)
+    monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("shipd.transfer.stream._FAREWELL_SECONDS", 0.1)
+    daemon = start_daemon(models={"model": "1GiB", **{f"other.{at}": "1GiB" for at in range(100)}})
+    with healthy_push(daemon, medium), attacker(daemon.port) as peer:
+        # A small window, so that little is needed to fill it.
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.greet()
+        while flood(peer, FLOODS["questions"], 0.2, 64 * MIB):
+            pass
+        until(lambda: len(daemon.server._peers) == 1, "the daemon has let go of the attacker")
 
 
 def test_peers_cannot_write_into_the_log(start_shipd):
     """What a peer says of itself, or sends as a name, stands escaped in one line."""
     service = start_shipd(log_format="text")
     listening = next(line for line in service.err.splitlines() if " listening " in line)
-    port = int(listening.partition("port=")[2].split()[0])
+    port = int(listening.partition("address=127.0.0.1:")[2].split()[0])
     evil = "x\n<0>fatal all is lost model=\x1b[31mred\x1b[0m"
     with attacker(port) as peer:
         peer.send("Hello", hello(bytes(32), evil[:60], version_min=2, version_max=2))
@@ -610,13 +626,13 @@ def test_peers_cannot_write_into_the_log(start_shipd):
         peer.write(b"\x1b[2J\nfatal line\n" * 10)
         peer.drain()
     with attacker(port) as peer:
-        peer.greet().send("Offer", hostile.offer(b"", 1, 4, model="nobody", label="fine"))
-        peer.send("Ping", pack({"!\n\x1b[0m evil": 1}))
+        peer.greet().send("Ping", pack({"!\n\x1b[0m evil": 1}))
         peer.drain()
     service.terminate()
     assert "\x1b" not in service.err
     assert all(line[:4].isdigit() for line in service.err.splitlines()), service.err
-    assert "all is lost" in service.err, "and it is said, escaped"
+    assert service.err.count("fatal line") == 1, "it is said, escaped"
+    assert "evil" in service.err
 
 
 def test_json_logs_are_one_object_a_line(start_shipd):

@@ -248,7 +248,9 @@ def test_cut_at_every_tenth(daemon, proxy, new, tenth):
     proxy.cut_at_byte(NEW.nbytes * tenth // 10 + 400, connection=0, how=how)
     receipt = push(proxy.address, new, label="new")
     assert proxy.connections == 2
-    assert_only_missing(proxy, 1, (NEW.nbytes * tenth // 10) // (LEAF + 50), how)
+    whole = NEW.nbytes * tenth // 10 // (LEAF + 50)
+    if how == "fin":
+        assert proxy.count(DATA, connection=1) <= CHUNKS - whole
     # What lay in the kernel's buffers is lost as well, and was written.
     assert receipt.bytes_sent <= NEW.nbytes + 8 * (1 << 20)
     assert_installed(daemon, NEW, label="new")

@@ -22,7 +22,7 @@ from crc32c import crc32c
 from tests.support import naive
 from tests.support.naive import LEAF, MORE, TYPES, Tensor, encode_structure, hello, pack
 
-DEADLINE = 20.0
+DEADLINE = 10.0
 
 
 def frame(name: str | int, header: dict[str, Any] | bytes, payload: bytes, sequence: int, **lies: Any) -> bytes:
@@ -104,9 +104,9 @@ class Peer:
         raise AssertionError(f"the connection ended without {name}")
 
     def drain(self) -> list[str]:
-        """Until the other side closes: the types of what it still said."""
-        names = []
-        while (found := self.receive()) is not None:
+        """Until the other side closes, or has said why it will not: the types of what it still said."""
+        names: list[str] = []
+        while "Abort" not in names and (found := self.receive()) is not None:
             names.append(found.name)
         return names
 

@@ -224,7 +224,7 @@ class ShipdProcess(Process):
         self.notify.wait_for("READY=1", process=self)
         listening = self.logged("listening")
         if listening:
-            self.port = listening[0]["port"]
+            self.port = int(listening[0]["address"].rpartition(":")[2])
 
     @property
     def address(self) -> str:

@@ -606,6 +606,8 @@ def attach() -> Iterator[Attach]:
     yield start
     for resident in attached:
         resident.detach()
+    # pytest refers to ``start`` until the very end, and this to models whose weights may lie in images.
+    attached.clear()
 
 
 if __name__ == "__main__":

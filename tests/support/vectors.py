@@ -273,11 +273,11 @@ def _resident(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.R
 
 
 def _status(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
-    found["value"] = msgspec.to_builtins(decode_status(read(vector["input"])))
+    found["value"] = said(decode_status(read(vector["input"])))
 
 
 def _verification(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
-    found["value"] = msgspec.to_builtins(decode_verification(read(vector["input"])))
+    found["value"] = said(decode_verification(read(vector["input"])))
 
 
 def _abort(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:

@@ -98,6 +98,18 @@ def test_a_child_forked_in_the_middle_of_a_swap_is_fenced(gate):
 
 
 @forking
+def test_a_child_forked_during_a_callback_has_the_new_version(gate):
+    texts = []
+
+    def child():
+        with gate.hold() as version:
+            assert version == NEW
+
+    swap(gate, then=lambda _: Worker(lambda: texts.append(in_child(child))).finish())
+    assert texts == [""]
+
+
+@forking
 def test_a_callback_may_fork(gate):
     texts = []
 

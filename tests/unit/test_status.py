@@ -58,6 +58,12 @@ def test_there_and_back() -> None:
     assert decode_status(encode(small)) == small
 
 
+def test_a_verification_matches_where_every_process_does() -> None:
+    assert not VERIFICATION.matches
+    assert msgspec.structs.replace(VERIFICATION, processes=VERIFICATION.processes[1:]).matches
+    assert msgspec.structs.replace(VERIFICATION, processes=[]).matches, "nobody serves anything else"
+
+
 def test_fields_of_a_later_release_are_ignored() -> None:
     said = msgspec.to_builtins(STATUS)
     said["weather"] = {"deep": [1]}

@@ -12,7 +12,16 @@ from shipd.address import Address
 from shipd.checkpoints.source import Source
 from shipd.client.chunks import ChunkReader
 from shipd.client.receipt import Receipt
-from shipd.errors import ConnectError, Interrupted, OutcomeUnknown, ShipError, Stalled, TensorChanged, TransferFailed
+from shipd.errors import (
+    ConnectError,
+    Interrupted,
+    OutcomeUnknown,
+    PeerError,
+    ShipError,
+    Stalled,
+    TensorChanged,
+    TransferFailed,
+)
 from shipd.transfer.faults import as_transfer_error, peer_error, remote_error
 from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from shipproto.connection import Event
@@ -80,6 +89,7 @@ class Push:
         self._progress_at = 0.0
         self._commit_sent = False
         self._reached = False
+        self._established = False
         self._pinged = 0.0
         # Last: it takes descriptors, which only run() gives back.
         self._waker = Waker()
@@ -115,7 +125,8 @@ class Push:
                 self._raise_if_over(error, deadline)
                 if self._sender.held > held:
                     breaks, moved = 0, time.monotonic()
-                breaks += isinstance(error, ConnectionLost)
+                # What breaks before it is established, behind a proxy whose daemon restarts, is as good as refused.
+                breaks += isinstance(error, ConnectionLost) and (self._established or not self._reached)
                 if (
                     isinstance(error, Stalled)
                     or breaks >= _MAX_BREAKS
@@ -132,6 +143,7 @@ class Push:
                 raise self._outcome(error) from error
 
     def _over_one_connection(self, deadline: float) -> Committed:
+        self._established = False
         lane = self._spare or Lane.open(
             self._address,
             token=self._options.token,
@@ -139,6 +151,7 @@ class Push:
             waker=self._interruptible,
         )
         self._spare = None
+        self._established = True
         lane.use(self._interruptible)
         self._reached = True
         sent_before = lane.bytes_sent
@@ -183,12 +196,14 @@ class Push:
                     lane.use(self._interruptible)
                     sender.commit()
                 self._take(lane.exchange(self._wait_until(lane, deadline)))
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not sender.ended:
                 raise Stalled(f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=lane.peer)
             self._report(sender.stage if step is None else "sending")
         if sender.committed is None:
             assert sender.error is not None
             raise sender.error
+        if sender.committed.digest != sender.digest:
+            raise PeerError(f"{lane.peer} broke the protocol: it committed what was not sent", peer=lane.peer)
         return sender.committed
 
     def _send_chunk(self, lane: Lane, reader: ChunkReader, chunk: int) -> None:

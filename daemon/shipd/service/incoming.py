@@ -38,6 +38,7 @@ from shipproto.receiver import (
     TransferAborted,
 )
 from shipproto.status import FailedPush
+from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.transfer")
 
@@ -222,17 +223,30 @@ class Incoming:
                 raise TransferError(AbortCode.MISMATCH, summarise(problems, self.model.name), details=tuple(problems))
         if not len(offered):
             raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
+        self._check_size(offered)
         return await self._host.work(Layout, offered)
 
-    async def _choose_pool(self, layout: Layout) -> SlotPool:
-        """The model's images, or new ones where those are laid out otherwise and nothing is attached to them."""
+    def _check_size(self, structure: Structure) -> None:
+        """Refuse what cannot fit before anything is laid out for it: a few bytes can describe terabytes."""
+        size = structure.total_bytes
         declared = self.model.declared
-        if declared is not None and layout.structure.total_bytes > declared.limit:
+        if declared is not None and size > declared.limit:
             raise TransferError(
                 AbortCode.MEMORY_LIMIT,
                 f"model {self.model.name!r} may have {format_bytes(declared.limit)} (max_bytes), and this version has "
-                f"{format_bytes(layout.structure.total_bytes)}",
+                f"{format_bytes(size)}",
             )
+        limit = self._host.images.budget.limit
+        if size > limit:
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT,
+                f"model {self.model.name!r}: this version has {format_bytes(size)}, more than the daemon's memory_limit of "
+                f"{format_bytes(limit)}",
+            )
+
+    async def _choose_pool(self, layout: Layout) -> SlotPool:
+        """The model's images, or new ones where those are laid out otherwise and nothing is attached to them."""
+        self._check_size(layout.structure)
         # Not while a process attaches, which may be laying out images as well.
         async with self.model.lock:
             pool = self.model.pool

@@ -127,6 +127,7 @@ class Server:
             "listening",
             extra={
                 "address": str(dataclasses.replace(address, port=self.port)),
+                "port": self.port,
                 "socket": self.config.socket,
                 "auth": "token" if self._token else "none",
             },
@@ -280,9 +281,10 @@ class Server:
             self._on_session(session, message)
         elif peer in self._incoming:
             self._incoming[peer].on_event(peer, event)
-        elif not getattr(message, "transfer", b""):
-            # With the id of a transfer, it belongs to one that has ended, and the sender has been told.
-            raise UnexpectedMessage(f"{type(message or event).__name__} outside a transfer")
+        elif message is not None and not getattr(message, "transfer", b""):
+            # With the id of a transfer, it belongs to one that has ended, and the sender has been told. What is no
+            # message is a damaged header, perhaps the OFFER's own: it has been asked for again.
+            raise UnexpectedMessage(f"{type(message).__name__} outside a transfer")
 
     def _on_session(self, session: Session, message: Message) -> None:
         if isinstance(message, Release):

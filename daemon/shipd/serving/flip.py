@@ -21,7 +21,8 @@ from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image
 from shipd.serving.tensors import ModelTensors
 from shipproto.layout import Layout
 
-Pairs = list[tuple[Tensor, Tensor]]
+Bindings = list[tuple[Tensor, Tensor, Tensor]]
+"""A live tensor, what it is bound to, and what it is going to be bound to."""
 
 
 class FlipSwap:
@@ -39,7 +40,7 @@ class FlipSwap:
             )
         self.tensors = tensors
         self.layout = layout
-        self._staged: tuple[ImageMapping, Pairs, weakref.ref[memoryview]] | None = None
+        self._staged: tuple[ImageMapping, Bindings, weakref.ref[memoryview]] | None = None
         self._current: tuple[ImageMapping, weakref.ref[memoryview]] | None = None
         self._retired: list[tuple[ImageMapping, weakref.ref[memoryview]]] = []
         self._moved = False
@@ -70,7 +71,7 @@ class FlipSwap:
         # nothing else of the mapping: when it is gone, nothing can read the image any more.
         anchor = mapping.raw
         replacements: dict[int, Tensor] = {}
-        pairs: Pairs = []
+        bindings: Bindings = []
         primary = self.layout.structure.primary.tolist()
         seen: set[int] = set()
         for row, live in enumerate(self.tensors.live):
@@ -81,8 +82,8 @@ class FlipSwap:
             root = primary[row]
             if root not in replacements:
                 replacements[root] = self._replacement(anchor, root, live)
-            pairs.append((live, replacements[root]))
-        self._staged = (mapping, pairs, weakref.ref(anchor))
+            bindings.append((live, live.data, replacements[root]))
+        self._staged = (mapping, bindings, weakref.ref(anchor))
 
     def _replacement(self, anchor: memoryview, row: int, live: Tensor) -> Tensor:
         """The staged value of a tensor, with the strides of the live one."""
@@ -100,15 +101,14 @@ class FlipSwap:
         """See Swapper."""
         if self._staged is None:
             raise RuntimeError("nothing is staged")
-        mapping, pairs, anchor = self._staged
+        mapping, bindings, anchor = self._staged
         self._staged = None
-        before = [(live, live.data) for live, _ in pairs]
         try:
-            for live, replacement in pairs:
+            for live, _, replacement in bindings:
                 bind(live, replacement)
         except BaseException as error:
             try:
-                for live, old in before:
+                for live, old, _ in bindings:
                     bind(live, old)
             except BaseException as second:  # noqa: BLE001  whatever it is, the model is torn
                 raise Torn(f"the swap failed ({error!r}) and could not be undone ({second!r})") from error

@@ -91,7 +91,9 @@ class Gate:
     def _reset(self) -> None:
         """Everything that other threads could be in the middle of."""
         self._closed = False
+        # The thread that swaps at this moment, and whether the weights may be a mix at this moment.
         self._acting = 0
+        self._mixed = False
         self._waiting: set[object] = set()
         self._swapping = threading.Lock()
         self._state = threading.Lock()
@@ -171,13 +173,13 @@ class Gate:
 
     async def reopened(self) -> bool:
         """``wait_outside`` without blocking the event loop. True where there was something to wait for."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
         with self._state:
             if not self._closed:
                 if self.fenced is not None:
                     raise Fenced(self.fenced)
                 return False
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[None] = loop.create_future()
             self._futures.append((loop, future))
             self._waiting.add(future)
         try:
@@ -248,11 +250,14 @@ class Gate:
                 holders = self._holders()
             else:
                 self._acting = threading.get_ident()
+                self._mixed = True
                 self.version = action()
+                self._mixed = False
                 if then is not None:
                     self._call(then)
         finally:
             self._acting = 0
+            self._mixed = False
             for lock in reversed(taken):
                 lock.release()
             self._open()
@@ -366,7 +371,7 @@ class Gate:
         """In the child only the forking thread exists; what the others held, nobody will release."""
         me = threading.get_ident()
         mine = self._acting == me
-        torn = self._acting != 0 and not mine
+        torn = self._mixed and not mine
         self._slots = {key: slot for key, slot in self._slots.items() if slot.ident == me}
         for slot in self._slots.values():
             for lock in (slot.forward, slot):

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from shipd.transfer.faults import describe_opening
 from shipproto.connection import Connection, Event
@@ -17,6 +17,9 @@ from shipproto.frame import Buffer
 from shipproto.messages import Message
 
 log = logging.getLogger("shipd.transfer")
+
+_FAREWELL_SECONDS: Final = 30.0
+"""How long a peer may take to read the last words of a connection."""
 
 
 class StreamPeer(asyncio.BufferedProtocol):
@@ -37,6 +40,7 @@ class StreamPeer(asyncio.BufferedProtocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._farewell: asyncio.TimerHandle | None = None
         self._closed = False
 
     # --- what the transport calls --------------------------------------------------------------------------
@@ -75,8 +79,19 @@ class StreamPeer(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         return False
 
+    def pause_writing(self) -> None:
+        """The peer does not read its answers: then it is not listened to either, or they would pile up here."""
+        if self._transport is not None and not self._closed:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._closed:
+            self._transport.resume_reading()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
+        if self._farewell is not None:
+            self._farewell.cancel()
         if exc is not None:
             log.info("connection lost", extra={"peer": self.name, "why": str(exc)})
         self._on_lost(self)
@@ -106,13 +121,16 @@ class StreamPeer(asyncio.BufferedProtocol):
             self._transport.write(piece)
 
     def close(self, reason: str = "") -> None:
-        """Write what is queued and close."""
+        """Write what is queued and close; a peer that does not read it is cut off after a while."""
+        if self._closed:
+            return
         if reason:
             log.info("closing a connection", extra={"peer": self.name, "why": reason})
         self.flush()
         self._closed = True
         if self._transport is not None:
             self._transport.close()
+            self._farewell = self._loop.call_later(_FAREWELL_SECONDS, self._transport.abort)
 
     def abort(self) -> None:
         """Close at once; what is queued is lost."""

@@ -1,7 +1,7 @@
 """Structures with everything that follows from them, and other bodies, to be accepted."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgpack
 
@@ -117,7 +117,7 @@ def accept_bodies(book: Book) -> None:
         "label": "v1",
         "digest": DIGEST.hex(),
         "attached_seconds": 12.5,
-        "pinned": False,
+        "pinned": True,
     }
     transfer = {
         "transfer_id": TRANSFER.hex(),
@@ -126,7 +126,7 @@ def accept_bodies(book: Book) -> None:
         "label": "v2",
         "bytes_held": 1,
         "bytes_total": 2,
-        "connected": True,
+        "connected": False,
     }
     model = {
         "name": "minilm",
@@ -135,10 +135,17 @@ def accept_bodies(book: Book) -> None:
         "tensors": 7,
         "bytes": 3000,
         "image_bytes": 8192,
-        "committed_at": 0.0,
+        "committed_at": 1.75e9,
         "metadata": {"run": "a7"},
         "processes": [process],
         "transfer": transfer,
+        "failed": {
+            "transfer_id": TRANSFER.hex(),
+            "peer": "10.0.0.1:4",
+            "reason": "stalled",
+            "label": "v0",
+            "at": 1.5e9,
+        },
     }
     status = {
         "agent": "shipd",
@@ -149,6 +156,15 @@ def accept_bodies(book: Book) -> None:
         "models": [model],
     }
     book.accept("status", "the body of STATUS", kind="status", input=spell(msgpack.packb(status)), value=status)
+    least = {"agent": "", "pid": 0, "uptime_seconds": 0.0, "memory_used": 0, "memory_limit": 0}
+    defaults: dict[str, Any] = {"models": [{"name": "m", "label": "", "processes": [], "transfer": None}]}
+    book.accept(
+        "status-defaults",
+        "defaults mean the same whether they are spelled out or not",
+        kind="status",
+        input=spell(msgpack.packb({**least, **defaults})),
+        value={**least, "models": [{"name": "m"}]},
+    )
     book.accept(
         "status-later-release",
         "fields of a later release are ignored",
@@ -160,7 +176,7 @@ def accept_bodies(book: Book) -> None:
         "model": "minilm",
         "label": "v1",
         "digest": DIGEST.hex(),
-        "processes": [{"pid": 811, "label": "v1", "digest": DIGEST.hex(), "matches": True, "error": ""}],
+        "processes": [{"pid": 811, "label": "v1", "digest": DIGEST.hex(), "matches": True, "error": "none"}],
     }
     book.accept(
         "verification",
