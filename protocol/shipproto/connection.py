@@ -32,21 +32,9 @@ from shipproto.errors import (
 )
 from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude, encode_frame
 from shipproto.handshake import Handshake, Step
+from shipproto.headers import check_body, decode_header, encode_header
 from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
-from shipproto.messages import (
-    BY_TYPE,
-    Abort,
-    Auth,
-    Body,
-    Data,
-    Hello,
-    Message,
-    Nack,
-    Ping,
-    check_body,
-    decode_header,
-    encode_header,
-)
+from shipproto.messages import BY_TYPE, Abort, Auth, Body, Data, Hello, Message, Nack, Ping
 
 Landing = Callable[[int, int], memoryview | None]
 """Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into

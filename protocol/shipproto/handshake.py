@@ -18,8 +18,9 @@ import hmac
 from typing import Final
 
 from shipproto.errors import AbortCode, AuthFailed, UnexpectedMessage, VersionMismatch
+from shipproto.headers import encode_header
 from shipproto.limits import NONCE_SIZE, PROTOCOL_VERSION
-from shipproto.messages import Abort, Auth, Hello, Message, encode_header
+from shipproto.messages import Abort, Auth, Hello, Message
 
 _INITIATOR: Final = b"shipd initiator\x00"
 _ACCEPTOR: Final = b"shipd acceptor\x00\x00"

@@ -28,6 +28,7 @@ from shipproto.connection import ChunksRefused, Connection, Event, MessageArrive
 from shipproto.digests import LeafDigests, version_digest
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
+from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
 from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_NAME, MAX_TEXT, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
@@ -42,8 +43,6 @@ from shipproto.messages import (
     StructureIs,
     StructureWanted,
     Want,
-    decode_header,
-    encode_header,
 )
 from shipproto.names import harmless
 from shipproto.rangeset import RangeSet

@@ -13,9 +13,10 @@ from typing import Final
 from shipproto.connection import Connection, Established
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.frame import PRELUDE_SIZE, decode_prelude, encode_frame
+from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
 from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, MAX_STRUCTURE_BODY
-from shipproto.messages import BY_TYPE, Abort, decode_header, encode_header
+from shipproto.messages import BY_TYPE, Abort
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
 from shipproto.sender import Sender, read_abort

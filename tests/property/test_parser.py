@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from shipproto.connection import Connection
 from shipproto.errors import ProtocolError
-from shipproto.messages import BY_TYPE, decode_header, encode_header
+from shipproto.headers import decode_header, encode_header
+from shipproto.messages import BY_TYPE
 from tests.property.strategies import examples, mutate, mutations
 from tests.support import naive
 from tests.support.golden.messages import MESSAGES

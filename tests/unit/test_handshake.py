@@ -4,7 +4,8 @@ import pytest
 
 from shipproto.errors import AbortCode, AuthFailed, BadPrelude, UnexpectedMessage, VersionMismatch
 from shipproto.handshake import Handshake, Step
-from shipproto.messages import Abort, Auth, Hello, Message, Ping, encode_header
+from shipproto.headers import encode_header
+from shipproto.messages import Abort, Auth, Hello, Message, Ping
 from tests.support import naive
 from tests.support.link import nonce
 

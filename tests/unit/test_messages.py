@@ -9,6 +9,7 @@ import pytest
 
 from shipproto import limits, messages
 from shipproto.errors import AbortCode, LimitExceeded, MalformedMessage
+from shipproto.headers import check_body, decode_header, encode_header
 from shipproto.messages import (
     BY_TYPE,
     MESSAGES,
@@ -26,9 +27,6 @@ from shipproto.messages import (
     Staged,
     Swapped,
     Want,
-    check_body,
-    decode_header,
-    encode_header,
 )
 from tests.support import naive
 from tests.support.golden.book import DIGEST, OFFER, THEIRS, TRANSFER

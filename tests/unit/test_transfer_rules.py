@@ -6,6 +6,7 @@ import pytest
 from shipproto.connection import ChunksRefused, MessageArrived
 from shipproto.digests import digest_image
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
+from shipproto.headers import decode_header
 from shipproto.limits import MAX_TEXT
 from shipproto.messages import (
     Abort,
@@ -19,7 +20,6 @@ from shipproto.messages import (
     StructureIs,
     StructureWanted,
     Want,
-    decode_header,
 )
 from shipproto.rangeset import RangeSet
 from shipproto.receiver import (

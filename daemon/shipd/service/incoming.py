@@ -240,7 +240,7 @@ class Incoming:
         if size > limit:
             raise TransferError(
                 AbortCode.MEMORY_LIMIT,
-                f"model {self.model.name!r}: this version has {format_bytes(size)}, more than the daemon's memory_limit of "
+                f"model {self.model.name!r}: this version has {format_bytes(size)}, more than the daemon's memory_limit "
                 f"{format_bytes(limit)}",
             )
 
