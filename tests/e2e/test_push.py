@@ -397,7 +397,7 @@ def _push_and_watch(report, address, path, label):
 
     import shipd
     import shipd.checkpoints.safetensors_file
-    import shipd.client.client  # noqa: F401  imports are not what is measured
+    import shipd.client.client
 
     def anonymous():
         for line in Path("/proc/self/status").read_text().splitlines():

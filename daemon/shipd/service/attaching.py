@@ -175,7 +175,10 @@ class Attaching:
 
 
 def _copy_version(old: Layout, source: Slot, new: Layout, target: Slot) -> LeafDigests:
-    """Copy a version between images of two layouts of the same tensors; the digests of the copy."""
+    """Copy a version between images of two layouts of the same tensors; the digests of the copy.
+
+    Raises TransferError where the new layout ties what has different values in the old one.
+    """
     for row, name in enumerate(new.structure.names):
         at = old.structure.index.get(name)
         if at is None:
@@ -188,5 +191,15 @@ def _copy_version(old: Layout, source: Slot, new: Layout, target: Slot) -> LeafD
             )
         size = int(new.structure.nbytes[row])
         start, begin = int(new.offsets[row]), int(old.offsets[at])
-        target.memory.view[start : start + size] = source.memory.view[begin : begin + size]
+        place, content = target.memory.view[start : start + size], source.memory.view[begin : begin + size]
+        primary = int(new.structure.primary[row])
+        if primary == row:
+            place[:] = content
+        elif not np.array_equal(np.frombuffer(place, np.uint8), np.frombuffer(content, np.uint8)):
+            raise TransferError(
+                AbortCode.MISMATCH,
+                f"this model ties {new.structure.names[primary]!r} and {name!r}, but the committed version has different "
+                "values for them. Push one that has equal ones, or attach the model under another name.",
+                tensor=name,
+            )
     return digest_image(new, target.memory.view)

@@ -1,0 +1,351 @@
+"""Models that people serve: silero-vad as TorchScript, MiniLM and a GPT-2 from transformers."""
+
+import functools
+import importlib.util
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shipd
+from tests.conftest import StartDaemon
+from tests.support import checkpoints
+from tests.support.processes import Background, push, shipctl, status
+from tests.support.serving_process import Attach
+
+pytest_plugins = ["tests.support.serving_process"]
+
+both = pytest.mark.parametrize("mode", ["copy", "flip"])
+
+
+def address(daemon: shipd.Daemon) -> str:
+    """What senders connect to."""
+    return f"127.0.0.1:{daemon.port}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So that equal weights give equal bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bits(answers: Sequence[torch.Tensor]) -> bytes:
+    """The bits of all of them."""
+    return b"".join(answer.detach().contiguous().numpy().tobytes() for answer in answers)
+
+
+def perturbed(state: dict[str, torch.Tensor], version: int) -> dict[str, torch.Tensor]:
+    """Another version of these weights, close enough to make sense; tied where they were."""
+    made: dict[int, torch.Tensor] = {}
+    for at, tensor in enumerate(state.values()):
+        if tensor.data_ptr() not in made:
+            generator = torch.Generator().manual_seed(1000 * version + at)
+            noise = torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else 0
+            made[tensor.data_ptr()] = (tensor + noise * tensor.float().abs().mean() * 0.05).to(tensor.dtype)
+    return {name: made[tensor.data_ptr()] for name, tensor in state.items()}
+
+
+# --- silero-vad ------------------------------------------------------------------------------------------------------
+
+
+def silero() -> torch.jit.ScriptModule:
+    """As its package loads it."""
+    found = importlib.util.find_spec("silero_vad")
+    assert found is not None, "pip install --no-deps silero-vad"
+    assert found.origin is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+        model: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
+            str(Path(found.origin).parent / "data" / "silero_vad.jit")
+        )
+    return model.eval()
+
+
+@functools.cache
+def audio(rate: int) -> list[torch.Tensor]:
+    """Five frames of noise."""
+    generator = torch.Generator().manual_seed(rate)
+    return [torch.randn(1, rate // 1000 * 32, generator=generator) for _ in range(5)]
+
+
+def listen(model: Any) -> bytes:
+    """What it thinks of them. It remembers earlier frames, so it starts afresh."""
+    answers = []
+    with torch.no_grad():
+        for rate in (16000, 8000):
+            model.reset_states()
+            answers += [model(frame, rate) for frame in audio(rate)]
+    return bits(answers)
+
+
+@functools.cache
+def heard(version: int) -> bytes:
+    """What a local model with the weights of a version answers."""
+    model = silero()
+    if version:
+        model.load_state_dict(perturbed(model.state_dict(), version))
+    return listen(model)
+
+
+@both
+def test_silero_follows_pushes(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    daemon = start_daemon(models={})
+    model = silero()
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    resident = attach(model, daemon, mode=mode)
+    # Also after the interpreter has seen it run, and has optimised what it saw.
+    assert [listen(model) for _ in range(3)] == [heard(0)] * 3
+    for version in range(1, 4):
+        receipt = push(address(daemon), perturbed(original, version), label=f"v{version}")
+        assert (receipt.swapped, receipt.tensors, receipt.skipped) == (1, len(original), ())
+        assert receipt.digest == resident.digest == resident.verify()
+        assert [listen(model) for _ in range(3)] == [heard(version)] * 3
+    assert len({heard(version) for version in range(4)}) == 4
+    now = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert (now == places) == (mode == "copy")
+    resident.detach()
+    assert listen(model) == heard(3)
+
+
+@both
+def test_silero_listens_while_it_is_pushed(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    """Hooks work on a ScriptModule, too: every single forward is of one version."""
+    daemon = start_daemon(models={})
+    model = silero()
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    resident = attach(model, daemon, mode=mode)
+    frame = audio(16000)[0]
+
+    def first(version: int) -> bytes:
+        local = silero()
+        local.load_state_dict(perturbed(original, version) if version else original)
+        with torch.no_grad():
+            return bits([local(frame, 16000)])
+
+    expected = {first(version) for version in range(9)}
+    answers: list[bytes] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                with resident.hold():
+                    model.reset_states()
+                    answers.append(bits([model(frame, 16000)]))
+
+    with Background(read):
+        for version in range(1, 9):
+            push(address(daemon), perturbed(original, version), label=f"v{version}")
+        stop.set()
+    assert set(answers) <= expected
+    assert len(set(answers)) > 1
+
+
+def test_a_frozen_silero_is_refused(place: Path) -> None:
+    """Its weights have become constants, which nobody can swap."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.freeze` is deprecated", DeprecationWarning)
+        frozen = torch.jit.freeze(silero())
+    with pytest.raises(shipd.AttachError, match="frozen ScriptModule keeps its weights as constants"):
+        shipd.attach(frozen, "model", socket=place / "nothing.sock")
+
+
+# --- MiniLM ----------------------------------------------------------------------------------------------------------
+
+POSITION_IDS = "embeddings.position_ids"
+
+
+def minilm() -> nn.Module:
+    """The architecture, with random weights."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    model: nn.Module = BertModel(BertConfig.from_json_file(checkpoints.minilm().parent / "config.json"))
+    return model.eval()
+
+
+@functools.cache
+def weights() -> dict[str, torch.Tensor]:
+    """What its file holds: the state dict, and position_ids, which the model computes itself."""
+    import safetensors.torch
+
+    return safetensors.torch.load_file(checkpoints.minilm())
+
+
+def embed(model: nn.Module) -> bytes:
+    """Some tokens, embedded."""
+    tokens = torch.arange(1000, 1024).reshape(2, 12)
+    with torch.no_grad():
+        return bits([model(input_ids=tokens).last_hidden_state])
+
+
+@functools.cache
+def embedded(version: int) -> bytes:
+    """What a local model with the weights of a version gives."""
+    model = minilm()
+    state = perturbed(weights(), version) if version else dict(weights())
+    state.pop(POSITION_IDS)
+    model.load_state_dict(state)
+    return embed(model)
+
+
+@both
+def test_minilm_is_pushed_before_anything_attaches(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    """The model is declared; its first version waits for the process that will serve it."""
+    daemon = start_daemon(models={"minilm": "200MiB"})
+    first = push(address(daemon), checkpoints.minilm(), model="minilm", label="v0")
+    assert (first.swapped, first.pause_seconds, first.skipped) == (0, None, ())
+    assert first.tensors == len(weights())
+
+    model = minilm()
+    assert embed(model) != embedded(0)
+    resident = attach(model, daemon, "minilm", mode=mode)
+    assert resident.label == "v0"
+    assert embed(model) == embedded(0)
+    # position_ids is no part of what is served, and so of its digest neither.
+    assert resident.verify() == resident.digest != first.digest
+    (told,) = status(address(daemon)).models
+    assert (told.digest, told.tensors) == (resident.digest, len(weights()) - 1)
+    answer = shipctl("verify", "--to", address(daemon), "--model", "minilm", "--json")
+    assert answer.code == 0
+    assert [process["digest"] for process in answer.answer["processes"]] == [resident.digest]
+
+    # The same file again is the same version, and nothing is sent.
+    again = push(address(daemon), checkpoints.minilm(), model="minilm", label="v0")
+    assert (again.already, again.digest, again.skipped) == (True, resident.digest, (POSITION_IDS,))
+    assert again.bytes_sent < 100_000
+    for version in (1, 2):
+        receipt = push(address(daemon), perturbed(weights(), version), model="minilm", label=f"v{version}")
+        assert (receipt.swapped, receipt.skipped, receipt.tensors) == (1, (POSITION_IDS,), len(weights()) - 1)
+        assert resident.verify() == receipt.digest
+        assert embed(model) == embedded(version)
+    assert torch.equal(model.get_buffer(POSITION_IDS), weights()[POSITION_IDS])
+
+
+def test_what_matches_no_transient_buffer_is_refused(start_daemon: StartDaemon, attach: Attach) -> None:
+    """By name, dtype and shape."""
+    daemon = start_daemon(models={})
+    model = minilm()
+    attach(model, daemon, "minilm")
+    position_ids = weights()[POSITION_IDS]
+    for other in (position_ids.int(), position_ids[:, :5], None):
+        version = dict(weights())
+        if other is None:
+            version["embeddings.other_ids"] = version.pop(POSITION_IDS)
+        else:
+            version[POSITION_IDS] = other
+        with pytest.raises(shipd.TensorMismatch) as caught:
+            push(address(daemon), version, model="minilm")
+        (problem,) = caught.value.problems
+        assert problem.startswith("unexpected: embeddings.")
+    assert push(address(daemon), checkpoints.minilm(), model="minilm").skipped == (POSITION_IDS,)
+    assert embed(model) == embedded(0)
+
+
+# --- a tied model ----------------------------------------------------------------------------------------------------
+
+TIED = ("lm_head.weight", "transformer.wte.weight")
+
+
+def gpt2(seed: int) -> nn.Module:
+    """A small GPT-2: its head is its embedding."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 16}
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    return model.eval()
+
+
+def next_token(model: nn.Module) -> bytes:
+    """Logits for some tokens."""
+    with torch.no_grad():
+        return bits([model(input_ids=torch.arange(8).reshape(1, 8)).logits])
+
+
+def untied(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict in which nothing shares memory, as many trainers write it."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def still_tied(model: nn.Module) -> bool:
+    """Whether the head is still the embedding."""
+    return model.get_parameter(TIED[0]) is model.get_parameter(TIED[1])
+
+
+@both
+def test_a_checkpoint_that_lacks_tied_names(
+    start_daemon: StartDaemon, attach: Attach, mode: str, tmp_path: Path
+) -> None:
+    """As in every file that safetensors writes of a model: it has one name for each of the tied tensors."""
+    import safetensors.torch
+
+    daemon = start_daemon(models={})
+    model, trained = gpt2(0), gpt2(1)
+    safetensors.torch.save_model(trained, str(tmp_path / "model.safetensors"))
+    assert len({*TIED} & {*safetensors.torch.load_file(tmp_path / "model.safetensors")}) == 1
+    resident = attach(model, daemon, mode=mode)
+    receipt = push(address(daemon), tmp_path / "model.safetensors", label="v1")
+    assert resident.verify() == receipt.digest
+    assert next_token(model) == next_token(trained)
+    assert still_tied(model)
+    # The state dict of the model itself has both names, and is the same version.
+    assert push(address(daemon), trained, label="v1").already
+
+
+@both
+def test_a_checkpoint_with_copies_of_what_is_tied(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    daemon = start_daemon(models={})
+    model, trained = gpt2(0), gpt2(1)
+    resident = attach(model, daemon, mode=mode)
+    receipt = push(address(daemon), untied(trained), label="v1")
+    assert resident.verify() == receipt.digest
+    assert next_token(model) == next_token(trained)
+    assert still_tied(model)
+
+    version = untied(gpt2(2))
+    version[TIED[0]][5, 5] += 1
+    with pytest.raises(shipd.TensorMismatch, match="ties 'lm_head.weight' and 'transformer.wte.weight'"):
+        push(address(daemon), version, label="v2")
+    assert (resident.label, resident.verify()) == ("v1", receipt.digest)
+    assert next_token(model) == next_token(trained)
+    push(address(daemon), untied(gpt2(2)), label="v2")
+    assert next_token(model) == next_token(gpt2(2))
+
+
+@both
+def test_copies_that_were_pushed_before_anything_attached(
+    start_daemon: StartDaemon, attach: Attach, mode: str
+) -> None:
+    """Nobody knew then that they would be tied. Where they differ, no model can serve both."""
+    daemon = start_daemon(models={"equal": "1GiB", "different": "1GiB"})
+    trained = gpt2(1)
+    version = untied(trained)
+    push(address(daemon), version, model="equal", label="v1")
+    version[TIED[0]][5, 5] += 1
+    push(address(daemon), version, model="different", label="v1")
+
+    model = gpt2(0)
+    resident = attach(model, daemon, "equal", mode=mode)
+    assert resident.label == "v1"
+    assert resident.verify() == resident.digest
+    assert next_token(model) == next_token(trained)
+    assert still_tied(model)
+
+    other = gpt2(0)
+    with pytest.raises(shipd.TensorMismatch, match="ties 'lm_head.weight' and 'transformer.wte.weight'"):
+        attach(other, daemon, "different", mode=mode)
+    assert next_token(other) == next_token(gpt2(0))
+    # A version that fits, and it can be attached.
+    push(address(daemon), trained, model="different", label="v2")
+    attach(other, daemon, "different", mode=mode)
+    assert next_token(other) == next_token(trained)

@@ -1,0 +1,232 @@
+"""Small shells around the two state machines, without the I/O, the clocks and the threads.
+
+Sending       what a client does with a Sender
+Receiving     what a daemon does with its Receivers
+Installed     a version that it has committed
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from shipproto.connection import Connection, Event, MessageArrived
+from shipproto.digests import LeafDigests
+from shipproto.errors import AbortCode, TransferError
+from shipproto.layout import Layout
+from shipproto.messages import Committed, Offer
+from shipproto.receiver import CommitRequested, ReadyToVerify, Receiver, ReceiverEvent, ReceiverState, StructureArrived
+from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
+from shipproto.structure import Structure
+from tests.support.models import make_image, read_image
+
+
+class Sending:
+    """What a client does with a Sender."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        data: Mapping[str, bytes],
+        *,
+        transfer: bytes = b"T" * 16,
+        model: str = "m",
+        label: str | None = "v1",
+    ) -> None:
+        self.data = data
+        self.sender = Sender(
+            transfer=transfer, model=model, structure=structure, label=label, make_label=lambda digest: digest.hex()[:8]
+        )
+        self._image: tuple[Layout, bytearray] | None = None
+
+    def image(self) -> memoryview:
+        """The image in the layout that rules now."""
+        layout = self.sender.layout
+        if self._image is None or self._image[0] is not layout:
+            offered = self.sender.offered.names
+            for left, right in self.sender.equal_rows:
+                if self.data[offered[left]] != self.data[offered[right]]:
+                    raise TransferError(AbortCode.MISMATCH, f"{offered[left]!r} and {offered[right]!r} differ")
+            rows = self.sender.source_rows.tolist()
+            data = {name: self.data[offered[row]] for name, row in zip(layout.structure.names, rows, strict=True)}
+            self._image = layout, make_image(layout, data)
+        return memoryview(self._image[1])
+
+    def on_event(self, event: Event) -> None:
+        """Hand an event to the machine."""
+        self._guard(lambda: self.sender.receive(event))
+
+    def step(self) -> bool:
+        """Do the next thing; False where there is nothing to do."""
+        before = self.sender.state
+        if before is SenderState.STAGED:
+            self.sender.commit()
+            return True
+        step = None
+
+        def do() -> None:
+            nonlocal step
+            step = self.sender.next_step()
+            if step is not None:
+                start, size = self.sender.layout.chunk(step.chunk)
+                content = self.image()[start : start + size]
+                if isinstance(step, SendChunk):
+                    self.sender.send_chunk(step.chunk, content)
+                else:
+                    assert isinstance(step, DigestChunk)
+                    self.sender.digest_chunk(step.chunk, content)
+
+        self._guard(do)
+        return step is not None or self.sender.state is not before
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except TransferError as error:
+            self.sender.abort(error)
+
+
+@dataclass
+class Installed:
+    """A version that a Receiving side has committed."""
+
+    label: str
+    digest: bytes
+    layout: Layout
+    image: bytearray
+    digests: LeafDigests
+    content: dict[str, bytes]
+    """The bytes of every tensor at the moment of the commit."""
+
+
+@dataclass
+class Receiving:
+    """What a daemon does with its Receivers. Everything that takes time waits in ``work``."""
+
+    resident: Structure | None = None
+    """The model's structure; None takes whatever is offered."""
+    transient: Structure | None = None
+    """Tensors that may be offered and are left out."""
+    current: Installed | None = None
+    receivers: dict[bytes, Receiver] = field(default_factory=dict)
+    connections: dict[Connection, Receiver] = field(default_factory=dict)
+    work: deque[Callable[[], None]] = field(default_factory=deque)
+    commits: int = 0
+    tamper: Callable[[Receiver, memoryview], None] | None = None
+    """Called with the image just before it is verified: memory that went bad."""
+
+    def on_event(self, connection: Connection, event: Event) -> None:
+        """Take an event of a connection. Raises ProtocolError."""
+        if isinstance(event, MessageArrived) and isinstance(event.message, Offer):
+            self._offered(connection, event.message)
+            return
+        receiver = self.connections.get(connection)
+        if receiver is not None:
+            for outcome in receiver.receive(connection, event):
+                self._on_outcome(receiver, outcome)
+
+    def do_next(self) -> None:
+        """The oldest piece of work."""
+        self.work.popleft()()
+
+    def gone(self, connection: Connection) -> None:
+        """A connection has been lost."""
+        receiver = self.connections.pop(connection, None)
+        if receiver is not None:
+            receiver.disconnected(connection)
+
+    def _offered(self, connection: Connection, offer: Offer) -> None:
+        receiver = self.receivers.get(offer.transfer)
+        known = receiver is not None
+        if receiver is None:
+            receiver = self.receivers[offer.transfer] = Receiver(offer)
+        self.connections[connection] = receiver
+        receiver.connected(connection, offer)
+        if known:
+            return
+        if self.resident is not None and self.resident.digest == offer.structure:
+            self.work.append(lambda: self._accept(receiver, Layout(self.resident or Structure.build(()))))
+        else:
+            receiver.want_structure()
+
+    def _accept(self, receiver: Receiver, layout: Layout) -> None:
+        if receiver.state is not ReceiverState.OFFERED:
+            return
+        current = self.current
+        if current is not None and current.label == receiver.offer.label:
+            receiver.compare(current.digests)
+        else:
+            receiver.accept(layout, memoryview(bytearray(layout.size)))
+
+    def _on_outcome(self, receiver: Receiver, outcome: ReceiverEvent) -> None:
+        if isinstance(outcome, StructureArrived):
+            self.work.append(lambda: self._settle(receiver, outcome.encoded))
+        elif isinstance(outcome, ReadyToVerify):
+            self.work.append(lambda: self._verify(receiver))
+        elif isinstance(outcome, CommitRequested):
+            self.work.append(lambda: self._commit(receiver))
+
+    def _settle(self, receiver: Receiver, encoded: bytes) -> None:
+        resident = self.resident
+        try:
+            offered = receiver.decode_structure(encoded)
+        except TransferError as error:
+            receiver.abort(error)
+            return
+        if resident is None:
+            self._accept(receiver, Layout(offered))
+            return
+        allowed = self.transient.index if self.transient is not None else {}
+        rows = {(spec.name, spec.dtype, spec.shape) for spec in offered.specs()}
+        roots = {spec.name: spec.tied_to or spec.name for spec in resident.specs()}
+        reached = {roots[spec.name] for spec in resident.specs() if (spec.name, spec.dtype, spec.shape) in rows}
+        missing = [name for name, root in roots.items() if root not in reached]
+        unexpected = [name for name in offered.names if name not in resident.index and name not in allowed]
+        if missing or unexpected:
+            details = (*(f"missing {name}" for name in missing), *(f"unexpected {name}" for name in unexpected))
+            receiver.abort(TransferError(AbortCode.MISMATCH, "the model has other tensors", details=details))
+        else:
+            self._accept(receiver, Layout(resident))
+
+    def _verify(self, receiver: Receiver) -> None:
+        if receiver.state is not ReceiverState.VERIFYING:
+            return
+        if self.tamper is not None and receiver._image is not None:
+            self.tamper(receiver, receiver._image)
+            again = LeafDigests(receiver._require_layout())
+            for chunk in range(receiver._require_layout().chunks):
+                start, size = receiver._require_layout().chunk(chunk)
+                again.record(chunk, receiver._image[start : start + size])
+            receiver._digests = again
+        try:
+            differing = receiver.verify()
+            current = self.current
+            if receiver._image is None:
+                assert current is not None
+                if differing:
+                    raise TransferError(AbortCode.LABEL_CONFLICT, f"{current.label!r} is taken")
+                receiver.verified(())
+                receiver.committed(
+                    Committed(already=True, digest=current.digest, label=current.label, transfer=receiver.transfer)
+                )
+            elif receiver.verified(differing):
+                self.work.append(lambda: self._stage(receiver))
+        except TransferError as error:
+            receiver.abort(error)
+
+    def _stage(self, receiver: Receiver) -> None:
+        if receiver.state is ReceiverState.STAGING:
+            receiver.staged(1, 0.25)
+
+    def _commit(self, receiver: Receiver) -> None:
+        layout, image = receiver.layout, receiver._image
+        assert layout is not None
+        assert image is not None
+        kept = image.obj
+        assert isinstance(kept, bytearray)
+        self.current = Installed(
+            receiver.label, receiver.digest, layout, kept, receiver.digests, read_image(layout, kept)
+        )
+        self.commits += 1
+        receiver.committed(
+            Committed(digest=receiver.digest, label=receiver.label, swapped=1, transfer=receiver.transfer)
+        )
