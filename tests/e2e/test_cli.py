@@ -1,5 +1,6 @@
 """shipctl as its users meet it: exit codes, --json, terminals, signals and pipes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,8 +8,10 @@ import pty
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -479,6 +482,36 @@ def test_interrupted_while_connecting(daemon, small, number):
             pushing.signal(number)
             assert pushing.wait(10) == 130, pushing.describe()
             assert "Traceback" not in pushing.err
+
+
+def test_interrupted_while_nobody_answers(small):
+    """A host that drops what it is sent: here a listener whose queue is full."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        # Each of these is taken by the kernel until there is no room; from then on nothing is answered.
+        while True:
+            filler = stack.enter_context(socket.socket())
+            filler.settimeout(0.3)
+            try:
+                filler.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        with Shipctl("push", small, "--to", f"127.0.0.1:{listener.getsockname()[1]}", "--model", "model") as pushing:
+            until(lambda: _connecting(pushing.pid), "it connects")
+            pushing.signal(signal.SIGINT)
+            assert pushing.wait(8) == 130, pushing.describe()
+            assert "Traceback" not in pushing.err
+
+
+def _connecting(pid):
+    """Whether the process has a socket that has sent SYN."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(str(link.readlink()))
+    waiting = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(fields[3] == "02" and f"socket:[{fields[9]}]" in inodes for fields in waiting)
 
 
 def test_killed_leaves_nothing_on_the_senders_side(daemon, medium, tmp_path):

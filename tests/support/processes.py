@@ -160,6 +160,11 @@ class NotifySocket:
                 raise AssertionError(f"ended before {line}\n{process.describe()}")
             assert time.monotonic() < end, f"no {line} in {deadline:.0f} s\n{process.describe() if process else ''}"
 
+    def drain(self) -> None:
+        """Take what has come already."""
+        while select.select([self._sock], [], [], 0)[0]:
+            self.lines += self._sock.recv(4096).decode().splitlines()
+
     def close(self) -> None:
         """Remove the socket."""
         self._sock.close()

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from shipd.client.receipt import Receipt
 from shipd.units import format_bytes, format_seconds
+from shipproto.names import harmless
 from shipproto.status import ModelStatus, Status, Verification
 
 
@@ -38,7 +39,7 @@ def render_receipt(receipt: Receipt) -> str:
 
 def print_status(status: Status, address: str) -> None:
     """Models, their processes and what is under way."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(
         f"{address}: {status.agent}, pid {status.pid}, up {format_seconds(status.uptime_seconds)}, images "
         f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}",
@@ -68,7 +69,6 @@ def print_status(status: Status, address: str) -> None:
                 f"{model.name}: the last push, {failed.label or failed.transfer_id} from {failed.peer}, ended without "
                 f"effect {format_seconds(max(0.0, time.time() - failed.at))} ago: {failed.reason}",
                 soft_wrap=True,
-                markup=False,
             )
         if model.transfer is not None:
             transfer = model.transfer
@@ -95,7 +95,7 @@ def _when(model: ModelStatus) -> str:
 
 def print_verification(answer: Verification) -> None:
     """The committed digest beside what every process read back."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not answer.label:
         console.print(f"{answer.model} has no version yet")
         return
@@ -105,6 +105,6 @@ def print_verification(answer: Verification) -> None:
     for process in answer.processes:
         verdict = "the same" if process.matches else "DIFFERS"
         console.print(
-            f"process {process.pid:<7} {process.digest or '-'}  {process.error or verdict}",
+            f"process {process.pid:<7} {process.digest or '-'}  {harmless(process.error) or verdict}",
             style=None if process.matches else "red",
         )

@@ -1,11 +1,10 @@
 """A push with a progress bar on a terminal, that Ctrl-C ends cleanly."""
 
 import asyncio
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -17,7 +16,7 @@ from shipd.client.receipt import Receipt
 async def run_push(
     client: Client, checkpoint: Path, *, model: str, label: str | None, timeout: float | None, stall: float, quiet: bool
 ) -> Receipt:
-    """Push, showing progress on stderr where that is a terminal. SIGTERM ends it like Ctrl-C."""
+    """Push, showing progress on stderr where that is a terminal. Cancelled too late, it says so and succeeds."""
     bar = Progress(
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=36),
@@ -33,9 +32,15 @@ async def run_push(
     def show(progress: pushing.Progress) -> None:
         bar.update(task, description=progress.stage, completed=progress.bytes_done, total=progress.bytes_total)
 
-    running = asyncio.current_task()
-    assert running is not None
-    with bar, contextlib.suppress(NotImplementedError):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-        return await client.push(checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show)
-    raise AssertionError("unreachable")
+    try:
+        with bar:
+            return await client.push(
+                checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show
+            )
+    except asyncio.CancelledError as cancelled:
+        if len(cancelled.args) != 2:
+            raise
+        why, receipt = cancelled.args
+        click.echo(f"shipctl: {why}", err=True)
+        assert isinstance(receipt, Receipt)
+        return receipt

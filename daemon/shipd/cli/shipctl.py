@@ -146,13 +146,22 @@ def verify(address: str, model: str, token_file: Path | None, as_json: bool) -> 
 
 
 def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
-    """Connect and run one conversation; every failure becomes one message and one exit code."""
+    """Connect and run one conversation; every failure becomes one message and one exit code.
+
+    SIGTERM ends it like Ctrl-C.
+    """
     import asyncio
+    import contextlib
+    import signal
 
     from shipd.client.client import connect
 
     async def converse() -> Any:
         client: Client
+        running = asyncio.current_task()
+        assert running is not None
+        with contextlib.suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
         async with connect(address, token=_read_token(token_file)) as client:
             return await ask(client)
 
@@ -162,7 +171,7 @@ def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
         _fail(error, error.exit_code, as_json)
     except ValueError as error:
         _fail(str(error), 2, as_json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         _fail("interrupted; nothing was swapped", 130, as_json)
 
 

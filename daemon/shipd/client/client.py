@@ -16,7 +16,7 @@ from shipd.address import Address, parse_address
 from shipd.checkpoints.source import Source, open_source
 from shipd.client.push import Progress, Push, PushOptions
 from shipd.client.receipt import Receipt
-from shipd.errors import ShipError
+from shipd.errors import OutcomeUnknown, ShipError
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import Lane, Waker
 from shipproto.connection import MessageArrived
@@ -43,7 +43,7 @@ def connect(address: str, *, token: str | bytes | None = None) -> "Client":
     ``token`` is the secret that the daemon asks for; it is proved, never sent. ``async with`` connects, and
     raises ConnectError, AuthError or PeerError where that fails. A malformed address raises ValueError.
     """
-    target = Path(address) if "/" in address else parse_address(address)
+    target = Path(address) if "/" in address and "://" not in address else parse_address(address)
     return Client(target, token.encode() if isinstance(token, str) else token)
 
 
@@ -56,7 +56,17 @@ class Client:
         self._lane: Lane | None = None
 
     async def __aenter__(self) -> Self:
-        self._lane = await _in_thread(lambda: self._open(None), lambda: None)
+        waker = Waker()
+        opened: list[Lane] = []
+        try:
+            await _in_thread(lambda: opened.append(self._open(waker)), waker.wake)
+            self._lane = opened.pop()
+            self._lane.use(None)
+        finally:
+            for lane in opened:
+                # Cancelled just as it stood.
+                lane.close()
+            waker.close()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -85,9 +95,10 @@ class Client:
         stall        seconds without any sign of life after which the push is given up
         on_progress  called on another thread while the push runs
 
-        Cancelling ends the push, unless its commit is under way: that is waited for. Raises ValueError for a name or
-        a label that cannot be one, and a ShipError for everything else; whatever that is, the previous version
-        serves, unless it is OutcomeUnknown.
+        Cancelling ends the push, unless its commit is under way: that is waited for, and where it has gone through,
+        the CancelledError has a message and the receipt as its arguments. Raises ValueError for a name or a label that
+        cannot be one, and a ShipError for everything else; whatever that is, the previous version serves, unless it is
+        OutcomeUnknown.
         """
         options = PushOptions(
             model=check_label("model name", model),
@@ -100,6 +111,7 @@ class Client:
         )
         lane, self._lane = self._lane, None
         running: list[Push] = []
+        receipts: list[Receipt] = []
         cancelled = threading.Event()
 
         def run() -> Receipt:
@@ -113,7 +125,8 @@ class Client:
                 if cancelled.is_set():
                     # While the source was opened, when there was nothing yet to cancel.
                     running[0].cancel()
-                return running[0].run()
+                receipts.append(running[0].run())
+                return receipts[0]
             finally:
                 if source is not None:
                     source.close()
@@ -125,7 +138,12 @@ class Client:
             if running:
                 running[0].cancel()
 
-        return await _in_thread(run, cancel)
+        try:
+            return await _in_thread(run, cancel)
+        except asyncio.CancelledError:
+            if not receipts:
+                raise
+            raise asyncio.CancelledError("too late to cancel: the commit was under way", receipts[0]) from None
 
     async def status(self, model: str | None = None) -> Status:
         """What the daemon is serving and doing: all of it, or one model."""
@@ -189,7 +207,8 @@ async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
     except asyncio.CancelledError:
         cancel()
         await asyncio.wait({future})
-        if not future.cancelled() and (error := future.exception()) is not None and not isinstance(error, ShipError):
+        error = None if future.cancelled() else future.exception()
+        if error is not None and (isinstance(error, OutcomeUnknown) or not isinstance(error, ShipError)):
             raise error from None
         raise
     finally:

@@ -16,7 +16,7 @@ from shipd.service.incoming import Host
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import Model, Version
 from shipd.service.rollout import SWAP_GRACE
-from shipd.service.session import ON_ATTACH, Session
+from shipd.service.session import ON_ATTACH, Session, SessionLost
 from shipproto.digests import LeafDigests, digest_image
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
@@ -50,6 +50,7 @@ class Attaching:
     async def _attach(self, model: Model, session: Session, attach: Attach, resident: Resident) -> None:
         if len(model.sessions) >= MAX_PROCESSES:
             raise TransferError(AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already")
+        self._require_alive(session)
         self._host.images.reclaim(model, attached_pid=session.pid)
         pool = await self._pool(model, resident, slots=3 if attach.mode == "flip" else 2)
         model.transient = resident.transient
@@ -61,6 +62,7 @@ class Attaching:
             pool.lease(session.number, version.slot)
             if attach.digest != version.digest:
                 await self._install(session, version)
+        self._require_alive(session)
         session.serves(version.label, version.digest)
         model.sessions.append(session)
         session.peer.send(
@@ -82,6 +84,11 @@ class Attaching:
                 "pinned": session.pinned,
             },
         )
+
+    def _require_alive(self, session: Session) -> None:
+        """It may have died while it waited for its turn, and nobody would ever take it out of the books again."""
+        if session.lost:
+            raise SessionLost(f"process {session.pid} is gone")
 
     async def _pool(self, model: Model, resident: Resident, slots: int) -> SlotPool:
         """The model's images, laid out for ``resident``."""

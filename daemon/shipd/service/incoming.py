@@ -333,8 +333,11 @@ class Incoming:
         if known is not None and known != self.receiver.digest:
             raise self._conflict(known)
         version = self.model.version
-        if version is not None and (version.label, version.digest) == (self.receiver.label, self.receiver.digest):
-            self._already(version)
+        if version is None or version.label != self.receiver.label:
+            return
+        if version.digest != self.receiver.digest:
+            raise self._conflict(version.digest)
+        self._already(version)
 
     def _conflict(self, digest: bytes) -> TransferError:
         return TransferError(
@@ -344,6 +347,7 @@ class Incoming:
         )
 
     def _already(self, version: Version) -> None:
+        self.model.failed = None
         log.info("the version is current already", extra={**self._context(), "label": version.label})
         self.receiver.committed(
             Committed(already=True, digest=version.digest, label=version.label, transfer=self.receiver.transfer)

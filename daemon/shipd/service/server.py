@@ -184,8 +184,9 @@ class Server:
         self.config = Config(**{**keep, **changed})
         self._token = token
         self.images.budget.limit = config.memory_bytes
-        for model in self.models.values():
+        for model in list(self.models.values()):
             model.declared = config.models.get(model.name)
+            self._forget_unpushed(model)
         self._declare()
         return fixed
 
@@ -316,16 +317,17 @@ class Server:
             ended.connected(peer.connection, offer)
             ended.disconnected(peer.connection)
             return
-        model = self.models.get(offer.model)
-        if model is not None and model.incoming is not None and model.incoming.receiver.transfer == offer.transfer:
-            self._incoming[peer] = model.incoming
-            model.incoming.connected(peer, offer)
+        running = next((push for push in self._incoming_all() if push.receiver.transfer == offer.transfer), None)
+        bound = self._incoming.get(peer)
+        if bound is not None and bound is not running and not bound.receiver.ended:
+            raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
+        if running is not None:
+            running.connected(peer, offer)
+            self._incoming[peer] = running
             return
+        model = self.models.get(offer.model)
         if self._draining:
             raise TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down")
-        bound = self._incoming.get(peer)
-        if bound is not None and not bound.receiver.ended:
-            raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
         if model is None:
             raise self._unknown(offer.model)
         if model.incoming is not None:
@@ -387,6 +389,9 @@ class Server:
             error = TransferError(AbortCode.STALLED, "the process did not answer in time")
         except SessionLost as lost:
             log.info("a process left while attaching", extra={"model": attach.model, "why": str(lost)})
+        except Exception:
+            log.exception("an attach failed unexpectedly", extra={"model": attach.model, "pid": session.pid})
+            error = TransferError(AbortCode.INTERNAL, "the daemon failed; its log says how")
         finally:
             model.attaching -= 1
             if error is not None:

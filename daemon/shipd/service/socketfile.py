@@ -24,13 +24,15 @@ class SocketFile:
         try:
             if path.is_socket():
                 _remove_stale(path)
+            # Before there is a file that would have to be removed again.
+            gid = grp.getgrnam(group).gr_gid if group is not None else -1
             previous = os.umask(0o117)
             try:
                 self.socket.bind(str(path))
             finally:
                 os.umask(previous)
             if group is not None:
-                os.chown(path, -1, grp.getgrnam(group).gr_gid)
+                _give_to(path, gid)
             self.socket.listen(_BACKLOG)
             self.socket.settimeout(0)
         except (OSError, KeyError) as error:
@@ -58,6 +60,14 @@ class SocketFile:
             return
         if stat.S_ISSOCK(info.st_mode) and (info.st_dev, info.st_ino) == self._inode:
             self.path.unlink(missing_ok=True)
+
+
+def _give_to(path: Path, gid: int) -> None:
+    try:
+        os.chown(path, -1, gid)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _remove_stale(path: Path) -> None:

@@ -3,12 +3,15 @@
 Core errors know nothing of hosts or models; here they get the peer's name and the advice that goes with it.
 """
 
-from shipd.errors import BY_CODE, AuthError, PeerError, ShipError, TensorMismatch
+from shipd.errors import BY_CODE, AuthError, PeerError, ShipError, TensorMismatch, TransferFailed
 from shipproto.errors import AbortCode, AuthFailed, ForeignPeer, ProtocolError, TransferError, VersionMismatch
 
-_CODES: dict[type[ShipError], AbortCode] = {}
-for _code, _error in BY_CODE.items():
-    _CODES.setdefault(_error, _code)
+_CODES: dict[type[ShipError], AbortCode] = {
+    **{error: code for code, error in BY_CODE.items()},
+    # Several codes are raised as these; this is what a side says of its own accord.
+    PeerError: AbortCode.PROTOCOL,
+    TransferFailed: AbortCode.INTERNAL,
+}
 
 
 def describe_opening(opening: bytes) -> str:
