@@ -17,6 +17,7 @@ from shipd.serving.flip import FlipSwap
 from tests.conftest import StartDaemon
 from tests.support.processes import Background, push, shipctl, status
 from tests.support.proxy import COMMIT, DATA, Proxy, until
+from shipproto.limits import MAX_PROCESSES
 from tests.support.serving_process import Attach, Exact, Serve, Told, ask, question, right_answer, state
 
 pytest_plugins = ["tests.support.serving_process"]
@@ -220,6 +221,36 @@ def test_a_push_meets_a_process_that_is_just_attaching(
     assert slow.ask("answer") == right_answer(1)
     assert slow.ask("verify") == receipt.digest
     assert receipt.swapped == 1
+
+
+def test_eight_processes_attach_at_once(start_daemon: StartDaemon, serve: Serve) -> None:
+    """Each brings another version; one of them is everybody's."""
+    daemon = start_daemon(models={})
+    processes = [serve() for _ in range(8)]
+    for at, process in enumerate(processes):
+        process.begin("attach", daemon.config.socket, version=at, kind="wide", mode="flip" if at % 2 else "copy")
+    assert {process.result() for process in processes} == {"initial"}
+    (answer,) = {process.ask("answer") for process in processes}
+    assert answer in {right_answer(at, "wide") for at in range(8)}
+    (digest,) = {process.ask("verify") for process in processes}
+    assert {each.digest for each in status(address(daemon)).models[0].processes} == {digest}
+    receipt = push(address(daemon), state(9, "wide"), label="v9")
+    assert (receipt.swapped, receipt.stale) == (8, ())
+    assert {process.ask("verify") for process in processes} == {receipt.digest}
+
+
+def test_a_model_has_so_many_processes_and_no_more(start_daemon: StartDaemon, attach: Attach) -> None:
+    daemon = start_daemon(models={})
+    models = [Exact(at) for at in range(MAX_PROCESSES + 1)]
+    residents = [attach(model, daemon) for model in models[:-1]]
+    with pytest.raises(shipd.Busy, match=f"has {MAX_PROCESSES} processes attached already"):
+        attach(models[-1], daemon)
+    receipt = push(address(daemon), state(100), label="v100")
+    assert (receipt.swapped, receipt.stale) == (MAX_PROCESSES, ())
+    residents[0].detach()
+    until(lambda: len(daemon.server.models["model"].sessions) < MAX_PROCESSES, "the session ends")
+    attach(models[-1], daemon)
+    assert {ask(model) for model in models} == {right_answer(100)}
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -435,6 +466,21 @@ def test_detach_and_attach_again(start_daemon: StartDaemon, attach: Attach, mode
     assert ask(model) == right_answer(3)
     resident = attach(model, daemon, mode=mode)
     assert (resident.label, ask(model)) == ("v4", right_answer(4))
+
+
+@both
+def test_detach_inside_a_hold(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    daemon = start_daemon(models={})
+    model = Exact(0)
+    resident = attach(model, daemon, mode=mode)
+    push(address(daemon), state(1), label="v1")
+    started = time.monotonic()
+    with resident.hold() as version:
+        resident.detach()
+        assert version.label == "v1"
+        assert ask(model) == right_answer(1)
+    assert time.monotonic() - started < 5
+    assert ask(model) == right_answer(1)
 
 
 def test_what_detached_in_flip_keeps_its_weights(start_daemon: StartDaemon, serve: Serve) -> None:

@@ -262,6 +262,42 @@ def test_a_hold_of_many_forwards_sees_one_version(start_daemon: StartDaemon, att
         assert ask(model) == right_answer(1)
 
 
+@both
+def test_a_push_from_inside_a_hold_ends(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    """It would wait for itself: the commit's deadline ends that, and the next one is fine."""
+    daemon = start_daemon(models={}, commit_timeout=0.3)
+    model = Exact(0)
+    resident = attach(model, daemon, mode=mode, max_hold=0.1)
+
+    async def push_and_hold() -> None:
+        async with shipd.connect(address(daemon)) as client:
+            async with resident.hold() as version:
+                with pytest.raises(shipd.SwapFailed, match="MainThread"):
+                    await client.push(state(1), model="model", label="v1")
+                assert version.label == resident.label == "initial"
+                assert ask(model) == right_answer(0)
+            await client.push(state(1), model="model", label="v1")
+        async with resident.hold() as version:
+            assert version.label == "v1"
+        assert ask(model) == right_answer(1)
+
+    asyncio.run(push_and_hold())
+
+
+@both
+def test_a_model_is_pushed_from_where_it_is_served(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    """As a checkpoint of itself: the tensors that are read are the ones that are swapped."""
+    daemon = start_daemon(models={})
+    model = Exact(0)
+    resident = attach(model, daemon, mode=mode)
+    for number in range(1, 4):
+        with torch.no_grad():
+            model.layers[1].bias.add_(1)
+        receipt = push(address(daemon), model, label=f"v{number}")
+        assert (receipt.swapped, receipt.digest) == (1, resident.verify())
+    assert receipt.label == resident.label == "v3"
+
+
 def test_without_hooks_only_holds_are_respected(start_daemon: StartDaemon, attach: Attach) -> None:
     daemon = start_daemon(models={})
     model = Slow(0)

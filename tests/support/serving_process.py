@@ -110,7 +110,7 @@ def ask(model: nn.Module, kind: str = "small") -> str:
 # --- what runs in a serving process ----------------------------------------------------------------------------------
 
 
-PACE: Final = 0.004
+PACE: Final = 0.003
 """Seconds that readers leave to others between two answers."""
 
 

@@ -205,8 +205,8 @@ def _copy_version(old: Layout, source: Slot, new: Layout, target: Slot) -> LeafD
         elif not np.array_equal(np.frombuffer(place, np.uint8), np.frombuffer(content, np.uint8)):
             raise TransferError(
                 AbortCode.MISMATCH,
-                f"this model ties {new.structure.names[primary]!r} and {name!r}, but the committed version has different "
-                "values for them. Push one that has equal ones, or attach the model under another name.",
+                f"this model ties {new.structure.names[primary]!r} and {name!r}, but the committed version has other "
+                "values for each. Push one that has equal ones, or attach the model under another name.",
                 tensor=name,
             )
     return digest_image(new, target.memory.view)

@@ -240,8 +240,8 @@ class Incoming:
         if size > limit:
             raise TransferError(
                 AbortCode.MEMORY_LIMIT,
-                f"model {self.model.name!r}: this version has {format_bytes(size)}, more than the daemon's memory_limit "
-                f"({format_bytes(limit)})",
+                f"model {self.model.name!r}: this version has {format_bytes(size)}, more than the daemon's "
+                f"memory_limit ({format_bytes(limit)})",
             )
 
     async def _choose_pool(self, layout: Layout) -> SlotPool:
