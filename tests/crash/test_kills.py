@@ -10,7 +10,7 @@ import safetensors.torch
 import shipd
 from shipd.service.session import Session
 from tests.conftest import StartDaemon
-from tests.support.processes import Background, ShipdProcess, Shipctl, push, shipctl, status
+from tests.support.processes import Background, Shipctl, ShipdProcess, push, shipctl, status
 from tests.support.proxy import COMMIT, COMMITTED, DATA, FINISH, OFFER, STAGED, Proxy, Way, until
 from tests.support.serving_process import Serve, Serving, Told, right_answer, state
 
@@ -271,9 +271,9 @@ def test_the_daemon_killed_while_processes_serve(restart: Restart, serve: Serve)
         assert sorted((each.pid, each.state) for each in told.processes) == sorted(
             (process.pid, "serving") for process in processes
         )
-    answer = shipctl("verify", "--to", daemon.address, "--model", "model", "--json")
-    assert answer.code == 0
-    assert {process["digest"] for process in answer.answer["processes"]} == {receipt.digest}
+        answer = shipctl("verify", "--to", daemon.address, "--model", "model", "--json")
+        assert answer.code == 0
+        assert {process["digest"] for process in answer.answer["processes"]} == {receipt.digest}
     for process in processes:
         report = process.ask("read_stop")
         assert (report["wrong"], report["backwards"], report["errors"], report["fenced"]) == ([], [], [], 0)
@@ -364,5 +364,3 @@ def test_a_process_detaches_while_the_daemon_is_away(restart: Restart, serve: Se
     assert push(daemon.address, state(2), label="v2").swapped == 2
     for process in processes:
         assert process.ask("answer") == right_answer(2)
-
-

@@ -1,5 +1,6 @@
 """Joining and leaving: which version a process gets, when, and why it may be refused."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 import shipd
+from shipd.service.session import Session
 from shipd.serving.copy_swap import CopySwap
 from shipd.serving.flip import FlipSwap
+from shipproto.limits import MAX_PROCESSES
 from tests.conftest import StartDaemon
 from tests.support.processes import Background, push, shipctl, status
 from tests.support.proxy import COMMIT, DATA, Proxy, until
-from shipproto.limits import MAX_PROCESSES
 from tests.support.serving_process import Attach, Exact, Serve, Told, ask, question, right_answer, state
 
 pytest_plugins = ["tests.support.serving_process"]
@@ -152,9 +154,7 @@ def test_attach_to_a_declared_model_while_its_first_push_is_under_way(
 
 
 @both
-def test_attach_to_a_declared_model_whose_first_push_fails(
-    start_daemon: StartDaemon, serve: Serve, mode: str
-) -> None:
+def test_attach_to_a_declared_model_whose_first_push_fails(start_daemon: StartDaemon, serve: Serve, mode: str) -> None:
     """Then the process's own version is the first one."""
     daemon = start_daemon(resume_window=0.2)
     process = serve()
@@ -201,15 +201,14 @@ def test_a_push_meets_a_process_that_is_just_attaching(
     daemon = start_daemon(stage_timeout=20.0)
     slow = serve()
     filling, go_on = threading.Event(), threading.Event()
-    fill = shipd.service.session.Session.fill
+    fill = Session.fill
 
     async def wait_and_fill(self: Any, *arguments: Any) -> None:
         filling.set()
-        while not go_on.is_set():
-            await shipd.service.session.asyncio.sleep(0.005)
+        await asyncio.to_thread(go_on.wait, 20)
         await fill(self, *arguments)
 
-    monkeypatch.setattr("shipd.service.session.Session.fill", wait_and_fill)
+    monkeypatch.setattr(Session, "fill", wait_and_fill)
     slow.begin("attach", daemon.config.socket)
     assert filling.wait(20)
     with Background(push, address(daemon), state(1), label="v1") as pushed:
@@ -408,7 +407,7 @@ def test_models_that_cannot_be_resident(place: Path) -> None:
     with pytest.raises(shipd.AttachError, match="no parameters or buffers"):
         shipd.attach(nn.ReLU(), "model", socket=place / "nothing.sock")
     with pytest.warns(DeprecationWarning, match="deprecated"):
-        frozen = torch.jit.freeze(torch.jit.trace(Exact(0), question()))  # type: ignore[no-untyped-call]
+        frozen = torch.jit.freeze(torch.jit.trace(Exact(0), question()))
     with pytest.raises(shipd.AttachError, match="frozen ScriptModule"):
         shipd.attach(frozen, "model", socket=place / "nothing.sock")
     with pytest.raises(shipd.UnsupportedTensor, match="extra state"):
@@ -473,6 +472,8 @@ def test_detach_inside_a_hold(start_daemon: StartDaemon, attach: Attach, mode: s
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
+    other = Exact(0)
+    attach(other, daemon, mode=mode)
     push(address(daemon), state(1), label="v1")
     started = time.monotonic()
     with resident.hold() as version:
@@ -480,7 +481,9 @@ def test_detach_inside_a_hold(start_daemon: StartDaemon, attach: Attach, mode: s
         assert version.label == "v1"
         assert ask(model) == right_answer(1)
     assert time.monotonic() - started < 5
-    assert ask(model) == right_answer(1)
+    for number in range(2, 6):
+        assert push(address(daemon), state(number), label=f"v{number}").swapped == 1
+        assert (ask(model), ask(other)) == (right_answer(1), right_answer(number))
 
 
 def test_what_detached_in_flip_keeps_its_weights(start_daemon: StartDaemon, serve: Serve) -> None:

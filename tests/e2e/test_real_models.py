@@ -63,9 +63,7 @@ def silero() -> torch.jit.ScriptModule:
     assert found.origin is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
-        model: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
-            str(Path(found.origin).parent / "data" / "silero_vad.jit")
-        )
+        model: torch.jit.ScriptModule = torch.jit.load(str(Path(found.origin).parent / "data" / "silero_vad.jit"))
     return model.eval()
 
 
@@ -314,7 +312,7 @@ def test_a_checkpoint_with_copies_of_what_is_tied(start_daemon: StartDaemon, att
 
     version = untied(gpt2(2))
     version[TIED[0]][5, 5] += 1
-    with pytest.raises(shipd.TensorMismatch, match="ties 'lm_head.weight' and 'transformer.wte.weight'"):
+    with pytest.raises(shipd.TensorMismatch, match=r"ties 'lm_head\.weight' and 'transformer\.wte\.weight'"):
         push(address(daemon), version, label="v2")
     assert (resident.label, resident.verify()) == ("v1", receipt.digest)
     assert next_token(model) == next_token(trained)
@@ -323,9 +321,7 @@ def test_a_checkpoint_with_copies_of_what_is_tied(start_daemon: StartDaemon, att
 
 
 @both
-def test_copies_that_were_pushed_before_anything_attached(
-    start_daemon: StartDaemon, attach: Attach, mode: str
-) -> None:
+def test_copies_that_were_pushed_before_anything_attached(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
     """Nobody knew then that they would be tied. Where they differ, no model can serve both."""
     daemon = start_daemon(models={"equal": "1GiB", "different": "1GiB"})
     trained = gpt2(1)
@@ -342,7 +338,7 @@ def test_copies_that_were_pushed_before_anything_attached(
     assert still_tied(model)
 
     other = gpt2(0)
-    with pytest.raises(shipd.TensorMismatch, match="ties 'lm_head.weight' and 'transformer.wte.weight'"):
+    with pytest.raises(shipd.TensorMismatch, match=r"ties 'lm_head\.weight' and 'transformer\.wte\.weight'"):
         attach(other, daemon, "different", mode=mode)
     assert next_token(other) == next_token(gpt2(0))
     # A version that fits, and it can be attached.

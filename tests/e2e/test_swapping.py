@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -160,8 +158,9 @@ def test_every_kind_of_tensor_arrives_to_the_bit(
         assert model.again.data_ptr() == model.embedding.data_ptr()
         places = {name: tensor.data_ptr() for name, tensor in live.items()}
     resident.detach()
+    last = random_version(model, 4)
     for name, tensor in model.state_dict().items():
-        assert logical_bytes(tensor) == logical_bytes(version[name]), name
+        assert logical_bytes(tensor) == logical_bytes(last[name]), name
 
 
 @both
@@ -189,7 +188,7 @@ def test_copies_of_what_the_model_ties_must_be_equal(start_daemon: StartDaemon, 
     assert logical_bytes(model.again) == logical_bytes(tied["again"])
 
     untied["head.weight"][3, 3] += 1
-    with pytest.raises(shipd.TensorMismatch, match=r"ties .*embedding.*different values|ties .*different values") as caught:
+    with pytest.raises(shipd.TensorMismatch, match=r"ties .*different values") as caught:
         push(address(daemon), untied)
     assert caught.value.tensor in ("head.weight", "embedding", "again")
     assert resident.digest == receipt.digest == resident.verify()
@@ -207,7 +206,7 @@ class Slow(Exact):
         self.go_on = threading.Event()
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
-        numbers = torch.remainder(self.layers[0](numbers), 61) - 30
+        numbers = torch.remainder(self.layer(0)(numbers), 61) - 30
         self.inside.set()
         assert self.go_on.wait(20)
         for layer in itertools.islice(self.layers, 1, None):
@@ -292,10 +291,10 @@ def test_a_model_is_pushed_from_where_it_is_served(start_daemon: StartDaemon, at
     resident = attach(model, daemon, mode=mode)
     for number in range(1, 4):
         with torch.no_grad():
-            model.layers[1].bias.add_(1)
+            model.layer(1).bias.add_(1)
         receipt = push(address(daemon), model, label=f"v{number}")
         assert (receipt.swapped, receipt.digest) == (1, resident.verify())
-    assert receipt.label == resident.label == "v3"
+        assert receipt.label == resident.label == f"v{number}"
 
 
 def test_without_hooks_only_holds_are_respected(start_daemon: StartDaemon, attach: Attach) -> None:
@@ -414,7 +413,7 @@ def test_verify_finds_what_somebody_has_scribbled(start_daemon: StartDaemon, att
     receipt = push(address(daemon), state(1), label="v1")
     assert verify(daemon).code == 0
     with torch.no_grad():
-        model.layers[1].bias.view(torch.uint8)[2] ^= 1
+        model.layer(1).bias.view(torch.uint8)[2] ^= 1
     with pytest.raises(shipd.IntegrityError, match=r"(?s)'v1'.*written to them") as caught:
         resident.verify()
     assert caught.value.model == "model"
@@ -436,7 +435,9 @@ def verify(daemon: shipd.Daemon) -> Finished:
 
 
 @both
-def test_what_the_model_writes_itself_is_found_and_replaced(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+def test_what_the_model_writes_itself_is_found_and_replaced(
+    start_daemon: StartDaemon, attach: Attach, mode: str
+) -> None:
     """BatchNorm in training mode changes its buffers with every forward, in flip on pages of its own."""
     daemon = start_daemon(models={})
     model = nn.BatchNorm1d(8).train()
@@ -540,23 +541,24 @@ def test_four_models_of_two_processes_each_pushed_at_once(start_daemon: StartDae
         for process in pair:
             process.ask("read", ["hold", "tasks" if name == "one" else "forward"], name=name)
 
-    async def push_for(name: str, at: int, seconds: float) -> shipd.Receipt:
+    async def push_for(name: str, at: int, seconds: float) -> list[shipd.Receipt]:
         kind = "small" if at % 2 else "wide"
         versions = [state(at * 1000 + number, kind) for number in range(1, 9)]
         end = time.monotonic() + seconds
+        receipts: list[shipd.Receipt] = []
         async with shipd.connect(address(daemon)) as client:
-            number = 0
-            while number < 4 or (time.monotonic() < end and number < len(versions)):
-                number += 1
-                receipt = await client.push(versions[number - 1], model=name, label=f"v{at * 1000 + number}")
+            for number, version in enumerate(versions, 1):
+                receipt = await client.push(version, model=name, label=f"v{at * 1000 + number}")
                 assert (receipt.swapped, receipt.stale, receipt.frames_resent) == (2, (), 0)
-        return receipt
+                receipts.append(receipt)
+                if number >= 4 and time.monotonic() > end:
+                    break
+        return receipts
 
-    async def push_all() -> list[shipd.Receipt]:
+    async def push_all() -> list[list[shipd.Receipt]]:
         return await asyncio.gather(*(push_for(name, at, 3.0) for at, name in enumerate(names)))
 
-    receipts = asyncio.run(push_all())
-    for name, receipt in zip(names, receipts, strict=True):
+    for name, (*_, receipt) in zip(names, asyncio.run(push_all()), strict=True):
         for process in processes[name]:
             report = process.ask("read_stop", name=name)
             assert (report["wrong"], report["backwards"], report["errors"], report["fenced"]) == ([], [], [], 0)

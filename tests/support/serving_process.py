@@ -17,6 +17,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import json
 import os
 import select
@@ -31,7 +32,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pytest
 import torch
@@ -65,6 +66,12 @@ class Exact(nn.Module):
         for layer in self.layers:
             numbers = torch.remainder(layer(numbers), 61) - 30
         return numbers + self.shift
+
+    def layer(self, at: int) -> nn.Linear:
+        """One of them, with its type."""
+        found = self.layers[at]
+        assert isinstance(found, nn.Linear)
+        return found
 
 
 def state(version: int, kind: str = "small") -> dict[str, torch.Tensor]:
@@ -353,7 +360,7 @@ class Program:
 
     def scribble(self, name: str = "model") -> None:
         """Change one element of one live parameter."""
-        self.models[name].layers[1].bias.data[0] += 1
+        self.models[name].layer(1).bias.data[0] += 1
 
     def half(self, name: str = "model") -> None:
         self.models[name].half()
@@ -366,9 +373,10 @@ class Program:
 
     def fork(self) -> int:
         """Fork; the child comes to the nursery's door like any other process."""
-        if pid := os.fork():
-            return pid
-        _serve(self)
+        pid = os.fork()
+        if not pid:
+            _serve(self)
+        return pid
 
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())
@@ -382,7 +390,7 @@ class Program:
         return found
 
 
-def _serve(program: Program) -> Any:
+def _serve(program: Program) -> NoReturn:
     """Answer until the other end is gone. Never returns."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -405,8 +413,8 @@ def _serve(program: Program) -> Any:
 
 def main() -> None:
     """The nursery: forks one process for every line, and reaps them."""
-    import shipd.serving.resident
-
+    # With it comes torch's compiler, which takes longest.
+    importlib.import_module("shipd.serving.resident")
     torch.set_num_threads(1)
     # What a program does to run for the first time is not to happen in every child.
     ask(Exact(0))

@@ -168,6 +168,9 @@ class Incoming:
         reporter = asyncio.get_running_loop().create_task(self._keep_reporting())
         try:
             self.connected(peer, offer)
+            if peer.closed:
+                # It went while this task was waiting for its turn, and nobody was told.
+                self.disconnected(peer)
             log.info(
                 "push offered",
                 extra={**self._context(), "label": offer.label, "bytes": offer.nbytes, "resumed": offer.resumed},

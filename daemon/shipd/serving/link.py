@@ -116,8 +116,8 @@ class Follower(Protocol):
     def fence(self, reason: str) -> None:
         """Stop serving until a version has been installed."""
 
-    def let_go(self) -> None:
-        """Serve from memory of its own from now on: the images go back to the daemon."""
+    def let_go(self) -> bool:
+        """Serve from memory of its own from now on: the images go back to the daemon. False where that cannot be."""
 
 
 @dataclass(slots=True)
@@ -266,9 +266,8 @@ class Link:
         lane, self._lane = self._lane, None
         if lane is not None:
             if self._stopping and lane.connection.established and self._current is not None:
-                self._follower.let_go()
-                if self._follower.settle():
-                    # Else the user keeps tensors of an image: the daemon must leave it alone while this process lives.
+                if self._follower.let_go() and self._follower.settle():
+                    # Else something still reads an image: the daemon must leave it alone while this process lives.
                     lane.connection.send(Detach())
                 lane.close(flush=True)
             lane.close()

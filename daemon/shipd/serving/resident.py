@@ -29,6 +29,7 @@ from shipproto.structure import Structure, TensorSpec
 log = logging.getLogger("shipd.serving")
 
 DEFAULT_SOCKET: Final = "/run/shipd/shipd.sock"
+_DETACH_SECONDS: Final = 10.0
 _UNATTACHED: Final = Version("", "")
 
 
@@ -175,6 +176,9 @@ class Resident:
         if not self._detaching.acquire(blocking=not self._link.runs_here):
             return
         try:
+            if self._gate.hold().holds(within_forward=1):
+                # This thread's own hold, which will not end while it waits here.
+                self._follower.patience = 0.0
             self._link.stop()
             if self._hooks is not None:
                 self._hooks.remove()
@@ -201,6 +205,8 @@ class _ModelFollower:
         self._swapper = swapper
         self._max_hold = max_hold
         self._callbacks = callbacks
+        self.patience = _DETACH_SECONDS
+        """How long detaching waits for holds."""
         self._attached = False
         self._torn: str | None = None
         self._reading = threading.Lock()
@@ -288,12 +294,15 @@ class _ModelFollower:
     def fence(self, reason: str) -> None:
         self._gate.fence(reason)
 
-    def let_go(self) -> None:
+    def let_go(self) -> bool:
+        if not self.private:
+            return True
         try:
-            self._gate.swap(self._let_go, commit_timeout=10.0, max_hold=self._max_hold)
+            self._gate.swap(self._let_go, commit_timeout=self.patience, max_hold=self._max_hold)
         except (ShipError, RuntimeError) as error:
-            log.warning("detaching while a hold goes on", extra={"why": str(error)})
-            self._let_go()
+            log.warning("detached during a hold: the model stays in the daemon's image", extra={"why": str(error)})
+            return False
+        return True
 
     def _let_go(self) -> Version:
         self._swapper.let_go()
