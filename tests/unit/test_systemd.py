@@ -148,7 +148,9 @@ def test_unit_and_example_agree(unit):
     assert Path(values["socket"]).parent == Path("/run") / unit["RuntimeDirectory"]
     assert values["socket_group"] == unit["Group"]
     assert values["token_file"] == f"/run/credentials/shipd.service/{unit['LoadCredential']}"
-    assert int(unit["TimeoutStopSec"]) > values["drain_timeout"] + values["commit_timeout"]
+    assert int(unit["TimeoutStopSec"]) > (
+        values["drain_timeout"] + 2 * values["stage_timeout"] + values["commit_timeout"]
+    )
     # The images and a GiB for everything else.
     assert values["memory_limit"] == f"{int(unit['MemoryMax'].removesuffix('G')) - 1}GiB"
     assert values["listen"].startswith("127.0.0.1:"), "loopback as long as no token is set"

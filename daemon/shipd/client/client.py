@@ -5,6 +5,7 @@ Nothing here runs on the caller's event loop except waiting: every conversation 
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from shipd.client.push import Progress, Push, PushOptions
 from shipd.client.receipt import Receipt
 from shipd.errors import OutcomeUnknown, ShipError
 from shipd.transfer.faults import peer_error, remote_error
-from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from shipproto.connection import MessageArrived
 from shipproto.errors import LocalError, ProtocolError
 from shipproto.frame import Buffer
@@ -29,6 +30,8 @@ from shipproto.status import Status, Verification, decode_status, decode_verific
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("shipd.client")
 
 _T = TypeVar("_T")
 
@@ -170,12 +173,21 @@ class Client:
     def _ask_blocking(
         self, lane: Lane | None, waker: Waker, question: Message, answer: type[Message], seconds: float
     ) -> Buffer:
-        lane = lane or self._open(waker)
-        lane.use(waker)
+        """Over the connection that is there, if it still is; else over a new one. Questions may be asked twice."""
+        if lane is not None:
+            lane.use(waker)
+            try:
+                return ask(lane, question, answer, seconds)
+            except ConnectionLost as error:
+                # The daemon closes idle connections, and may have been restarted.
+                log.debug("asking again over a new connection", extra={"why": str(error)})
+            finally:
+                lane.close()
+        fresh = self._open(waker)
         try:
-            return ask(lane, question, answer, seconds)
+            return ask(fresh, question, answer, seconds)
         finally:
-            lane.close()
+            fresh.close()
 
     def _open(self, waker: Waker | None) -> Lane:
         return Lane.open(self.address, token=self._token, timeout=_CONNECT_SECONDS, waker=waker)

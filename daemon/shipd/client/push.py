@@ -89,6 +89,7 @@ class Push:
         self._progress_at = 0.0
         self._commit_sent = False
         self._reached = False
+        self._uncertain = False
         self._established = False
         self._pinged = 0.0
         # Last: it takes descriptors, which only run() gives back.
@@ -154,6 +155,8 @@ class Push:
         self._established = True
         lane.use(self._interruptible)
         self._reached = True
+        # A commit that was asked for on an earlier connection may have happened, whatever is answered on this one.
+        self._uncertain = self._commit_sent
         sent_before = lane.bytes_sent
         try:
             self._sender.connected(lane.connection)
@@ -183,7 +186,7 @@ class Push:
                 reader.check_ties()
             step = sender.next_step()
             if isinstance(step, SendChunk):
-                self._send_chunk(lane, reader, step.chunk)
+                self._send_chunk(lane, reader, step.chunk, deadline)
             elif isinstance(step, DigestChunk):
                 sender.digest_chunk(step.chunk, reader.read(step.chunk))
                 self._keep_alive(lane)
@@ -206,13 +209,13 @@ class Push:
             raise PeerError(f"{lane.peer} broke the protocol: it committed what was not sent", peer=lane.peer)
         return sender.committed
 
-    def _send_chunk(self, lane: Lane, reader: ChunkReader, chunk: int) -> None:
+    def _send_chunk(self, lane: Lane, reader: ChunkReader, chunk: int, deadline: float) -> None:
         content = reader.read(chunk)
         self._sender.send_chunk(chunk, content)
         if self._first_data is None:
             self._first_data = time.monotonic()
         # Until the kernel has it all: the next chunk may be gathered into the same memory.
-        self._take(lane.drain(time.monotonic() + self._options.stall))
+        self._take(lane.drain(self._options.stall, until=deadline))
         self._take(lane.pump())
 
     def _take(self, events: Iterable[Event]) -> None:
@@ -257,8 +260,14 @@ class Push:
     # --- errors --------------------------------------------------------------------------------------------
 
     def _raise_if_over(self, error: ShipError, deadline: float) -> None:
-        if time.monotonic() > deadline:
-            raise self._outcome(error) from error
+        if time.monotonic() >= deadline:
+            late = Stalled(
+                f"the push took longer than its timeout of {self._options.timeout:g} s",
+                peer=str(self._address),
+                model=self._options.model,
+                transfer_id=self.transfer.hex(),
+            )
+            raise self._outcome(late) from error
 
     def _gave_up(self, error: ShipError, breaks: int) -> ShipError:
         if self._commit_sent:
@@ -286,7 +295,8 @@ class Push:
         )
 
     def _failure(self, error: TransferError) -> ShipError:
-        return remote_error(error, str(self._address), model=self._options.model, transfer_id=self.transfer.hex())
+        known = remote_error(error, str(self._address), model=self._options.model, transfer_id=self.transfer.hex())
+        return self._outcome(known) if self._uncertain and error.code is not AbortCode.SWAP_FAILED else known
 
     def _protocol_failure(self, error: ProtocolError) -> ShipError:
         return peer_error(error, str(self._address))

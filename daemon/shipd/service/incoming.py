@@ -45,6 +45,10 @@ log = logging.getLogger("shipd.transfer")
 _REPORT_SECONDS: Final = 0.5
 """How often the sender hears from a daemon that waits for serving processes, or that receives over a thin link."""
 
+_STANDSTILL: Final = 20
+"""Stall deadlines that a sender may let pass without sending a chunk while it shows that it is alive: digesting a
+large checkpoint from a slow disk takes that long."""
+
 _COMMIT_SECONDS: Final = 600.0
 """How long a staged version waits for COMMIT: its sender may be staging on many hosts before any of them swaps."""
 
@@ -86,7 +90,10 @@ class Incoming:
         self._rollout: Rollout | None = None
         self._evicted: list[tuple[Session, str]] = []
         self._expiry: asyncio.TimerHandle | None = None
-        self._task = asyncio.get_running_loop().create_task(self._run(peer, offer), name=f"push to {model.name}")
+        self._moved = asyncio.get_running_loop().time()
+        self._task = asyncio.get_running_loop().create_task(self._run(offer), name=f"push to {model.name}")
+        # At once: what the sender does next, leaving included, may be read before the task first runs.
+        self.connected(peer, offer)
 
     @property
     def has_own_images(self) -> bool:
@@ -102,6 +109,7 @@ class Incoming:
 
     def connected(self, peer: Peer, offer: Offer) -> None:
         """The sender is here, for the first time or again."""
+        self._moved = asyncio.get_running_loop().time()
         self.receiver.connected(peer.connection, offer)
         previous, self.peer = self.peer, peer
         self.peer_name = peer.name
@@ -129,6 +137,7 @@ class Incoming:
     def on_event(self, peer: Peer, event: Event) -> None:
         """Take an event of one of the sender's connections. Raises ProtocolError."""
         for outcome in self.receiver.receive(peer.connection, event):
+            self._moved = asyncio.get_running_loop().time()
             if isinstance(outcome, ChunkHeld):
                 if self._rollout is not None:
                     self._rollout.arrived(outcome.chunk, last=self.receiver.complete)
@@ -164,13 +173,9 @@ class Incoming:
 
     # --- the push ------------------------------------------------------------------------------------------
 
-    async def _run(self, peer: Peer, offer: Offer) -> None:
+    async def _run(self, offer: Offer) -> None:
         reporter = asyncio.get_running_loop().create_task(self._keep_reporting())
         try:
-            self.connected(peer, offer)
-            if peer.closed:
-                # It went while this task was waiting for its turn, and nobody was told.
-                self.disconnected(peer)
             log.info(
                 "push offered",
                 extra={**self._context(), "label": offer.label, "bytes": offer.nbytes, "resumed": offer.resumed},
@@ -215,7 +220,13 @@ class Incoming:
             return pool.layout
         self.receiver.want_structure()
         self.flush()
-        offered = await self._host.work(self.receiver.decode_structure, await self._structure)
+        patience = self._host.config.stall + self._host.config.resume_window
+        try:
+            async with asyncio.timeout(patience):
+                encoded = await self._structure
+        except TimeoutError:
+            raise TransferError(AbortCode.STALLED, f"the structure did not arrive within {patience:.0f} s") from None
+        offered = await self._host.work(self.receiver.decode_structure, encoded)
         resident = self.model.structure
         if resident is not None:
             problems = await self._host.work(mismatches, offered, resident, self.model.transient)
@@ -428,6 +439,10 @@ class Incoming:
         while True:
             since = loop.time()
             await asyncio.sleep(_REPORT_SECONDS)
+            if self.receiver.state is ReceiverState.RECEIVING:
+                limit = _STANDSTILL * self._host.config.stall
+                if loop.time() - self._moved > limit:
+                    self.fail(TransferError(AbortCode.STALLED, f"nothing but signs of life for {limit:.0f} s"))
             arriving = self.peer is not None and self.peer.last_heard >= since
             if arriving or self.receiver.state is not ReceiverState.RECEIVING:
                 self.receiver.report(self.receiver.state.name.lower())

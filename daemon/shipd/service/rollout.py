@@ -50,6 +50,7 @@ class Rollout:
         self._slot = slot
         self._transfer = transfer
         self._told: list[Session] = []
+        self._left: list[tuple[Session, str]] = []
         self._ahead = RangeSet()
 
     def arrived(self, chunk: int, *, last: bool) -> None:
@@ -89,7 +90,7 @@ class Rollout:
 
     async def swap(self, label: str, digest: bytes) -> Outcome:
         """Have every process swap. Raises TransferError where no version has changed anywhere."""
-        outcome = Outcome()
+        outcome = Outcome(stale=[(session, why) for session, why in self._left if _serves_on(session)])
         late = [session for session in self._model.sessions if session not in self.ready and not session.lost]
         for session, answer in await self._ask_to_stage(late, label, digest):
             if isinstance(answer, StageReady) and not answer.error:
@@ -117,7 +118,11 @@ class Rollout:
                 # It may have swapped, or may yet: only what has been committed is safe for it to come back to.
                 outcome.stale.append((session, "it did not say in time that it has swapped"))
             elif not isinstance(reply, SessionLost):
-                raise reply
+                # Others may have swapped already: nothing that went wrong with this one can undo that.
+                log.error("a swap went wrong unexpectedly", exc_info=reply, extra={"pid": session.pid})
+                outcome.stale.append((session, f"it could not be asked: {reply!r}"))
+            elif _serves_on(session):
+                outcome.stale.append((session, "its connection broke in the middle of the swap"))
         if refusals and len(refusals) == len(outcome.stale) and not outcome.swapped:
             raise TransferError(AbortCode.SWAP_FAILED, "; ".join(refusals))
         back = {session.pid for session in (*outcome.swapped, *(session for session, _why in outcome.stale))}
@@ -159,3 +164,8 @@ class Rollout:
         if session not in self._told:
             self._told.append(session)
             self._pool.lease(session.number, self._slot)
+
+
+def _serves_on(session: Session) -> bool:
+    """Whether a process lives that has lost its session: it serves what it has until it has attached again."""
+    return not session.detached and alive(session.pid)

@@ -152,10 +152,12 @@ class Server:
         if self._unix is not None:
             loop.remove_reader(self._unix.socket.fileno())
             self._unix.close()
-        for incoming in set(self._incoming_all()):
+        under_way = self._incoming_all()
+        for incoming in under_way:
             incoming.fail(
                 TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down; it may be back in a moment")
             )
+        for incoming in under_way:
             await incoming.wait()
         for task in list(self._tasks):
             task.cancel()
@@ -224,6 +226,10 @@ class Server:
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 log.warning("cannot accept a local connection", extra={"why": error.strerror})
+                # Out of descriptors, most likely: they will not come back by asking again at once.
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._unix.socket.fileno())
+                loop.call_later(_SWEEP_SECONDS, self._listen_again)
             return
         connection = self._connection(None, FROM_SENDERS + FROM_PROCESSES)
         peer = UnixPeer(sock, connection, self._on_event, self._on_lost)
@@ -232,12 +238,19 @@ class Server:
             return
         self._opened(peer)
 
+    def _listen_again(self) -> None:
+        if self._unix is not None and not self._closing:
+            asyncio.get_running_loop().add_reader(self._unix.socket.fileno(), self._accept_unix)
+
     def _opened(self, peer: Peer) -> None:
-        if len(self._peers) >= _MAX_CONNECTIONS:
-            log.warning("too many connections", extra={"peer": peer.name, "limit": _MAX_CONNECTIONS})
-            peer.close()
-            return
+        """Count a new connection in. Senders and local processes do not compete for places."""
+        alike = [other for other in self._peers if isinstance(other, UnixPeer) is isinstance(peer, UnixPeer)]
         self._peers[peer] = asyncio.get_running_loop().time()
+        if len(alike) >= _MAX_CONNECTIONS:
+            # Whoever has waited longest without having said who it is gives up its place, if there is one such.
+            victim = next((other for other in alike if not other.connection.established), peer)
+            log.warning("too many connections", extra={"peer": victim.name, "limit": _MAX_CONNECTIONS})
+            victim.close()
 
     def _on_lost(self, peer: Peer) -> None:
         self._peers.pop(peer, None)

@@ -5,6 +5,7 @@ CRC, digest and sendmsg happen inline on this thread; every wait has a deadline.
 """
 
 import errno
+import math
 import os
 import select
 import socket
@@ -146,22 +147,22 @@ class Lane:
         self._step(0.0)
         return self.connection.events()
 
-    def drain(self, deadline: float, *, limit: int = 0) -> list[Event]:
-        """Wait until at most ``limit`` pieces are left to write; events that arrive meanwhile are returned.
+    def drain(self, grace: float, *, until: float = math.inf) -> list[Event]:
+        """Wait until everything queued is written; events that arrive meanwhile are returned.
 
-        ``deadline`` is when the peer must at the latest have taken at least some bytes.
+        Raises Stalled where the peer takes no byte for ``grace`` seconds, or has not taken all by ``until``.
         """
         events: list[Event] = []
         sent = self.bytes_sent
-        grace = deadline - time.monotonic()
+        deadline = time.monotonic() + grace
         while True:
             self._write()
-            if len(self._outgoing) <= limit:
+            if not self._outgoing:
                 return events
             if self.bytes_sent != sent:
                 sent = self.bytes_sent
                 deadline = time.monotonic() + grace
-            remaining = deadline - time.monotonic()
+            remaining = min(deadline, until) - time.monotonic()
             if self._step(max(0.0, remaining)):
                 events.extend(self.connection.events())
             elif remaining <= 0:

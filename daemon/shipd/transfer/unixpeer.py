@@ -20,6 +20,9 @@ from shipproto.messages import Message
 
 log = logging.getLogger("shipd.transfer")
 
+_LINGER_SECONDS = 5.0
+"""How long a connection that is being closed waits for its peer to take what is queued."""
+
 _READS_PER_WAKE = 8
 """Receives before other connections get their turn."""
 
@@ -62,17 +65,18 @@ class UnixPeer:
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._writing = False
         self._closed = False
+        self._closing = False
         sock.settimeout(0)
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @property
     def closed(self) -> bool:
         """Whether nothing more can be sent."""
-        return self._closed
+        return self._closed or self._closing
 
     def send(self, message: Message, body: Buffer = b"") -> None:
         """Queue a message and write what is queued."""
-        if not self._closed:
+        if not self.closed:
             try:
                 self.connection.send(message, body)
             except LocalError:
@@ -81,7 +85,7 @@ class UnixPeer:
 
     def send_with_fds(self, message: Message, fds: Sequence[int]) -> None:
         """Send a message whose first byte carries ``fds``. They are duplicated: the caller may close its own."""
-        if self._closed:
+        if self.closed:
             return
         self.flush()
         self.connection.send(message)
@@ -92,19 +96,24 @@ class UnixPeer:
 
     def flush(self) -> None:
         """Write what the connection has queued."""
-        if self._closed:
+        if self.closed:
             return
         self._outgoing.extend((memoryview(piece), ()) for piece in self.connection.take_output())
         self._write()
 
     def close(self, reason: str = "") -> None:
-        """Write what can be written at once and close."""
-        if self._closed:
+        """Write what is queued and close; a peer that does not take it is left after a few seconds."""
+        if self.closed:
             return
         if reason:
             log.info("closing a local connection", extra={"peer": self.name, "why": reason})
         self.flush()
-        self._lose()
+        self._closing = True
+        if self._outgoing:
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.call_later(_LINGER_SECONDS, self._lose)
+        else:
+            self._lose()
 
     def _readable(self) -> None:
         self.last_heard = self._loop.time()
@@ -120,7 +129,7 @@ class UnixPeer:
                 self.connection.buffer_updated(count)
                 for event in self.connection.events():
                     self._on_event(self, event)
-                if self._closed:
+                if self.closed:
                     return
         except ProtocolError as error:
             log.warning("closing a local connection", extra={"peer": self.name, "why": str(error)})
@@ -150,9 +159,13 @@ class UnixPeer:
             self._outgoing[0] = (piece[sent:], ())
             if sent == len(piece):
                 self._outgoing.popleft()
+        if self._closed:
+            return
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self._sock.fileno())
+        if self._closing:
+            self._lose()
 
     def _lose(self) -> None:
         if self._closed:
