@@ -24,6 +24,10 @@ log = logging.getLogger("shipd.transfer")
 SWAP_GRACE: Final = 5.0
 """Seconds beyond the commit timeout for a process to say how its swap went."""
 
+_DYING_LOOKS: Final = 25
+_DYING_SECONDS: Final = 0.02
+"""How often, and how long apart, to look whether a process whose connection broke is on its way out."""
+
 _ARRIVING_CHUNKS: Final = 32
 """Chunks after which a process that copies ahead is told of them: 16 MiB."""
 
@@ -50,7 +54,6 @@ class Rollout:
         self._slot = slot
         self._transfer = transfer
         self._told: list[Session] = []
-        self._left: list[tuple[Session, str]] = []
         self._ahead = RangeSet()
 
     def arrived(self, chunk: int, *, last: bool) -> None:
@@ -90,7 +93,7 @@ class Rollout:
 
     async def swap(self, label: str, digest: bytes) -> Outcome:
         """Have every process swap. Raises TransferError where no version has changed anywhere."""
-        outcome = Outcome(stale=[(session, why) for session, why in self._left if _serves_on(session)])
+        outcome = Outcome()
         late = [session for session in self._model.sessions if session not in self.ready and not session.lost]
         for session, answer in await self._ask_to_stage(late, label, digest):
             if isinstance(answer, StageReady) and not answer.error:
@@ -121,7 +124,7 @@ class Rollout:
                 # Others may have swapped already: nothing that went wrong with this one can undo that.
                 log.error("a swap went wrong unexpectedly", exc_info=reply, extra={"pid": session.pid})
                 outcome.stale.append((session, f"it could not be asked: {reply!r}"))
-            elif _serves_on(session):
+            elif await _serves_on(session):
                 outcome.stale.append((session, "its connection broke in the middle of the swap"))
         if refusals and len(refusals) == len(outcome.stale) and not outcome.swapped:
             raise TransferError(AbortCode.SWAP_FAILED, "; ".join(refusals))
@@ -166,6 +169,15 @@ class Rollout:
             self._pool.lease(session.number, self._slot)
 
 
-def _serves_on(session: Session) -> bool:
-    """Whether a process lives that has lost its session: it serves what it has until it has attached again."""
-    return not session.detached and alive(session.pid)
+async def _serves_on(session: Session) -> bool:
+    """Whether a process lives that has lost its session: it serves what it has until it has attached again.
+
+    One that is being killed closes its sockets a moment before it is gone.
+    """
+    if session.detached:
+        return False
+    for _ in range(_DYING_LOOKS):
+        if not alive(session.pid):
+            return False
+        await asyncio.sleep(_DYING_SECONDS)
+    return True
