@@ -11,6 +11,7 @@ import pytest
 import shipd
 import shipd.client.client
 import shipd.client.push
+import shipd.transfer.lane
 from shipd.checkpoints import source
 from shipd.transfer.lane import Lane
 from tests.support import checkpoints
@@ -38,6 +39,13 @@ from tests.support.proxy import (
 OLD = checkpoints.medium(0)
 NEW = checkpoints.medium(1)
 CHUNKS = NEW.chunks
+
+
+@pytest.fixture(autouse=True)
+def _impatience(monkeypatch):
+    """What is waited for when a connection is given up, or opened anew, is not what is tested here."""
+    monkeypatch.setattr(shipd.transfer.lane, "_GOODBYE_SECONDS", 0.1)
+    monkeypatch.setattr(shipd.client.push, "_BACKOFF", (0.01, 0.02, 0.05, 0.1))
 
 
 @pytest.fixture

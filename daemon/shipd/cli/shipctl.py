@@ -156,6 +156,8 @@ def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
 
     from shipd.client.client import connect
 
+    answers: list[Any] = []
+
     async def converse() -> Any:
         client: Client
         running = asyncio.current_task()
@@ -163,7 +165,8 @@ def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
         with contextlib.suppress(NotImplementedError):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
         async with connect(address, token=_read_token(token_file)) as client:
-            return await ask(client)
+            answers.append(await ask(client))
+            return answers[0]
 
     try:
         return asyncio.run(converse())
@@ -172,6 +175,9 @@ def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
     except ValueError as error:
         _fail(str(error), 2, as_json)
     except (KeyboardInterrupt, asyncio.CancelledError):
+        if answers:
+            # Interrupted once too late: it was done by then.
+            return answers[0]
         _fail("interrupted; nothing was swapped", 130, as_json)
 
 

@@ -5,6 +5,7 @@ Nothing here runs on the caller's event loop except waiting: every conversation 
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -218,9 +219,15 @@ async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         cancel()
-        await asyncio.wait({future})
-        error = None if future.cancelled() else future.exception()
-        if error is not None and (isinstance(error, OutcomeUnknown) or not isinstance(error, ShipError)):
+        while not future.done():
+            # Cancelled again or not: what has begun on the thread has an end, and that is what is told.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
+        error = future.exception()
+        if error is None:
+            # Too late to cancel: it is done.
+            return future.result()
+        if isinstance(error, OutcomeUnknown) or not isinstance(error, ShipError):
             raise error from None
         raise
     finally:

@@ -358,8 +358,12 @@ class Server:
 
     def _begin_push(self, peer: Peer, offer: Offer, model: Model) -> None:
         self._ended.pop(offer.transfer, None)
-        model.incoming = Incoming(self, model, peer, offer)
-        self._incoming[peer] = model.incoming
+        incoming = model.incoming = Incoming(self, model, peer, offer)
+        if peer.closed:
+            # It went as it was answered, before anybody could know whose connection it is.
+            incoming.disconnected(peer)
+        else:
+            self._incoming[peer] = incoming
 
     async def _supersede(self, peer: Peer, offer: Offer, model: Model, running: Incoming) -> None:
         """Another push of the model is under way: it goes on, unless its sender has gone."""

@@ -71,6 +71,10 @@ class CopySwap:
             raise RuntimeError("nothing is staged")
         self._staged = None
         try:
+            self._make_ready(staged)
+        except BaseException as error:
+            raise SwapFailed(f"the swap did not begin; the old version serves: {error!r}") from error
+        try:
             self._write(staged)
         except BaseException as error:
             try:
@@ -120,6 +124,9 @@ class CopySwap:
             views = bits.image_integers(bits.flat_bytes(mapping.raw), self.layout, self._rows)
             self._views[mapping] = views
         return views
+
+    def _make_ready(self, mapping: ImageMapping) -> None:
+        """What can fail before anything live is touched."""
 
     def _write(self, mapping: ImageMapping) -> None:
         """Overwrite the live tensors with the version in ``mapping``."""

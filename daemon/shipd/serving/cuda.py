@@ -202,11 +202,13 @@ class CudaCopySwap(CopySwap):
         self.arrived(mapping, missing)
         self._stream.synchronize()
 
-    def _write(self, mapping: ImageMapping) -> None:
+    def _make_ready(self, mapping: ImageMapping) -> None:
         if self._source is not mapping or self._present.find(0) >= 0:
             self._prepare(mapping)
         # Holds are over, but what they launched may still be running and reading.
         torch.cuda.synchronize(self.device)
+
+    def _write(self, mapping: ImageMapping) -> None:  # noqa: ARG002  the shadow has its bytes: see _make_ready
         with self._on_stream():
             for live, shadow in self._groups:
                 bits.copy_all(live, shadow)
@@ -216,6 +218,8 @@ class CudaCopySwap(CopySwap):
     def _undo(self) -> None:
         # What did not fail of the failed copy may still be under way, on another stream.
         torch.cuda.synchronize(self.device)
+        if self._current is not None:
+            self._make_ready(self._current)
         super()._undo()
         torch.cuda.synchronize(self.device)
 

@@ -119,6 +119,9 @@ class Follower(Protocol):
     def let_go(self) -> bool:
         """Serve from memory of its own from now on: the images go back to the daemon. False where that cannot be."""
 
+    def close(self) -> None:
+        """The link has ended: keep nothing but what is live."""
+
 
 @dataclass(slots=True)
 class _Image:
@@ -157,7 +160,6 @@ class Link:
         self._attached = threading.Event()
         self._refusal: BaseException | None = None
         self._stopping = False
-        self._stopping_itself = False
         """A callback, which runs on this thread, has detached."""
         self._thread = threading.Thread(target=self._run, name=f"shipd {model}", daemon=True)
 
@@ -180,15 +182,12 @@ class Link:
 
     def stop(self) -> None:
         """Detach and end the thread. A swap that is under way is finished first."""
-        if self._stopping:
-            return
-        self._stopping_itself = self.runs_here
-        self._stopping = True
-        self._waker.wake()
-        if not self._stopping_itself:
-            if self._thread.ident is not None:
-                self._thread.join()
-            self._waker.close()
+        if not self._stopping:
+            self._stopping = True
+            self._waker.wake()
+        if not self.runs_here and self._thread.ident is not None:
+            # Also the second time: whoever was interrupted while waiting must not go on before the thread has ended.
+            self._thread.join()
 
     @property
     def runs_here(self) -> bool:
@@ -208,6 +207,13 @@ class Link:
     # --- the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._follow_daemon()
+        finally:
+            self._waker.close()
+            self._attached.set()
+
+    def _follow_daemon(self) -> None:
         failures = 0
         while not self._stopping:
             try:
@@ -231,9 +237,7 @@ class Link:
                 self._end_session()
             if self._waker.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
                 break
-        if self._stopping_itself:
-            self._waker.close()
-        self._attached.set()
+        self._follower.close()
 
     def _session(self) -> None:
         lane = self._lane = Lane.open(self._socket, token=None, timeout=_CONNECT_SECONDS, waker=self._waker)
@@ -264,21 +268,27 @@ class Link:
         """The daemon knows nothing of this process any more; mappings that are served from stay."""
         self.connected = False
         lane, self._lane = self._lane, None
-        if lane is not None:
-            if self._stopping and lane.connection.established and self._current is not None:
-                if self._follower.let_go() and self._follower.settle():
+        images, self._images = list(self._images.values()), {}
+        try:
+            # Not in the image of a daemon that may be away now and will be back.
+            released = self._stopping and self._attached.is_set() and self._follower.let_go()
+            if lane is not None and lane.connection.established and self._current is not None and released:
+                if self._follower.settle():
                     # Else something still reads an image: the daemon must leave it alone while this process lives.
                     lane.connection.send(Detach())
                 lane.close(flush=True)
-            lane.close()
-        if self._staged is not None:
-            self._follower.unstage()
-        self._staged = self._current = None
-        self._releasing.clear()
-        self._leased.clear()
-        for image in self._images.values():
-            self._drop(image)
-        self._images.clear()
+            if self._staged is not None:
+                self._follower.unstage()
+        except Exception:
+            log.exception("the session could not be ended as it should", extra={"model": self._model})
+        finally:
+            self._staged = self._current = None
+            self._releasing.clear()
+            self._leased.clear()
+            if lane is not None:
+                lane.close()
+            for image in images:
+                self._drop(image)
 
     def _drop(self, image: _Image) -> None:
         """This image is not going to be used any more, or will come again as new memory."""
@@ -287,7 +297,11 @@ class Link:
             image.preparing.join()
         os.close(image.fd)
         if image.mapping is not None:
-            self._follower.forget(image.mapping)
+            try:
+                self._follower.forget(image.mapping)
+            except RuntimeError:
+                # CUDA says so when a context is broken; there is nothing left to keep it from.
+                log.exception("an image could not be let go of", extra={"model": self._model})
 
     def _handle(self, lane: Lane, message: Message, body: Buffer) -> None:
         if isinstance(message, Images):

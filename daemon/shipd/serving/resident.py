@@ -176,20 +176,21 @@ class Resident:
         if not self._detaching.acquire(blocking=not self._link.runs_here):
             return
         try:
-            if self._gate.hold().holds(within_forward=1):
+            if not self._link.runs_here and self._gate.hold().holds(within_forward=1):
                 # This thread's own hold, which will not end while it waits here.
                 self._follower.patience = 0.0
             self._link.stop()
             if self._hooks is not None:
                 self._hooks.remove()
                 self._hooks = None
-            self._follower.close()
-            _residents.discard(self)
+            if not self._follower.lingers:
+                _residents.discard(self)
         finally:
             self._detaching.release()
 
     def after_fork_in_child(self) -> None:
         """What os.register_at_fork calls: the child follows no daemon, and must not keep the parent's session open."""
+        self._detaching = threading.Lock()
         self._link.abandon_after_fork()
         self._follower.abandon_after_fork()
 
@@ -209,6 +210,8 @@ class _ModelFollower:
         """How long detaching waits for holds."""
         self._attached = False
         self._torn: str | None = None
+        self.lingers = False
+        """Whether it could not let go of an image when it was detached."""
         self._reading = threading.Lock()
 
     def held(self) -> Version | None:
@@ -264,7 +267,8 @@ class _ModelFollower:
         for callback in list(self._callbacks):
             try:
                 callback(version)
-            except Exception:
+            except BaseException:
+                # Also SystemExit: it is shipd's thread, and the swap has happened.
                 log.exception("an on_swap callback failed", extra={"label": version.label})
 
     def settle(self) -> bool:
@@ -301,6 +305,7 @@ class _ModelFollower:
             self._gate.swap(self._let_go, commit_timeout=self.patience, max_hold=self._max_hold)
         except (ShipError, RuntimeError) as error:
             log.warning("detached during a hold: the model stays in the daemon's image", extra={"why": str(error)})
+            self.lingers = True
             return False
         return True
 
@@ -313,6 +318,7 @@ class _ModelFollower:
         self._swapper.close()
 
     def abandon_after_fork(self) -> None:
+        self._reading = threading.Lock()
         if self.private and self._attached:
             # The images go on belonging to the daemon, which knows of the parent only and will write to them.
             self._gate.fence(
