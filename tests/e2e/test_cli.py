@@ -527,7 +527,7 @@ def test_killed_leaves_nothing_on_the_senders_side(daemon, medium, tmp_path):
 
 def test_question_to_what_never_answers_can_be_interrupted():
     with FakeDaemon(speaking(b"")) as fake, Shipctl("status", "--to", fake.address) as asking:
-        until(lambda: fake.connections, "a connection")
+        until(lambda: fake.connections > 0, "a connection")
         assert asking.wait(20) == 1, asking.describe()
         assert "closed the connection" in asking.err
 
