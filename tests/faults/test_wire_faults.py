@@ -719,9 +719,47 @@ def test_cancelling_while_nobody_listens(daemon, proxy, new, monkeypatch):
 
 
 def test_cancelling_during_the_commit_waits_for_it(daemon, proxy, new):
+    """And tells how it went: that it was cancelled is not true of it."""
     held = proxy.hold(kind=COMMITTED, way=Way.TO_SENDER)
-    asyncio.run(_cancelled_at(proxy, held, new, after_cancel=held.release))
+
+    async def main():
+        async with shipd.connect(proxy.address) as client:
+            pushing = asyncio.create_task(client.push(new, model="model", label="new"))
+            await asyncio.to_thread(held.wait)
+            for _ in range(2):
+                pushing.cancel()
+                await asyncio.sleep(0)
+            held.release()
+            return await pushing
+
+    assert asyncio.run(main()).label == "new"
     assert_installed(daemon, NEW, label="new")
+
+
+def test_cancelling_while_connecting(proxy, monkeypatch):
+    """Also where the connection stands by the time that the cancellation is noticed."""
+    opened = Lane.open
+    opening, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments, **options):
+        lane = opened(*arguments, **options)
+        opening.set()
+        assert go_on.wait(20)
+        return lane
+
+    monkeypatch.setattr(Lane, "open", slowly)
+
+    async def main():
+        client = shipd.connect(proxy.address)
+        connecting = asyncio.create_task(client.__aenter__())
+        await asyncio.to_thread(opening.wait)
+        connecting.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+
+    asyncio.run(main())
 
 
 def test_a_cancellation_that_comes_as_the_commit_leaves_cannot_be_half_obeyed(daemon, proxy, new, monkeypatch):

@@ -32,15 +32,11 @@ async def run_push(
     def show(progress: pushing.Progress) -> None:
         bar.update(task, description=progress.stage, completed=progress.bytes_done, total=progress.bytes_total)
 
-    try:
-        with bar:
-            return await client.push(
-                checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show
-            )
-    except asyncio.CancelledError as cancelled:
-        if len(cancelled.args) != 2:
-            raise
-        why, receipt = cancelled.args
-        click.echo(f"shipctl: {why}", err=True)
-        assert isinstance(receipt, Receipt)
-        return receipt
+    with bar:
+        receipt = await client.push(
+            checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show
+        )
+    running = asyncio.current_task()
+    if running is not None and running.cancelling():
+        click.echo("shipctl: too late to interrupt: the commit was under way", err=True)
+    return receipt

@@ -99,10 +99,9 @@ class Client:
         stall        seconds without any sign of life after which the push is given up
         on_progress  called on another thread while the push runs
 
-        Cancelling ends the push, unless its commit is under way: that is waited for, and where it has gone through,
-        the CancelledError has a message and the receipt as its arguments. Raises ValueError for a name or a label that
-        cannot be one, and a ShipError for everything else; whatever that is, the previous version serves, unless it is
-        OutcomeUnknown.
+        Cancelling ends the push, unless its commit is under way: then the outcome is waited for and returned, as if
+        nobody had cancelled. Raises ValueError for a name or a label that cannot be one, and a ShipError for everything
+        else; whatever that is, the previous version serves, unless it is OutcomeUnknown.
         """
         options = PushOptions(
             model=check_label("model name", model),
@@ -115,7 +114,6 @@ class Client:
         )
         lane, self._lane = self._lane, None
         running: list[Push] = []
-        receipts: list[Receipt] = []
         cancelled = threading.Event()
 
         def run() -> Receipt:
@@ -129,8 +127,7 @@ class Client:
                 if cancelled.is_set():
                     # While the source was opened, when there was nothing yet to cancel.
                     running[0].cancel()
-                receipts.append(running[0].run())
-                return receipts[0]
+                return running[0].run()
             finally:
                 if source is not None:
                     source.close()
@@ -142,12 +139,7 @@ class Client:
             if running:
                 running[0].cancel()
 
-        try:
-            return await _in_thread(run, cancel)
-        except asyncio.CancelledError:
-            if not receipts:
-                raise
-            raise asyncio.CancelledError("too late to cancel: the commit was under way", receipts[0]) from None
+        return await _in_thread(run, cancel, finished_counts=True)
 
     async def status(self, model: str | None = None) -> Status:
         """What the daemon is serving and doing: all of it, or one model."""
@@ -211,8 +203,11 @@ def ask(lane: Lane, question: Message, answer: type[Message], seconds: float) ->
                 return bytes(event.body)
 
 
-async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
-    """Run ``work`` on a thread of its own. When the caller is cancelled, ``cancel`` it and wait for its end."""
+async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None], *, finished_counts: bool = False) -> _T:
+    """Run ``work`` on a thread of its own. When the caller is cancelled, ``cancel`` it and wait for its end.
+
+    ``finished_counts``: what was done all the same is returned, because it cannot be undone.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-client")
     future = asyncio.get_running_loop().run_in_executor(pool, work)
     try:
@@ -224,9 +219,10 @@ async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({future})
         error = future.exception()
-        if error is None:
-            # Too late to cancel: it is done.
+        if error is None and finished_counts:
             return future.result()
+        if error is None:
+            raise
         if isinstance(error, OutcomeUnknown) or not isinstance(error, ShipError):
             raise error from None
         raise

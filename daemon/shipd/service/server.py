@@ -336,7 +336,7 @@ class Server:
             raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
         if running is not None:
             running.connected(peer, offer)
-            self._incoming[peer] = running
+            self._bind(peer, running)
             return
         model = self.models.get(offer.model)
         if self._draining:
@@ -358,9 +358,12 @@ class Server:
 
     def _begin_push(self, peer: Peer, offer: Offer, model: Model) -> None:
         self._ended.pop(offer.transfer, None)
-        incoming = model.incoming = Incoming(self, model, peer, offer)
+        model.incoming = Incoming(self, model, peer, offer)
+        self._bind(peer, model.incoming)
+
+    def _bind(self, peer: Peer, incoming: Incoming) -> None:
+        """``peer`` carries this push, unless it went as it was answered, when nobody could know whose it is."""
         if peer.closed:
-            # It went as it was answered, before anybody could know whose connection it is.
             incoming.disconnected(peer)
         else:
             self._incoming[peer] = incoming
