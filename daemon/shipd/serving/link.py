@@ -185,7 +185,10 @@ class Link:
         if not self._stopping:
             self._stopping = True
             self._waker.wake()
-        if not self.runs_here and self._thread.ident is not None:
+        if self._thread.ident is None:
+            # It never came to that.
+            self._waker.close()
+        elif not self.runs_here:
             # Also the second time: whoever was interrupted while waiting must not go on before the thread has ended.
             self._thread.join()
 

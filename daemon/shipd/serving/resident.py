@@ -183,8 +183,7 @@ class Resident:
             if self._hooks is not None:
                 self._hooks.remove()
                 self._hooks = None
-            if not self._follower.lingers:
-                _residents.discard(self)
+            _residents.discard(self)
         finally:
             self._detaching.release()
 
@@ -210,8 +209,6 @@ class _ModelFollower:
         """How long detaching waits for holds."""
         self._attached = False
         self._torn: str | None = None
-        self.lingers = False
-        """Whether it could not let go of an image when it was detached."""
         self._reading = threading.Lock()
 
     def held(self) -> Version | None:
@@ -305,7 +302,6 @@ class _ModelFollower:
             self._gate.swap(self._let_go, commit_timeout=self.patience, max_hold=self._max_hold)
         except (ShipError, RuntimeError) as error:
             log.warning("detached during a hold: the model stays in the daemon's image", extra={"why": str(error)})
-            self.lingers = True
             return False
         return True
 

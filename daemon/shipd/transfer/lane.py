@@ -38,6 +38,7 @@ class Waker:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
+        self._open = [self._read, self._write]
         os.set_blocking(self._read, False)
         self.woken = False
 
@@ -59,10 +60,10 @@ class Waker:
         return self.woken
 
     def close(self) -> None:
-        """Release the descriptors."""
+        """Release the descriptors. Harmless twice."""
         self.woken = True
-        os.close(self._read)
-        os.close(self._write)
+        while self._open:
+            os.close(self._open.pop())
 
 
 class Lane:
