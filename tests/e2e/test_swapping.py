@@ -194,6 +194,28 @@ def test_copies_of_what_the_model_ties_must_be_equal(start_daemon: StartDaemon, 
     assert resident.digest == receipt.digest == resident.verify()
 
 
+@both
+def test_a_hundred_megabytes(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
+    """In two tensors and many chunks; the third push uses images that have been used before."""
+    daemon = start_daemon(models={})
+    model = nn.Sequential(nn.Linear(5000, 5000), nn.Linear(5, 3))
+    resident = attach(model, daemon, mode=mode)
+    for seed in range(1, 4):
+        version = {name: raw_like(tensor, seed) for name, tensor in model.state_dict().items()}
+        receipt = push(address(daemon), version, label=f"v{seed}")
+        assert receipt.bytes_total > 100_000_000
+        assert (receipt.swapped, receipt.digest) == (1, resident.verify())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.view(torch.int32), version[name].view(torch.int32)), name
+
+
+def raw_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """Random bits, made faster than by ``raw``."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31 - 1, tensor.shape, dtype=torch.int64, generator=generator)
+    return bits.to(torch.int32).view(torch.float32)
+
+
 # --- one version at a time -------------------------------------------------------------------------------------------
 
 

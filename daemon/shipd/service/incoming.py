@@ -87,6 +87,8 @@ class Incoming:
         self._verify = asyncio.Event()
         self._commit_requested = asyncio.Event()
         self._reason: TransferError | None = None
+        self._started = False
+        """A task that is cancelled before it has begun would never clean up."""
         self._rollout: Rollout | None = None
         self._evicted: list[tuple[Session, str]] = []
         self._expiry: asyncio.TimerHandle | None = None
@@ -161,7 +163,8 @@ class Incoming:
         """End the push, unless it is being committed."""
         if not self.committing and not self._task.done():
             self._reason = self._reason or reason
-            self._task.cancel()
+            if self._started:
+                self._task.cancel()
 
     async def wait(self) -> None:
         """Until the push is over."""
@@ -174,8 +177,11 @@ class Incoming:
     # --- the push ------------------------------------------------------------------------------------------
 
     async def _run(self, offer: Offer) -> None:
+        self._started = True
         reporter = asyncio.get_running_loop().create_task(self._keep_reporting())
         try:
+            if self._reason is not None:
+                raise self._reason
             log.info(
                 "push offered",
                 extra={**self._context(), "label": offer.label, "bytes": offer.nbytes, "resumed": offer.resumed},
