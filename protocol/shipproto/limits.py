@@ -44,6 +44,9 @@ MAX_IMAGE_BYTES: Final = 1 << 44
 MAX_STRUCTURE_BODY: Final = 64 * 1024 * 1024
 """An encoded structure: MAX_TENSORS of ordinary names fit."""
 
+MAX_LANES: Final = 16
+"""Connections of one transfer: more than fill any link that ordinary TCP is used on."""
+
 MAX_RANGES: Final = 1 << 16
 """Ranges in one WANT. A receiver with a more ragged set asks for a superset: resending is harmless."""
 

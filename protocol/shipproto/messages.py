@@ -14,6 +14,7 @@ from shipproto.limits import (
     MAX_DIGESTS_BODY,
     MAX_IMAGE_BYTES,
     MAX_LABEL,
+    MAX_LANES,
     MAX_METADATA_ENTRIES,
     MAX_METADATA_TEXT,
     MAX_NACK,
@@ -154,12 +155,16 @@ class StructureIs(Message, frozen=True, kw_only=True):
 
 
 class Want(Message, frozen=True, kw_only=True):
-    """The chunks that the receiver lacks, as ranges, of the structure with this digest."""
+    """The chunks that the receiver lacks, as ranges, of the structure with this digest.
+
+    ``lanes`` is how many connections it takes DATA on, this one included.
+    """
 
     TYPE = 19
     MAX_BODY = MAX_RANGES * 8
     body_id: _U32 = 0
     body_size: _U63 = 0
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)] = 1
     structure: _Digest
     transfer: _Transfer
 
@@ -210,18 +215,36 @@ class Commit(Message, frozen=True, kw_only=True):
 
 
 class Committed(Message, frozen=True, kw_only=True):
-    """The version is the current one. ``stale`` names the processes that could not follow and are fenced."""
+    """The version is the current one. ``stale`` names the processes that could not follow and are fenced.
+
+    Where the receiver's time went: in receiving, checking and digesting, over all connections; in verifying; and in the
+    process that paused longest, in waiting for the last hold and in copying.
+    """
 
     TYPE = 25
+    DURATIONS = (
+        "check_seconds",
+        "copy_seconds",
+        "digest_seconds",
+        "receive_seconds",
+        "verify_seconds",
+        "wait_seconds",
+    )
     already: bool = False
     """It had been the current version before this push."""
+    check_seconds: _Seconds = _NO_TIME
+    copy_seconds: _Seconds = _NO_TIME
     digest: _Digest
+    digest_seconds: _Seconds = _NO_TIME
     label: _Label
     pause_seconds: _Seconds | None = None
     """The longest pause of any serving process; None where nothing is attached."""
+    receive_seconds: _Seconds = _NO_TIME
     stale: Annotated[tuple[_Word, ...], msgspec.Meta(max_length=MAX_PROCESSES)] = ()
     swapped: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESSES)] = 0
     transfer: _Transfer
+    verify_seconds: _Seconds = _NO_TIME
+    wait_seconds: _Seconds = _NO_TIME
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -235,6 +258,22 @@ class Abort(Message, frozen=True, kw_only=True):
     message: _Text = ""
     tensor: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
     transfer: _OptionalTransfer = b""
+
+
+class Join(Message, frozen=True, kw_only=True):
+    """This connection is a further lane of a transfer that is being received on another one."""
+
+    TYPE = 27
+    lane: Annotated[int, msgspec.Meta(ge=1, lt=MAX_LANES)]
+    transfer: _Transfer
+
+
+class Joined(Message, frozen=True, kw_only=True):
+    """DATA of the transfer is taken on this connection."""
+
+    TYPE = 28
+    lane: Annotated[int, msgspec.Meta(ge=1, lt=MAX_LANES)]
+    transfer: _Transfer
 
 
 # --- questions ---------------------------------------------------------------------------------------------
@@ -385,7 +424,7 @@ class Swapped(Message, frozen=True, kw_only=True):
     """The live parameters are the new version, or ``error`` says why they are the old one."""
 
     TYPE = 57
-    DURATIONS = ("copy_seconds", "pause_seconds")
+    DURATIONS = ("copy_seconds", "pause_seconds", "wait_seconds")
     copy_seconds: _Seconds = _NO_TIME
     error: _Text = ""
     fenced: bool = False
@@ -393,6 +432,8 @@ class Swapped(Message, frozen=True, kw_only=True):
     generation: _U63
     pause_seconds: _Seconds = _NO_TIME
     transfer: _Transfer
+    wait_seconds: _Seconds = _NO_TIME
+    """The part of the pause until the last hold had ended."""
 
 
 class Unstage(Message, frozen=True, kw_only=True):
@@ -446,6 +487,7 @@ MESSAGES: Final[tuple[type[Message], ...]] = tuple(
         (
             *(Hello, Auth, Body, Nack, Ping),
             *(Offer, StructureWanted, StructureIs, Want, Data, Progress, Finish, Staged, Commit, Committed, Abort),
+            *(Join, Joined),
             *(StatusRequest, StatusIs, VerifyRequest, VerifyIs),
             *(Attach, Attached, Images, Fill, Filled, Arriving, Stage, StageReady, Swap, Swapped, Unstage),
             *(Release, Evicted, DigestRequest, DigestIs, Detach),

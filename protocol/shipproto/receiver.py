@@ -11,6 +11,9 @@
 The shell decides (is there such a model, a free slot, are the processes ready) and owns the memory; the
 machine keeps the books and talks to the sender. A connection may come and go in every state: ``connected``
 answers a repeated OFFER from where the transfer stands, also when it is over.
+
+Further connections, the lanes, may bring chunks as well, each on a thread of its own: a chunk belongs to whichever
+connection claims it first, and that is the one thing here that may happen on any thread.
 """
 
 import enum
@@ -23,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shipproto.claims import Claims
 from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
 from shipproto.errors import (
@@ -41,6 +45,8 @@ from shipproto.messages import (
     Commit,
     Committed,
     Finish,
+    Join,
+    Joined,
     Message,
     Offer,
     Progress,
@@ -142,7 +148,10 @@ class Receiver:
         self._digests: LeafDigests | None = None
         self._image: memoryview | None = None
         self._connection: Connection | None = None
-        self._landing: set[int] = set()
+        # Replaced and never changed: threads that receive look at it.
+        self._lanes: dict[int, Connection] = {}
+        self._lane_limit = 1
+        self._claims = Claims()
         self._finish: Finish | None = None
         self._sent_digests: npt.NDArray[np.uint8] | None = None
         self._staged: Staged | None = None
@@ -168,6 +177,11 @@ class Receiver:
     def attended(self) -> bool:
         """Whether the sender is connected."""
         return self._connection is not None
+
+    @property
+    def lanes(self) -> int:
+        """Connections that bring chunks."""
+        return len(self._lanes) + self.attended
 
     @property
     def digests(self) -> LeafDigests:
@@ -211,19 +225,43 @@ class Receiver:
             self._let_go()
             self._connection = None
 
+    def joined(self, connection: Connection, join: Join) -> None:
+        """The sender brings chunks on this connection as well. Raises TransferError where that is not wanted."""
+        if self.state is not ReceiverState.RECEIVING or self._image is None or self._connection is None:
+            raise TransferError(AbortCode.PROTOCOL, f"no lane can join a transfer that is {self.state.name.lower()}")
+        if join.lane >= self._lane_limit or join.lane in self._lanes:
+            raise TransferError(
+                AbortCode.PROTOCOL, f"lane {join.lane} of {self._lane_limit} cannot join, or has joined"
+            )
+        self._lanes = {**self._lanes, join.lane: connection}
+        connection.landing = partial(self._land, connection)
+        connection.send(Joined(lane=join.lane, transfer=self.transfer))
+
+    def parted(self, connection: Connection) -> None:
+        """A lane is gone, and with it the chunk that was arriving on it. Nothing may write to the image for it."""
+        self._lanes = {lane: other for lane, other in self._lanes.items() if other is not connection}
+        self._give_up_claims(connection)
+
+    def digest_chunk(self, event: ChunkArrived) -> None:
+        """Digest a chunk where it has arrived, before ``receive`` is told. On any thread, each for its own chunks."""
+        self.digests.record(event.chunk, event.content)
+
     def receive(self, connection: Connection, event: Event) -> list[ReceiverEvent]:
-        """Take an event of one of the transfer's connections; only the latest one is listened to.
+        """Take an event of one of the transfer's connections; of the lanes and the latest other one.
 
         Raises UnexpectedMessage or MalformedMessage: that connection is broken, the transfer may go on.
         """
-        if connection is not self._connection:
+        lane = connection in self._lanes.values()
+        if connection is not self._connection and not lane:
             return []
         if isinstance(event, ChunkArrived):
-            return self._arrived(event)
+            return self._arrived(connection, event)
         if isinstance(event, ChunkDamaged):
             self.chunks_damaged += 1
             if event.chunk is not None:
-                self._landing.discard(event.chunk)
+                self._claims.damaged(event.chunk, connection)
+        elif isinstance(event, MessageArrived) and lane:
+            raise UnexpectedMessage(f"{type(event.message).__name__} on a lane")
         elif isinstance(event, MessageArrived):
             if self.ended or getattr(event.message, "transfer", b"") not in (self.transfer, b""):
                 return []
@@ -258,11 +296,13 @@ class Receiver:
             raise TransferError(AbortCode.PROTOCOL, "the offered structure has other figures than the offer")
         return structure
 
-    def accept(self, layout: Layout, image: memoryview) -> None:
-        """Take the version into ``image``, laid out as ``layout``, whose structure rules from now on."""
+    def accept(self, layout: Layout, image: memoryview, *, lanes: int = 1) -> None:
+        """Take the version into ``image``, laid out as ``layout``, whose structure rules from now on; its chunks on at
+        most so many connections at once."""
         if len(image) < layout.size:
             raise LocalError("the image is smaller than its layout")
         self._image = image
+        self._lane_limit = lanes
         self._begin(layout, LeafDigests(layout), RangeSet())
 
     def compare(self, digests: LeafDigests) -> None:
@@ -326,6 +366,7 @@ class Receiver:
             again.add(*layout.tensor_chunks(row))
         for chunk in again:
             self.digests.forget(chunk)
+            self._claims.forget(chunk)
         for start, stop in again.ranges():
             self.held.discard(start, stop)
         self._finish = self._sent_digests = None
@@ -404,18 +445,17 @@ class Receiver:
         start, expected = layout.chunk(chunk)
         if size != expected:
             raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
-        if self.state is not ReceiverState.RECEIVING or chunk in self.held or chunk in self._landing:
+        if self.state is not ReceiverState.RECEIVING or self._image is None:
             return None
-        if self._image is None or connection is not self._connection:
+        if connection is not self._connection and connection not in self._lanes.values():
             return None
-        self._landing.add(chunk)
-        return self._image[start : start + size]
+        return self._image[start : start + size] if self._claims.claim(chunk, connection) else None
 
-    def _arrived(self, event: ChunkArrived) -> list[ReceiverEvent]:
-        if event.chunk not in self._landing:
+    def _arrived(self, connection: Connection, event: ChunkArrived) -> list[ReceiverEvent]:
+        if not self._claims.hold(event.chunk, connection):
             return []
-        self._landing.remove(event.chunk)
-        self.digests.record(event.chunk, event.content)
+        if not self.digests.knows(event.chunk):
+            self.digests.record(event.chunk, event.content)
         self.held.add(event.chunk)
         if self.complete or len(self.held) % _PROGRESS_CHUNKS == 0:
             self.report("receiving")
@@ -431,7 +471,8 @@ class Receiver:
     def _want(self, missing: RangeSet) -> None:
         if self._connection is not None:
             digest = self._require_layout().structure.digest
-            self._connection.send(Want(structure=digest, transfer=self.transfer), missing.encode())
+            want = Want(lanes=self._lane_limit, structure=digest, transfer=self.transfer)
+            self._connection.send(want, missing.encode())
 
     def _listen(self, connection: Connection) -> None:
         connection.landing = partial(self._land, connection)
@@ -440,10 +481,17 @@ class Receiver:
             connection.send(StructureIs(transfer=self.transfer), structure.encoded)
 
     def _let_go(self) -> None:
-        """Nothing that the connection still brings lands in the image."""
-        if self._landing and self._connection is not None:
-            self._connection.withdraw()
-        self._landing.clear()
+        """Nothing that any connection still brings lands in the image."""
+        for connection in (self._connection, *self._lanes.values()):
+            if connection is not None:
+                connection.withdraw()
+                self._give_up_claims(connection)
+        self._lanes = {}
+
+    def _give_up_claims(self, connection: Connection) -> None:
+        for chunk in self._claims.give_up(connection):
+            # It may have been digested already, and will come again.
+            self.digests.forget(chunk)
 
     def _close(self) -> None:
         """Let go of the image: its memory may be reused."""

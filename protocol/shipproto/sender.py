@@ -36,6 +36,8 @@ from shipproto.messages import (
     Commit,
     Committed,
     Finish,
+    Join,
+    Joined,
     Message,
     Offer,
     Progress,
@@ -138,6 +140,8 @@ class Sender:
         self.held = 0
         """Chunks that the receiver holds, as it last said."""
         self.stage = ""
+        self.lanes = 1
+        """Connections that the receiver takes DATA on."""
         self.chunks_resent = Counter[int]()
         """How often each chunk went again because it had arrived damaged."""
         self._make_label = make_label
@@ -146,6 +150,8 @@ class Sender:
         self._connection: Connection | None = None
         self._early_want: tuple[Want, bytes] | None = None
         self._pending = RangeSet()
+        # Chunks that were handed out to be read, digested and sent.
+        self._out: set[int] = set()
         self._structure_sent = False
         self._rounds = 0
         self._adopt(structure)
@@ -180,6 +186,8 @@ class Sender:
         self._early_want = None
         self._structure_sent = False
         self._pending = RangeSet()
+        self._out.clear()
+        self.lanes = 1
         self.state = SenderState.OFFERED
         connection.send(self._offer())
 
@@ -200,12 +208,23 @@ class Sender:
         if self.state not in (SenderState.SENDING, SenderState.FINISHING):
             return None
         if self._pending:
-            return SendChunk(self._pending.pop_first())
-        if self.state is SenderState.SENDING:
+            return SendChunk(self._pop_pending())
+        if self.state is SenderState.SENDING and not self._out:
             if not self.digests.complete:
                 return DigestChunk(self._next_unknown())
             self._finish()
         return None
+
+    def next_chunk(self) -> int | None:
+        """A chunk to send on a lane, or None: then nothing is to be sent at the moment."""
+        if self.state in (SenderState.SENDING, SenderState.FINISHING) and self._pending:
+            return self._pop_pending()
+        return None
+
+    def _pop_pending(self) -> int:
+        chunk = self._pending.pop_first()
+        self._out.add(chunk)
+        return chunk
 
     def _next_unknown(self) -> int:
         for chunk in self._unknown:
@@ -215,19 +234,25 @@ class Sender:
         self._unknown = iter(range(self.layout.chunks))
         return self._next_unknown()
 
-    def send_chunk(self, chunk: int, content: memoryview) -> None:
-        """Digest a chunk and queue its frame. Raises TransferError if a tensor's bytes have changed."""
-        self.digest_chunk(chunk, content)
-        self._require().send_data(chunk, content)
+    def send_chunk(self, chunk: int, content: memoryview, lane: Connection | None = None) -> None:
+        """Digest a chunk and queue its frame, on the transfer's own connection or a lane. On any thread, each for the
+        chunks that were handed out to it. Raises TransferError if a tensor's bytes have changed."""
+        row = self.digests.record(chunk, content)
+        if row is not None:
+            raise self._changed(row)
+        (lane or self._require()).send_data(chunk, content)
+        self._out.discard(chunk)
 
     def digest_chunk(self, chunk: int, content: memoryview) -> None:
         """Digest a chunk that need not travel. Raises TransferError if a tensor's bytes have changed."""
         row = self.digests.record(chunk, content)
         if row is not None:
-            name = self.layout.structure.names[row]
-            raise TransferError(
-                AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name
-            )
+            raise self._changed(row)
+        self._out.discard(chunk)
+
+    def _changed(self, row: int) -> TransferError:
+        name = self.layout.structure.names[row]
+        return TransferError(AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name)
 
     def commit(self) -> None:
         """The version is staged: have it swapped in."""
@@ -277,6 +302,25 @@ class Sender:
             getattr(self, handler)(message, event.body)
             self.state = state or self.state
 
+    def join(self, lane: Connection, number: int) -> None:
+        """Ask the receiver to take chunks on this connection as well."""
+        lane.send(Join(lane=number, transfer=self.transfer))
+
+    def receive_on_lane(self, event: Event) -> bool:
+        """Take an event of a lane. Whether it says that the receiver takes chunks there.
+
+        Raises TransferError where it does not, or the transfer is broken; UnexpectedMessage where the lane is.
+        """
+        if isinstance(event, ChunksRefused):
+            self._refused(event.chunks)
+        elif isinstance(event, MessageArrived):
+            if isinstance(event.message, Joined) and event.message.transfer == self.transfer:
+                return True
+            if isinstance(event.message, Abort):
+                raise read_abort(event.message, event.body)
+            raise UnexpectedMessage(f"{type(event.message).__name__} on a lane")
+        return False
+
     # --- what the receiver says ----------------------------------------------------------------------------
 
     def _on_structure_wanted(self, _message: StructureWanted, _body: Buffer) -> None:
@@ -311,6 +355,7 @@ class Sender:
                 return
         self._early_want = None
         self._accepted = True
+        self.lanes = want.lanes
         self._pending = RangeSet.decode(body, self.layout.chunks)
         self.held = self.layout.chunks - len(self._pending)
         self.state = SenderState.SENDING

@@ -24,6 +24,7 @@ from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from shipproto.connection import MessageArrived
 from shipproto.errors import LocalError, ProtocolError
 from shipproto.frame import Buffer
+from shipproto.limits import MAX_LANES
 from shipproto.messages import Abort, Message, StatusIs, StatusRequest, VerifyIs, VerifyRequest
 from shipproto.names import check_label
 from shipproto.sender import read_abort
@@ -88,6 +89,7 @@ class Client:
         snapshot: bool = False,
         timeout: float | None = None,
         stall: float = 30.0,
+        lanes: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
@@ -97,12 +99,15 @@ class Client:
         label        name of the version; by default UTC time and eight digits of the digest
         timeout      seconds for the whole push, None for as long as it takes
         stall        seconds without any sign of life after which the push is given up
+        lanes        TCP connections to send on at once, 1 to 16; None for as many as make it faster
         on_progress  called on another thread while the push runs
 
         Cancelling ends the push, unless its commit is under way: then the outcome is waited for and returned, as if
         nobody had cancelled. Raises ValueError for a name or a label that cannot be one, and a ShipError for everything
         else; whatever that is, the previous version serves, unless it is OutcomeUnknown.
         """
+        if lanes is not None and not 1 <= lanes <= MAX_LANES:
+            raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
         options = PushOptions(
             model=check_label("model name", model),
             label=check_label("label", label) if label is not None else None,
@@ -110,6 +115,7 @@ class Client:
             token=self._token,
             timeout=timeout,
             stall=stall,
+            lanes=lanes,
             on_progress=on_progress,
         )
         lane, self._lane = self._lane, None

@@ -1,6 +1,7 @@
 """One push, on one blocking thread: connect, offer, send, wait for the commit; and again where the line breaks."""
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Final
 from shipd.address import Address
 from shipd.checkpoints.source import Source
 from shipd.client.chunks import ChunkReader
+from shipd.client.lanes import Outlets, Tuner, usable_cores
 from shipd.client.receipt import Receipt
 from shipd.errors import (
     ConnectError,
@@ -26,7 +28,7 @@ from shipd.transfer.faults import as_transfer_error, peer_error, remote_error
 from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from shipproto.connection import Event
 from shipproto.errors import AbortCode, ProtocolError, TransferError
-from shipproto.limits import TRANSFER_ID_SIZE
+from shipproto.limits import MAX_LANES, TRANSFER_ID_SIZE
 from shipproto.messages import Committed, Ping
 from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
 
@@ -34,6 +36,12 @@ _CONNECT_SECONDS: Final = 10.0
 _BACKOFF: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses between attempts to reconnect; the last one repeats."""
 _PING_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.1
+"""How often the lanes are looked after by a push that waits for the receiver."""
+_LAST_LOOK_SECONDS: Final = 0.002
+"""The same, where all that is left is under way on lanes."""
+_SINGLE_AFTER: Final = 2
+"""Connections that broke in a row after which a push does without further ones."""
 _MAX_BREAKS: Final = 5
 """Connections in a row that broke without a single chunk getting through: the path is broken, not unlucky."""
 
@@ -60,6 +68,8 @@ class PushOptions:
     token: bytes | None = None
     timeout: float | None = None
     stall: float = 30.0
+    lanes: int | None = None
+    """Connections to send on; None for as many as make it faster."""
     on_progress: Callable[[Progress], None] | None = None
 
 
@@ -82,6 +92,9 @@ class Push:
             make_label=default_label,
             metadata=options.metadata,
         )
+        self._lock = threading.Lock()
+        """Held for every call of the sender, but to read and send a chunk, while there are lanes."""
+        self._breaks = 0
         self._bytes_sent = 0
         self._frames_resent = 0
         self._first_data: float | None = None
@@ -114,7 +127,6 @@ class Push:
 
     def _deliver(self, deadline: float) -> Committed:
         """Over as many connections as it takes."""
-        breaks = 0
         moved = time.monotonic()
         while True:
             held = self._sender.held
@@ -125,16 +137,16 @@ class Push:
                     raise
                 self._raise_if_over(error, deadline)
                 if self._sender.held > held:
-                    breaks, moved = 0, time.monotonic()
+                    self._breaks, moved = 0, time.monotonic()
                 # What breaks before it is established, behind a proxy whose daemon restarts, is as good as refused.
-                breaks += isinstance(error, ConnectionLost) and (self._established or not self._reached)
+                self._breaks += isinstance(error, ConnectionLost) and (self._established or not self._reached)
                 if (
                     isinstance(error, Stalled)
-                    or breaks >= _MAX_BREAKS
+                    or self._breaks >= _MAX_BREAKS
                     or time.monotonic() - moved > self._options.stall
                 ):
-                    raise self._gave_up(error, breaks) from error
-                self._pause(_BACKOFF[min(breaks, len(_BACKOFF) - 1)])
+                    raise self._gave_up(error, self._breaks) from error
+                self._pause(_BACKOFF[min(self._breaks, len(_BACKOFF) - 1)])
             except TransferError as error:
                 if not self._sender.revive() or time.monotonic() - moved > self._options.stall:
                     raise self._failure(error) from error
@@ -158,9 +170,16 @@ class Push:
         # A commit that was asked for on an earlier connection may have happened, whatever is answered on this one.
         self._uncertain = self._commit_sent
         sent_before = lane.bytes_sent
+        outlets = Outlets(
+            self._sender,
+            self._lock,
+            open_lane=self._open,
+            make_reader=lambda: ChunkReader(self._sender, self._source),
+            stall=self._options.stall,
+        )
         try:
             self._sender.connected(lane.connection)
-            return self._converse(lane, deadline)
+            return self._converse(lane, outlets, deadline)
         except (TransferError, ShipError) as error:
             if not self._commit_sent and not isinstance(error, ConnectError):
                 reason = error if isinstance(error, TransferError) else as_transfer_error(error)
@@ -170,23 +189,31 @@ class Push:
             self._sender.abort(TransferError(AbortCode.INTERRUPTED, "the sender was interrupted"))
             raise
         finally:
+            outlets.stop()
             lane.close(flush=True)
-            self._bytes_sent += lane.bytes_sent - sent_before
-            self._frames_resent += lane.connection.frames_resent
+            self._bytes_sent += lane.bytes_sent - sent_before + outlets.bytes_sent
+            self._frames_resent += lane.connection.frames_resent + outlets.frames_resent
 
-    def _converse(self, lane: Lane, deadline: float) -> Committed:
+    def _open(self, waker: Waker) -> Lane:
+        return Lane.open(self._address, token=self._options.token, timeout=_CONNECT_SECONDS, waker=waker)
+
+    def _converse(self, lane: Lane, outlets: Outlets, deadline: float) -> Committed:
         sender = self._sender
         reader = ChunkReader(sender, self._source)
         layout = sender.layout
         reader.check_ties()
+        tuner = self._tuner()
         while not sender.ended:
             if sender.layout is not layout:
                 layout = sender.layout
                 reader = ChunkReader(sender, self._source)
                 reader.check_ties()
-            step = sender.next_step()
+            outlets.check()
+            with self._lock:
+                step = sender.next_step()
             if isinstance(step, SendChunk):
                 self._send_chunk(lane, reader, step.chunk, deadline)
+                self._tune(tuner, lane, outlets)
             elif isinstance(step, DigestChunk):
                 sender.digest_chunk(step.chunk, reader.read(step.chunk))
                 self._keep_alive(lane)
@@ -198,7 +225,7 @@ class Push:
                     self._commit_sent = True
                     lane.use(self._interruptible)
                     sender.commit()
-                self._take(lane.exchange(self._wait_until(lane, deadline)))
+                self._wait(lane, outlets, deadline)
             if time.monotonic() > deadline and not sender.ended:
                 raise Stalled(f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=lane.peer)
             self._report(sender.stage if step is None else "sending")
@@ -218,10 +245,38 @@ class Push:
         self._take(lane.drain(self._options.stall, until=deadline))
         self._take(lane.pump())
 
+    def _tuner(self) -> Tuner:
+        """Local sockets and paths that break take one connection; what was asked for is not tried but done."""
+        single = isinstance(self._address, Path) or self._breaks >= _SINGLE_AFTER
+        asked = self._options.lanes
+        return Tuner(
+            limit=1 if single else MAX_LANES,
+            cores=usable_cores(),
+            lanes=1 if single else asked or 1,
+            settled=single or asked is not None,
+        )
+
+    def _tune(self, tuner: Tuner, lane: Lane, outlets: Outlets) -> None:
+        tuner.limit = min(tuner.limit, self._sender.lanes)
+        sent = lane.bytes_sent + outlets.bytes_sent
+        lanes = tuner.observe(time.monotonic(), sent, self._sender.layout.wire_bytes - sent)
+        outlets.want(min(lanes, tuner.limit))
+
+    def _wait(self, lane: Lane, outlets: Outlets, deadline: float) -> None:
+        """For what the receiver says next, and meanwhile for lanes that are still sending."""
+        if not outlets:
+            self._take(lane.exchange(self._wait_until(lane, deadline)))
+            return
+        sending = self._sender.state is SenderState.SENDING
+        self._take(lane.pump(_LAST_LOOK_SECONDS if sending else _LOOK_SECONDS))
+        if time.monotonic() > self._wait_until(lane, deadline):
+            raise Stalled(f"{lane.peer} has not answered in time", peer=lane.peer)
+
     def _take(self, events: Iterable[Event]) -> None:
         for event in events:
             try:
-                self._sender.receive(event)
+                with self._lock:
+                    self._sender.receive(event)
             except ProtocolError as error:
                 raise self._protocol_failure(error) from error
         if self._all_held is None and self._first_data is not None and self._sender.held == self._sender.layout.chunks:

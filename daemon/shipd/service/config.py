@@ -15,7 +15,7 @@ import msgspec
 from shipd.address import Address, parse_address
 from shipd.errors import ConfigError
 from shipd.units import parse_size
-from shipproto.limits import MIN_TOKEN
+from shipproto.limits import MAX_LANES, MIN_TOKEN
 from shipproto.names import check_label
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
@@ -32,7 +32,17 @@ ENVIRONMENT: Final = {
 """Variables that override the file, and the keys they set."""
 
 RELOADABLE: Final = frozenset(
-    {"token_file", "memory_limit", "stall", "resume_window", "stage_timeout", "commit_timeout", "log_level", "models"}
+    {
+        "token_file",
+        "memory_limit",
+        "max_lanes",
+        "stall",
+        "resume_window",
+        "stage_timeout",
+        "commit_timeout",
+        "log_level",
+        "models",
+    }
 )
 """What a SIGHUP can change; the rest needs a restart."""
 
@@ -61,6 +71,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """File with the token that senders must prove. Required to listen beyond loopback."""
     memory_limit: int | str = "8GiB"
     """All images together."""
+    max_lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)] = 8
+    """Connections on which one push may send at once, each received on a thread of its own."""
     stall: _Seconds = 30.0
     """A sender that is silent for so long in the middle of a transfer is disconnected."""
     resume_window: _Seconds = 60.0

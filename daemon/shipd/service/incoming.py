@@ -16,17 +16,19 @@ from typing import Any, Final, Protocol, TypeVar
 
 from shipd.images.slots import Slot, SlotPool
 from shipd.service.config import Config
+from shipd.service.lanes import Lanes
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import ImageStore, Model, Version
 from shipd.service.rollout import Outcome, Rollout
 from shipd.service.session import Session
 from shipd.transfer.peer import Peer
+from shipd.transfer.stream import StreamPeer
 from shipd.units import format_bytes
-from shipproto.connection import Event
+from shipproto.connection import Connection, Event
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
 from shipproto.limits import MAX_TEXT
-from shipproto.messages import Committed, Offer
+from shipproto.messages import Committed, Join, Offer
 from shipproto.names import harmless
 from shipproto.receiver import (
     ChunkHeld,
@@ -81,6 +83,7 @@ class Incoming:
         self.peer_name = peer.name
         self.committing = False
         self._host = host
+        self._lanes = Lanes(self.receiver, self._on_event)
         self._slot: Slot | None = None
         self._pool: SlotPool | None = None
         self._structure: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -112,6 +115,7 @@ class Incoming:
     def connected(self, peer: Peer, offer: Offer) -> None:
         """The sender is here, for the first time or again."""
         self._moved = asyncio.get_running_loop().time()
+        self._lanes.stop()
         self.receiver.connected(peer.connection, offer)
         previous, self.peer = self.peer, peer
         self.peer_name = peer.name
@@ -123,7 +127,9 @@ class Incoming:
         self.flush()
 
     def disconnected(self, peer: Peer) -> None:
-        """A connection of the sender's is gone."""
+        """A connection of the sender's is gone, and its lanes with it."""
+        if self.peer is peer:
+            self._lanes.stop()
         self.receiver.disconnected(peer.connection)
         if self.peer is not peer:
             return
@@ -136,9 +142,16 @@ class Incoming:
             )
             self._expiry = asyncio.get_running_loop().call_later(window, self._expire)
 
+    def joined(self, peer: StreamPeer, join: Join) -> None:
+        """The sender opens a further connection. Raises TransferError where that is not wanted."""
+        self._lanes.join(peer, join, self._host.config.stall)
+
     def on_event(self, peer: Peer, event: Event) -> None:
         """Take an event of one of the sender's connections. Raises ProtocolError."""
-        for outcome in self.receiver.receive(peer.connection, event):
+        self._on_event(peer.connection, event)
+
+    def _on_event(self, connection: Connection, event: Event) -> None:
+        for outcome in self.receiver.receive(connection, event):
             self._moved = asyncio.get_running_loop().time()
             if isinstance(outcome, ChunkHeld):
                 if self._rollout is not None:
@@ -195,7 +208,7 @@ class Incoming:
             slot = await self._take_slot(pool)
             rollout = self._rollout = Rollout(self._host.config, self.model, pool, slot, self.receiver.transfer)
             rollout.left += self._evicted
-            self.receiver.accept(pool.layout, slot.memory.view)
+            self.receiver.accept(pool.layout, slot.memory.view, lanes=self._host.config.max_lanes)
             self.flush()
             await self._receive()
             self._refuse_conflict()
@@ -469,6 +482,7 @@ class Incoming:
     def _clean_up(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
+        self._lanes.stop()
         slot, self._slot = self._slot, None
         if slot is not None:
             pool = self._pool or self.model.pool

@@ -37,6 +37,7 @@ from shipproto.messages import (
     DigestIs,
     Filled,
     Finish,
+    Join,
     Message,
     Nack,
     Offer,
@@ -66,7 +67,7 @@ _REMEMBERED: Final = 256
 """Outcomes kept for senders that lost their connection before they heard."""
 
 FROM_SENDERS: Final = (
-    *(Body, Nack, Ping, Offer, StructureIs, Data, Finish, Commit, Abort),
+    *(Body, Nack, Ping, Offer, StructureIs, Data, Finish, Commit, Abort, Join),
     *(StatusRequest, VerifyRequest),
 )
 FROM_PROCESSES: Final = (Attach, Filled, StageReady, Swapped, Release, DigestIs, Detach)
@@ -285,6 +286,8 @@ class Server:
         session = self._sessions.get(peer)
         if isinstance(message, Offer):
             self._offered(peer, message)
+        elif isinstance(message, Join):
+            self._joined(peer, message)
         elif isinstance(message, Attach) and isinstance(peer, UnixPeer) and session is None:
             self._begin_attach(peer, message, body)
         elif isinstance(message, StatusRequest):
@@ -347,6 +350,16 @@ class Server:
             self._spawn(self._supersede(peer, offer, model, model.incoming))
             return
         self._begin_push(peer, offer, model)
+
+    def _joined(self, peer: Peer, join: Join) -> None:
+        """A further connection for a push: from here on a thread of that push reads it."""
+        push = next((push for push in self._incoming_all() if push.receiver.transfer == join.transfer), None)
+        try:
+            if push is None or not isinstance(peer, StreamPeer) or peer in self._incoming:
+                raise TransferError(AbortCode.PROTOCOL, "this connection cannot be a lane of that transfer")
+            push.joined(peer, join)
+        except TransferError as error:
+            send_abort(peer.connection, join.transfer, error)
 
     def _unknown(self, name: str) -> TransferError:
         known = ", ".join(sorted(self.models)) or "none"

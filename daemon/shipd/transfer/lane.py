@@ -1,6 +1,7 @@
 """A connection on a thread of its own: blocking code around a non-blocking socket and poll().
 
-Used by everything that connects: pushes, questions to a daemon, and serving processes on the Unix socket.
+Used by everything that connects: pushes, questions to a daemon, and serving processes on the Unix socket. And by the
+daemon, for the further connections of a transfer.
 CRC, digest and sendmsg happen inline on this thread; every wait has a deadline.
 """
 
@@ -69,7 +70,8 @@ class Waker:
 class Lane:
     """One established connection. Not thread-safe: one thread reads, writes and closes it.
 
-    ``with_fds`` receives descriptors too, into ``fds``, in the order in which they were sent.
+    ``with_fds`` receives descriptors too, into ``fds``, in the order in which they were sent. ``connection`` is what
+    was said on the socket so far, where it was accepted and not opened.
     """
 
     def __init__(
@@ -80,9 +82,12 @@ class Lane:
         token: bytes | None = None,
         waker: Waker | None = None,
         with_fds: bool = False,
+        connection: Connection | None = None,
     ) -> None:
         self.peer = peer
-        self.connection = Connection(initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
+        self.connection = connection or Connection(
+            initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token
+        )
         self.fds: deque[int] = deque()
         self.bytes_sent = 0
         self.last_heard = self.last_written = time.monotonic()
@@ -142,10 +147,11 @@ class Lane:
             if remaining <= 0:
                 raise Stalled(f"{self.peer} has not answered in time", peer=self.peer)
 
-    def pump(self) -> Iterator[Event]:
-        """Write and read as much as is possible without waiting; the events that came of it."""
+    def pump(self, patience: float = 0.0) -> Iterator[Event]:
+        """Write and read what is possible; the events that came of it. Waits at most ``patience`` seconds for something
+        to arrive, by default not at all."""
         self._write()
-        self._step(0.0)
+        self._step(patience)
         return self.connection.events()
 
     def drain(self, grace: float, *, until: float = math.inf) -> list[Event]:

@@ -6,6 +6,7 @@ piece, while the bytes are in cache (40 µs for a whole frame).
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -131,6 +132,14 @@ class StreamPeer(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.close()
             self._farewell = self._loop.call_later(_FAREWELL_SECONDS, self._transport.abort)
+
+    def detach(self) -> socket.socket:
+        """Hand over the socket, and with it the connection: nothing of it happens on this loop any more."""
+        assert self._transport is not None
+        # The transport closes its own descriptor, which ends a connection only with the last duplicate.
+        sock = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+        self.abort()
+        return sock
 
     def abort(self) -> None:
         """Close at once; what is queued is lost."""

@@ -172,6 +172,11 @@ def reject_headers(book: Book) -> None:
     header(
         "images-unknown", "a field of an image that nobody knows", "Images", {"slots": [{"a": 1, "size": 1, "slot": 0}]}
     )
+    header("want-lanes-none", "no connection at all", "Want", {"lanes": 0, "structure": DIGEST, **T})
+    header("want-lanes-default", "one connection spelled out", "Want", {"lanes": 1, "structure": DIGEST, **T})
+    header("want-lanes-many", "17 connections", "Want", {"lanes": 17, "structure": DIGEST, **T})
+    header("join-lane-none", "lane 0, which is the transfer's own connection", "Join", {"lane": 0, **T})
+    header("join-lane-large", "lane 16", "Join", {"lane": 16, **T})
     header("text-long", "a message of 2049 characters", "Evicted", {"reason": "x" * 2049})
     header("word-long", "a word of 65 characters", "Progress", {"held": 0, "stage": "x" * 65, **T})
     header("tensor-long", "a tensor's name of 513 characters", "Abort", {"code": "x", "tensor": "x" * 513})

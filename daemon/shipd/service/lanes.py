@@ -1,0 +1,69 @@
+"""The lanes of one push: threads that receive into its image, and the way of what they bring onto the loop."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from shipd.transfer.inlet import Inlet
+from shipd.transfer.stream import StreamPeer
+from shipproto.connection import Connection, Event
+from shipproto.errors import ProtocolError
+from shipproto.messages import Join
+from shipproto.receiver import Receiver
+
+
+class Lanes:
+    """Belongs to the loop, but for ``_deliver``. ``on_event`` takes what a lane has brought, in its order."""
+
+    def __init__(self, receiver: Receiver, on_event: Callable[[Connection, Event], None]) -> None:
+        self._receiver = receiver
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._inlets: set[Inlet] = set()
+        self._arrived: deque[tuple[Inlet, Event | None]] = deque()
+        self._scheduled = False
+
+    def join(self, peer: StreamPeer, join: Join, stall: float) -> None:
+        """Receive chunks on this connection too, on a thread. Raises TransferError where that is not wanted."""
+        self._receiver.joined(peer.connection, join)
+        inlet = Inlet(
+            peer.detach(),
+            peer.connection,
+            peer.name,
+            stall=stall,
+            digest=self._receiver.digest_chunk,
+            deliver=self._deliver,
+        )
+        self._inlets.add(inlet)
+        inlet.start()
+
+    def stop(self) -> None:
+        """End every lane; what they have brought until then counts. Afterwards nothing writes to the image for them."""
+        for inlet in list(self._inlets):
+            inlet.stop()
+        self._take()
+
+    def _deliver(self, inlet: Inlet, event: Event | None) -> None:
+        """On a lane's thread. One wake-up of the loop serves whatever arrives before it has come."""
+        self._arrived.append((inlet, event))
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._scheduled = False
+        while self._arrived:
+            inlet, event = self._arrived.popleft()
+            if event is None:
+                self._part(inlet)
+            elif inlet in self._inlets:
+                try:
+                    self._on_event(inlet.connection, event)
+                except ProtocolError:
+                    self._part(inlet)
+
+    def _part(self, inlet: Inlet) -> None:
+        if inlet in self._inlets:
+            self._inlets.discard(inlet)
+            inlet.stop()
+            self._receiver.parted(inlet.connection)
