@@ -179,11 +179,6 @@ class Receiver:
         return self._connection is not None
 
     @property
-    def lanes(self) -> int:
-        """Connections that bring chunks."""
-        return len(self._lanes) + self.attended
-
-    @property
     def digests(self) -> LeafDigests:
         """The leaf digests of what has arrived."""
         if self._digests is None:
@@ -240,6 +235,7 @@ class Receiver:
     def parted(self, connection: Connection) -> None:
         """A lane is gone, and with it the chunk that was arriving on it. Nothing may write to the image for it."""
         self._lanes = {lane: other for lane, other in self._lanes.items() if other is not connection}
+        connection.withdraw()
         self._give_up_claims(connection)
 
     def digest_chunk(self, event: ChunkArrived) -> None:
@@ -497,6 +493,7 @@ class Receiver:
         """Let go of the image: its memory may be reused."""
         self._let_go()
         self._image = None
+        self._claims = Claims()
 
     def _require_layout(self) -> Layout:
         if self.layout is None:

@@ -237,22 +237,22 @@ class Sender:
     def send_chunk(self, chunk: int, content: memoryview, lane: Connection | None = None) -> None:
         """Digest a chunk and queue its frame, on the transfer's own connection or a lane. On any thread, each for the
         chunks that were handed out to it. Raises TransferError if a tensor's bytes have changed."""
-        row = self.digests.record(chunk, content)
-        if row is not None:
-            raise self._changed(row)
-        (lane or self._require()).send_data(chunk, content)
-        self._out.discard(chunk)
+        self.digest_chunk(chunk, content)
+        self.send_digested(chunk, content, lane)
 
     def digest_chunk(self, chunk: int, content: memoryview) -> None:
-        """Digest a chunk that need not travel. Raises TransferError if a tensor's bytes have changed."""
+        """Digest a chunk, whether it travels or not. Raises TransferError if a tensor's bytes have changed."""
         row = self.digests.record(chunk, content)
         if row is not None:
-            raise self._changed(row)
-        self._out.discard(chunk)
+            name = self.layout.structure.names[row]
+            raise TransferError(
+                AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name
+            )
 
-    def _changed(self, row: int) -> TransferError:
-        name = self.layout.structure.names[row]
-        return TransferError(AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name)
+    def send_digested(self, chunk: int, content: memoryview, lane: Connection | None = None) -> None:
+        """Queue the frame of a chunk that has been digested: the second half of ``send_chunk``."""
+        (lane or self._require()).send_data(chunk, content)
+        self._out.discard(chunk)
 
     def commit(self) -> None:
         """The version is staged: have it swapped in."""

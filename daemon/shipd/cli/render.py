@@ -6,10 +6,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
 from shipd.units import format_bytes, format_seconds
 from shipproto.names import harmless
 from shipproto.status import ModelStatus, Status, Verification
+
+_RECEIVER = ("receiver_receive", "receiver_check", "receiver_digest")
+_WORDS = {
+    "check": "CRC32C",
+    "wait": "wait for room",
+    "receiver_receive": "receive",
+    "receiver_check": "CRC32C",
+    "receiver_digest": "digest",
+}
 
 
 def render_receipt(receipt: Receipt) -> str:
@@ -35,6 +45,50 @@ def render_receipt(receipt: Receipt) -> str:
         noun = "process" if receipt.swapped == 1 else "processes"
         lines.append(f"  swapped  {receipt.swapped} {noun}, paused for at most {format_seconds(receipt.pause_seconds)}")
     return "\n".join(lines)
+
+
+def render_profile(profile: Profile, receipt: Receipt) -> str:
+    """Where a push's time went: its stages one after the other, and what each side did on the wire."""
+    named = (profile.open, profile.connect, profile.agree, profile.wire, profile.verify, profile.stage, profile.commit)
+    lanes = "1 connection" if profile.lanes == 1 else f"{profile.lanes} connections"
+    rate = format_bytes(receipt.bytes_sent / profile.wire) + "/s" if profile.wire else "nothing sent"
+    idle = max(
+        0.0, profile.wire * profile.lanes - _sum(profile, "receiver_receive", "receiver_check", "receiver_digest")
+    )
+    stages = (
+        ("open", profile.open, "the checkpoint"),
+        ("connect", profile.connect, "and shake hands"),
+        ("agree", profile.agree, "on structure and chunks"),
+        ("wire", profile.wire, f"{rate} over {lanes}"),
+        ("  sender", None, _split(profile, ("read", "digest", "check", "write", "wait"))),
+        ("  receiver", None, f"{_split(profile, _RECEIVER)}, wait {format_seconds(idle)}"),
+        ("verify", profile.verify, "digests compared"),
+        ("stage", profile.stage, "serving processes made ready"),
+        ("commit", profile.commit, _pause(profile, receipt)),
+        ("between", max(0.0, receipt.seconds - sum(named)), "messages on their way"),
+    )
+    lines = [f"where {format_seconds(receipt.seconds)} went"]
+    for name, seconds, what in stages:
+        time_and_share = ""
+        if seconds is not None:
+            time_and_share = f"{format_seconds(seconds)} {100 * seconds / max(receipt.seconds, 1e-9):4.0f} %"
+        lines.append(f"  {name:<11}{time_and_share:>15}   {what}")
+    return "\n".join(lines)
+
+
+def _sum(profile: Profile, *names: str) -> float:
+    return sum(float(getattr(profile, name)) for name in names)
+
+
+def _split(profile: Profile, names: tuple[str, ...]) -> str:
+    return ", ".join(f"{_WORDS.get(name, name)} {format_seconds(getattr(profile, name))}" for name in names)
+
+
+def _pause(profile: Profile, receipt: Receipt) -> str:
+    if receipt.pause_seconds is None:
+        return "nothing is attached"
+    parts = f"{format_seconds(profile.hold_wait)} until holds ended, copy {format_seconds(profile.copy)}"
+    return f"pause {format_seconds(profile.pause)}: {parts}"
 
 
 def print_status(status: Status, address: str) -> None:

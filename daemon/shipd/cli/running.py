@@ -14,7 +14,15 @@ from shipd.client.receipt import Receipt
 
 
 async def run_push(
-    client: Client, checkpoint: Path, *, model: str, label: str | None, timeout: float | None, stall: float, quiet: bool
+    client: Client,
+    checkpoint: Path,
+    *,
+    model: str,
+    label: str | None,
+    timeout: float | None,
+    stall: float,
+    lanes: int | None,
+    quiet: bool,
 ) -> Receipt:
     """Push, showing progress on stderr where that is a terminal. Cancelled too late, it says so and succeeds."""
     bar = Progress(
@@ -34,7 +42,7 @@ async def run_push(
 
     with bar:
         receipt = await client.push(
-            checkpoint, model=model, label=label, timeout=timeout, stall=stall, on_progress=show
+            checkpoint, model=model, label=label, timeout=timeout, stall=stall, lanes=lanes, on_progress=show
         )
     running = asyncio.current_task()
     if running is not None and running.cancelling():

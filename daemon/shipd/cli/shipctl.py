@@ -15,6 +15,7 @@ import click
 
 from shipd.errors import ConfigError, ShipError, TensorMismatch
 from shipd.release import VERSION
+from shipproto.limits import MAX_LANES
 
 if TYPE_CHECKING:
     from shipd.client.client import Client
@@ -63,6 +64,12 @@ def shipctl() -> None:
     show_default=True,
     help="Seconds without a sign of life after which to give up.",
 )
+@click.option(
+    "--lanes",
+    type=click.IntRange(1, MAX_LANES),
+    help="TCP connections to send on at once; by default as many as make it faster.",
+)
+@click.option("--profile", is_flag=True, help="Print where the time went, stage by stage.")
 @_token
 @_json
 def push(
@@ -72,6 +79,8 @@ def push(
     label: str | None,
     timeout: float | None,
     stall: float,
+    lanes: int | None,
+    profile: bool,
     token_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -83,7 +92,7 @@ def push(
 
     receipt = _run(
         lambda client: run_push(
-            client, checkpoint, model=model, label=label, timeout=timeout, stall=stall, quiet=as_json
+            client, checkpoint, model=model, label=label, timeout=timeout, stall=stall, lanes=lanes, quiet=as_json
         ),
         address,
         token_file,
@@ -92,9 +101,11 @@ def push(
     if as_json:
         _emit("receipt", receipt.as_dict())
     else:
-        from shipd.cli.render import render_receipt
+        from shipd.cli.render import render_profile, render_receipt
 
         click.echo(render_receipt(receipt))
+        if profile:
+            click.echo(render_profile(receipt.profile, receipt))
     if receipt.stale:
         click.echo(
             f"shipctl: processes {', '.join(receipt.stale)} could not follow; they have stopped answering (fenced) and "

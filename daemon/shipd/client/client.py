@@ -124,10 +124,11 @@ class Client:
 
         def run() -> Receipt:
             source: Source | None = None
+            opened = time.monotonic()
             try:
                 source = open_source(checkpoint, snapshot=snapshot)
                 try:
-                    running.append(Push(source, self.address, options, lane=lane))
+                    running.append(Push(source, self.address, options, lane=lane, opened=opened))
                 except LocalError as error:
                     raise ValueError(f"this cannot be offered: {error}") from error
                 if cancelled.is_set():

@@ -18,6 +18,7 @@ from typing import Final
 from shipd.client.chunks import ChunkReader
 from shipd.errors import Interrupted, ShipError
 from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.times import Times
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.messages import Ping
 from shipproto.sender import Sender
@@ -87,6 +88,20 @@ class Tuner:
         return self.lanes
 
 
+def send_chunk(sender: Sender, reader: ChunkReader, chunk: int, lane: Lane) -> None:
+    """Read, digest and queue one chunk, and count what each took. On the lane's thread."""
+    started = time.monotonic()
+    content = reader.read(chunk)
+    have = time.monotonic()
+    sender.digest_chunk(chunk, content)
+    digested = time.monotonic()
+    sender.send_digested(chunk, content, lane.connection)
+    times = lane.times
+    times.read += have - started
+    times.digest += digested - have
+    times.check += time.monotonic() - digested
+
+
 class Outlet:
     """One lane of a push, from its opening to its end, on a thread of its own."""
 
@@ -96,8 +111,10 @@ class Outlet:
         self.frames_resent = 0
         self.error: BaseException | None = None
         """What ended it after it had carried something."""
+        self.times = Times()
         self._pool = pool
-        self._used = False
+        self.used = False
+        self._waited = 0.0
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {number}", daemon=True)
         self._thread.start()
@@ -122,10 +139,12 @@ class Outlet:
             finally:
                 lane.close()
                 self.bytes_sent, self.frames_resent = lane.bytes_sent, lane.connection.frames_resent
+                self.times = lane.times
+                self.times.wait = self._waited
         except Interrupted:
             pass
         except Exception as error:  # noqa: BLE001  raised again by the push, or told in the log
-            if self._used or not isinstance(error, ShipError | TransferError):
+            if self.used or not isinstance(error, ShipError | TransferError):
                 self.error = error
             else:
                 log.info("going on without a further connection", extra={"lane": self.number, "why": str(error)})
@@ -145,9 +164,13 @@ class Outlet:
                     lane.connection.send(Ping())
                 self._take(lane, _IDLE_SECONDS, idle=True)
                 continue
-            self._used = True
-            pool.sender.send_chunk(chunk, reader.read(chunk), lane.connection)
-            for event in (*lane.drain(pool.stall), *lane.pump()):
+            self.used = True
+            send_chunk(pool.sender, reader, chunk, lane)
+            before = lane.times.wait
+            events = lane.drain(pool.stall)
+            # Without work a lane waits as well, which is nobody's time.
+            self._waited += lane.times.wait - before
+            for event in (*events, *lane.pump()):
                 with pool.lock:
                     pool.sender.receive_on_lane(event)
             self.bytes_sent = lane.bytes_sent
@@ -206,6 +229,18 @@ class Outlets:
         for outlet in self._outlets:
             if outlet.error is not None:
                 raise outlet.error
+
+    @property
+    def lanes(self) -> int:
+        """How many of them have carried chunks."""
+        return sum(outlet.used for outlet in self._outlets)
+
+    def times(self) -> Times:
+        """What the work of all of them took."""
+        total = Times()
+        for outlet in self._outlets:
+            total.add(outlet.times)
+        return total
 
     @property
     def bytes_sent(self) -> int:

@@ -12,7 +12,8 @@ from typing import Final
 from shipd.address import Address
 from shipd.checkpoints.source import Source
 from shipd.client.chunks import ChunkReader
-from shipd.client.lanes import Outlets, Tuner, usable_cores
+from shipd.client.lanes import Outlets, Tuner, send_chunk, usable_cores
+from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
 from shipd.errors import (
     ConnectError,
@@ -26,6 +27,7 @@ from shipd.errors import (
 )
 from shipd.transfer.faults import as_transfer_error, peer_error, remote_error
 from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipd.transfer.times import Times
 from shipproto.connection import Event
 from shipproto.errors import AbortCode, ProtocolError, TransferError
 from shipproto.limits import MAX_LANES, TRANSFER_ID_SIZE
@@ -77,8 +79,16 @@ class Push:
     """One push of one source to one daemon. ``run`` on any thread; ``cancel`` from any other."""
 
     def __init__(
-        self, source: Source, address: Address | Path, options: PushOptions, *, lane: Lane | None = None
+        self,
+        source: Source,
+        address: Address | Path,
+        options: PushOptions,
+        *,
+        lane: Lane | None = None,
+        opened: float | None = None,
     ) -> None:
+        """``opened`` is when the source began to be opened (time.monotonic): what the push is counted from."""
+        self._began = time.monotonic() if opened is None else opened
         self.transfer = secrets.token_bytes(TRANSFER_ID_SIZE)
         self._source = source
         self._address = address
@@ -97,6 +107,13 @@ class Push:
         self._breaks = 0
         self._bytes_sent = 0
         self._frames_resent = 0
+        self._times = Times()
+        self._lanes = 1
+        self._current = Times()
+        """Of the connection that there is."""
+        self._open_seconds = self._connect_seconds = self._agree_seconds = 0.0
+        self._waited_before = self._wire_wait = 0.0
+        self._offered_at = self._held_at = self._committing_at = 0.0
         self._first_data: float | None = None
         self._all_held: float | None = None
         self._progress_at = 0.0
@@ -115,13 +132,13 @@ class Push:
 
     def run(self) -> Receipt:
         """Push. Raises ShipError; the previous version is serving then, unless it is OutcomeUnknown."""
-        started = time.monotonic()
-        deadline = started + self._options.timeout if self._options.timeout is not None else float("inf")
+        deadline = float("inf") if self._options.timeout is None else time.monotonic() + self._options.timeout
+        self._open_seconds = time.monotonic() - self._began
         try:
             committed = self._deliver(deadline)
         finally:
             self._waker.close()
-        return self._receipt(committed, time.monotonic() - started)
+        return self._receipt(committed, time.monotonic() - self._began)
 
     # --- connections ---------------------------------------------------------------------------------------
 
@@ -165,6 +182,8 @@ class Push:
         )
         self._spare = None
         self._established = True
+        self._connect_seconds += lane.open_seconds
+        self._current = lane.times
         lane.use(self._interruptible)
         self._reached = True
         # A commit that was asked for on an earlier connection may have happened, whatever is answered on this one.
@@ -178,6 +197,7 @@ class Push:
             stall=self._options.stall,
         )
         try:
+            self._offered_at = self._held_at = time.monotonic()
             self._sender.connected(lane.connection)
             return self._converse(lane, outlets, deadline)
         except (TransferError, ShipError) as error:
@@ -193,6 +213,10 @@ class Push:
             lane.close(flush=True)
             self._bytes_sent += lane.bytes_sent - sent_before + outlets.bytes_sent
             self._frames_resent += lane.connection.frames_resent + outlets.frames_resent
+            self._times.add(lane.times)
+            self._times.add(outlets.times())
+            self._wire_wait += outlets.times().wait
+            self._lanes = max(self._lanes, 1 + outlets.lanes)
 
     def _open(self, waker: Waker) -> Lane:
         return Lane.open(self._address, token=self._options.token, timeout=_CONNECT_SECONDS, waker=waker)
@@ -224,6 +248,8 @@ class Push:
                     self._before_commit()
                     self._commit_sent = True
                     lane.use(self._interruptible)
+                    outlets.stop()
+                    self._committing_at = time.monotonic()
                     sender.commit()
                 self._wait(lane, outlets, deadline)
             if time.monotonic() > deadline and not sender.ended:
@@ -237,10 +263,11 @@ class Push:
         return sender.committed
 
     def _send_chunk(self, lane: Lane, reader: ChunkReader, chunk: int, deadline: float) -> None:
-        content = reader.read(chunk)
-        self._sender.send_chunk(chunk, content)
+        send_chunk(self._sender, reader, chunk, lane)
         if self._first_data is None:
             self._first_data = time.monotonic()
+            self._agree_seconds = self._first_data - self._offered_at
+            self._waited_before = lane.times.wait
         # Until the kernel has it all: the next chunk may be gathered into the same memory.
         self._take(lane.drain(self._options.stall, until=deadline))
         self._take(lane.pump())
@@ -269,18 +296,26 @@ class Push:
             return
         sending = self._sender.state is SenderState.SENDING
         self._take(lane.pump(_LAST_LOOK_SECONDS if sending else _LOOK_SECONDS))
-        if time.monotonic() > self._wait_until(lane, deadline):
+        now = time.monotonic()
+        if now > self._wait_until(lane, deadline):
             raise Stalled(f"{lane.peer} has not answered in time", peer=lane.peer)
+        if self._sender.held < self._sender.layout.chunks and now - self._held_at > self._options.stall:
+            # The daemon is alive, and what was sent does not arrive: over one of the lanes nothing comes through.
+            raise ConnectionLost(f"{lane.peer} has received nothing for {self._options.stall:g} s", peer=lane.peer)
 
     def _take(self, events: Iterable[Event]) -> None:
+        held = self._sender.held
         for event in events:
             try:
                 with self._lock:
                     self._sender.receive(event)
             except ProtocolError as error:
                 raise self._protocol_failure(error) from error
+        if self._sender.held > held:
+            self._held_at = time.monotonic()
         if self._all_held is None and self._first_data is not None and self._sender.held == self._sender.layout.chunks:
             self._all_held = time.monotonic()
+            self._wire_wait = max(0.0, self._current.wait - self._waited_before)
 
     def _keep_alive(self, lane: Lane) -> None:
         """Nothing to send is no reason for the daemon to take this side for dead. It reports twice a second."""
@@ -391,6 +426,30 @@ class Push:
             wire_seconds=wire,
             stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             pause_seconds=committed.pause_seconds,
+            profile=self._profile(committed, wire),
+        )
+
+    def _profile(self, committed: Committed, wire: float) -> Profile:
+        return Profile(
+            open=self._open_seconds,
+            connect=self._connect_seconds,
+            agree=self._agree_seconds,
+            wire=wire,
+            read=self._times.read,
+            digest=self._times.digest,
+            check=self._times.check,
+            write=self._times.write,
+            wait=self._wire_wait,
+            receiver_receive=committed.receive_seconds,
+            receiver_check=committed.check_seconds,
+            receiver_digest=committed.digest_seconds,
+            verify=committed.verify_seconds,
+            stage=self._sender.staged.stage_seconds if self._sender.staged is not None else 0.0,
+            commit=time.monotonic() - self._committing_at if self._committing_at else 0.0,
+            pause=committed.pause_seconds or 0.0,
+            hold_wait=committed.wait_seconds,
+            copy=committed.copy_seconds,
+            lanes=self._lanes,
         )
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from shipd.client.profile import Profile
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
@@ -21,10 +23,11 @@ class Receipt:
     swapped          serving processes that swapped
     stale            those that could not follow, by process id; they are fenced until they have caught up
     already          the version had been the current one: nothing was sent
-    seconds          the whole push
+    seconds          the whole push, with the opening of the checkpoint
     wire_seconds     first DATA byte written until the last frame was verified at the receiver
     stage_seconds    serving processes making ready
     pause_seconds    the longest time that any serving process held back its readers; None where none is attached
+    profile          where the time went, stage by stage
     """
 
     model: str
@@ -44,6 +47,7 @@ class Receipt:
     wire_seconds: float
     stage_seconds: float
     pause_seconds: float | None
+    profile: Profile
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json`` and for logs."""

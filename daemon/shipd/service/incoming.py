@@ -8,7 +8,6 @@ interrupts it.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from shipd.service.lanes import Lanes
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import ImageStore, Model, Version
 from shipd.service.rollout import Outcome, Rollout
-from shipd.service.session import Session
+from shipd.service.vacancy import take_slot
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
+from shipd.transfer.times import Times
 from shipd.units import format_bytes
 from shipproto.connection import Connection, Event
 from shipproto.errors import AbortCode, TransferError
@@ -84,6 +84,9 @@ class Incoming:
         self.committing = False
         self._host = host
         self._lanes = Lanes(self.receiver, self._on_event)
+        self._times = Times()
+        """What the work of connections that have been replaced took."""
+        self._verify_seconds = 0.0
         self._slot: Slot | None = None
         self._pool: SlotPool | None = None
         self._structure: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -93,7 +96,6 @@ class Incoming:
         self._started = False
         """A task that is cancelled before it has begun would never clean up."""
         self._rollout: Rollout | None = None
-        self._evicted: list[tuple[Session, str]] = []
         self._expiry: asyncio.TimerHandle | None = None
         self._moved = asyncio.get_running_loop().time()
         self._task = asyncio.get_running_loop().create_task(self._run(offer), name=f"push to {model.name}")
@@ -120,6 +122,7 @@ class Incoming:
         previous, self.peer = self.peer, peer
         self.peer_name = peer.name
         if previous is not None and previous is not peer:
+            self._times.add(previous.times)
             previous.close("the sender opened another connection")
         if self._expiry is not None:
             self._expiry.cancel()
@@ -134,6 +137,7 @@ class Incoming:
         if self.peer is not peer:
             return
         self.peer = None
+        self._times.add(peer.times)
         if not self.receiver.ended:
             window = self._host.config.resume_window
             log.info(
@@ -205,9 +209,10 @@ class Incoming:
                 await self._compare(layout, version)
                 return
             pool = await self._choose_pool(layout)
-            slot = await self._take_slot(pool)
+            slot, evicted = await take_slot(self._host.images, self.model, pool, self._host.config.stage_timeout)
+            self._slot = slot
             rollout = self._rollout = Rollout(self._host.config, self.model, pool, slot, self.receiver.transfer)
-            rollout.left += self._evicted
+            rollout.left += evicted
             self.receiver.accept(pool.layout, slot.memory.view, lanes=self._host.config.max_lanes)
             self.flush()
             await self._receive()
@@ -296,52 +301,15 @@ class Incoming:
             self._host.background(slot.memory.mapping.populate)
         return pool
 
-    async def _take_slot(self, pool: SlotPool) -> Slot:
-        """A slot to fill, which nobody reads."""
-        slot = pool.find_writable() or await self._free_slot(pool)
-        if self._host.images.renew(self.model, slot):
-            self._hand_out(slot)
-        pool.begin(slot)
-        self._slot = slot
-        return slot
-
-    async def _free_slot(self, pool: SlotPool) -> Slot:
-        """Wait for a slot to be released; past the deadline, evict whoever holds it."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._host.config.stage_timeout
-        while (slot := pool.find_writable()) is None:
-            stale = next((slot for slot in pool.slots if slot.leases and self._is_free(slot)), None)
-            if loop.time() >= deadline and stale is not None:
-                holders = pool.holders(stale)
-                for session in [session for session in self.model.sessions if session.number in holders]:
-                    why = "it did not release an image in time"
-                    session.evict(why)
-                    self._evicted.append((session, why))
-                pool.forget(stale)
-                continue
-            if loop.time() >= deadline:
-                raise TransferError(AbortCode.BUSY, f"every image of model {self.model.name!r} is in use")
-            self.model.released.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
-                    await self.model.released.wait()
-        return slot
-
-    def _hand_out(self, slot: Slot) -> None:
-        """A slot has new memory: every process needs its descriptor."""
-        for session in self.model.sessions:
-            session.give_images([slot])
-
-    def _is_free(self, slot: Slot) -> bool:
-        version = self.model.version
-        return version is None or version.slot is not slot
-
     async def _receive(self) -> None:
         """Until everything has arrived and its digests are the sender's."""
         while True:
             await self._verify.wait()
             self._verify.clear()
-            if self.receiver.verified(await self._host.work(self.receiver.verify)):
+            started = time.monotonic()
+            differing = await self._host.work(self.receiver.verify)
+            self._verify_seconds += time.monotonic() - started
+            if self.receiver.verified(differing):
                 return
             log.warning("tensors arrived with other digests and were asked for again", extra=self._context())
             self.flush()
@@ -420,14 +388,24 @@ class Incoming:
                 "damaged": self.receiver.chunks_damaged,
             },
         )
+        spent = self._lanes.times()
+        spent.add(self._times)
+        if self.peer is not None:
+            spent.add(self.peer.times)
         self.receiver.committed(
             Committed(
+                check_seconds=spent.check,
+                copy_seconds=outcome.copy_seconds,
                 digest=version.digest,
+                digest_seconds=spent.digest,
                 label=version.label,
                 pause_seconds=outcome.pause_seconds,
+                receive_seconds=spent.receive,
                 stale=stale,
                 swapped=len(outcome.swapped),
                 transfer=self.receiver.transfer,
+                verify_seconds=self._verify_seconds,
+                wait_seconds=outcome.wait_seconds,
             )
         )
         self.flush()

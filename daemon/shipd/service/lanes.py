@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from shipd.transfer.inlet import Inlet
 from shipd.transfer.stream import StreamPeer
+from shipd.transfer.times import Times
 from shipproto.connection import Connection, Event
 from shipproto.errors import ProtocolError
 from shipproto.messages import Join
@@ -20,6 +21,8 @@ class Lanes:
         self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._inlets: set[Inlet] = set()
+        self._ended = Times()
+        """What the work of lanes that have ended took."""
         self._arrived: deque[tuple[Inlet, Event | None]] = deque()
         self._scheduled = False
 
@@ -36,6 +39,13 @@ class Lanes:
         )
         self._inlets.add(inlet)
         inlet.start()
+
+    def times(self) -> Times:
+        """What the work of all of them has taken so far."""
+        total = Times()
+        for times in (self._ended, *(inlet.times for inlet in self._inlets)):
+            total.add(times)
+        return total
 
     def stop(self) -> None:
         """End every lane; what they have brought until then counts. Afterwards nothing writes to the image for them."""
@@ -66,4 +76,5 @@ class Lanes:
         if inlet in self._inlets:
             self._inlets.discard(inlet)
             inlet.stop()
+            self._ended.add(inlet.times)
             self._receiver.parted(inlet.connection)

@@ -34,11 +34,14 @@ _ARRIVING_CHUNKS: Final = 32
 
 @dataclass(slots=True)
 class Outcome:
-    """``pause_seconds`` is the longest of all; ``stale`` has those that could not follow, and why."""
+    """``pause_seconds`` is the longest of all, ``wait_seconds`` and ``copy_seconds`` are parts of that one; ``stale``
+    has those that could not follow, and why."""
 
     swapped: list[Session] = field(default_factory=list)
     stale: list[tuple[Session, str]] = field(default_factory=list)
     pause_seconds: float | None = None
+    wait_seconds: float = 0.0
+    copy_seconds: float = 0.0
 
 
 class Rollout:
@@ -112,7 +115,9 @@ class Rollout:
         for session, reply in zip(self.ready, replies, strict=True):
             if isinstance(reply, Swapped) and not reply.error:
                 outcome.swapped.append(session)
-                outcome.pause_seconds = max(outcome.pause_seconds or 0.0, reply.pause_seconds)
+                if outcome.pause_seconds is None or reply.pause_seconds > outcome.pause_seconds:
+                    outcome.pause_seconds = reply.pause_seconds
+                    outcome.wait_seconds, outcome.copy_seconds = reply.wait_seconds, reply.copy_seconds
             elif isinstance(reply, Swapped):
                 outcome.stale.append((session, reply.error))
                 if not reply.fenced:

@@ -60,9 +60,11 @@ _RELEASE_SECONDS: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class SwapTimes:
-    """``pause_seconds``: gate closed to gate open. ``copy_seconds``: the part that moved the weights."""
+    """``pause_seconds``: gate closed to gate open. Of it ``wait_seconds`` until the last hold had ended, and
+    ``copy_seconds`` to move the weights."""
 
     pause_seconds: float
+    wait_seconds: float
     copy_seconds: float
 
 
@@ -445,6 +447,7 @@ class Link:
                 generation=generation,
                 pause_seconds=times.pause_seconds,
                 transfer=message.transfer,
+                wait_seconds=times.wait_seconds,
             )
         )
 

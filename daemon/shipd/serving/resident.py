@@ -258,7 +258,7 @@ class _ModelFollower:
             return version
 
         pause = self._gate.swap(act, commit_timeout=timeout, max_hold=self._max_hold, then=self._call_back)
-        return SwapTimes(pause.pause_seconds, copy_seconds)
+        return SwapTimes(pause.pause_seconds, pause.wait_seconds, copy_seconds)
 
     def _call_back(self, version: Version) -> None:
         for callback in list(self._callbacks):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from shipd.errors import Interrupted, ShipError
 from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.times import Times
 from shipproto.connection import ChunkArrived, Connection, Event
 
 log = logging.getLogger("shipd.transfer")
@@ -41,6 +42,11 @@ class Inlet:
         self._lane = Lane(sock, peer, connection=connection, waker=self._waker)
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {peer}", daemon=True)
 
+    @property
+    def times(self) -> Times:
+        """What its work took."""
+        return self._lane.times
+
     def start(self) -> None:
         """Begin to receive."""
         self._thread.start()
@@ -56,7 +62,9 @@ class Inlet:
             while True:
                 for event in self._lane.exchange(time.monotonic() + self._stall):
                     if isinstance(event, ChunkArrived):
+                        started = time.monotonic()
                         self._digest(event)
+                        self.times.digest += time.monotonic() - started
                     self._deliver(self, event)
         except Interrupted:
             pass

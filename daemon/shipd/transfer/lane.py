@@ -20,6 +20,7 @@ from shipd.address import Address
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
 from shipd.transfer.faults import peer_error
+from shipd.transfer.times import Times
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import BadPrelude, ProtocolError
 from shipproto.frame import Buffer
@@ -90,6 +91,9 @@ class Lane:
         )
         self.fds: deque[int] = deque()
         self.bytes_sent = 0
+        self.times = Times()
+        self.open_seconds = 0.0
+        """What connecting and the handshake took."""
         self.last_heard = self.last_written = time.monotonic()
         self._sock = sock
         self._broken: OSError | None = None
@@ -109,7 +113,8 @@ class Lane:
 
         Descriptors can be received over a Unix socket. Raises ConnectError, AuthError, PeerError or Stalled.
         """
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
+        deadline = started + timeout
         local = isinstance(target, Path)
         try:
             sock = _dial_unix(target, timeout) if isinstance(target, Path) else _dial_tcp(target, deadline, waker)
@@ -118,7 +123,9 @@ class Lane:
             raise ConnectError(
                 f"cannot connect to {target}: {_reason(error)}. {hint}".rstrip(), peer=str(target)
             ) from error
-        return cls(sock, str(target), token=token, waker=waker, with_fds=local).shake_hands(deadline)
+        lane = cls(sock, str(target), token=token, waker=waker, with_fds=local).shake_hands(deadline)
+        lane.open_seconds = time.monotonic() - started
+        return lane
 
     def shake_hands(self, deadline: float) -> "Lane":
         """Finish the handshake; the lane itself, or it is closed and the error raised."""
@@ -177,6 +184,7 @@ class Lane:
 
     def _write(self) -> None:
         self._outgoing.extend(self.connection.take_output())
+        started = time.monotonic() if self._outgoing else 0.0
         while self._outgoing:
             pieces = [self._outgoing[at] for at in range(min(len(self._outgoing), 64))]
             try:
@@ -190,6 +198,8 @@ class Lane:
                 break
             self.bytes_sent += sent
             self.last_written = time.monotonic()
+            self.times.write += self.last_written - started
+            started = self.last_written
             for piece in pieces:
                 if sent < len(piece):
                     self._outgoing[0] = memoryview(piece)[sent:]
@@ -205,7 +215,10 @@ class Lane:
         """Wait for the socket. True when bytes arrived, False when it is only writable or time is up."""
         if self._waker is not None and self._waker.woken:
             raise Interrupted("interrupted", peer=self.peer)
+        started = time.monotonic()
         ready = self._poll.poll(timeout * 1000)
+        polled = time.monotonic()
+        self.times.wait += polled - started
         if self._waker is not None and self._waker.woken:
             raise Interrupted("interrupted", peer=self.peer)
         if not any(fd == self._sock.fileno() and mask & ~select.POLLOUT for fd, mask in ready):
@@ -219,8 +232,10 @@ class Lane:
         if not count:
             raise self._lost(self._broken)
         self.last_heard = time.monotonic()
+        self.times.receive += self.last_heard - polled
         try:
             self.connection.buffer_updated(count)
+            self.times.check += time.monotonic() - self.last_heard
         except BadPrelude as error:
             # The path has damaged it, not the peer: whatever was under way goes on over another connection.
             raise ConnectionLost(f"lost the connection to {self.peer}: {error}", peer=self.peer) from error

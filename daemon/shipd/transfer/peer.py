@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from shipd.transfer.times import Times
 from shipproto.connection import Connection
 from shipproto.frame import Buffer
 from shipproto.messages import Message
@@ -13,6 +14,8 @@ class Peer(Protocol):
     connection: Connection
     name: str
     """The peer's address, or its process, for messages."""
+    times: Times
+    """What its work took."""
     last_heard: float
     """Loop time at which bytes last arrived."""
 

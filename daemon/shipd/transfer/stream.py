@@ -8,11 +8,13 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Final, cast
 
 from shipd.transfer.faults import describe_opening
-from shipproto.connection import Connection, Event
+from shipd.transfer.times import Times
+from shipproto.connection import ChunkArrived, Connection, Event
 from shipproto.errors import ForeignPeer, LocalError, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.messages import Message
@@ -36,6 +38,8 @@ class StreamPeer(asyncio.BufferedProtocol):
         self.connection = connection
         self.name = "?"
         self.last_heard = 0.0
+        self.times = Times()
+        self._asked_at = 0.0
         self._on_open = on_open
         self._on_event = on_event
         self._on_lost = on_lost
@@ -58,14 +62,24 @@ class StreamPeer(asyncio.BufferedProtocol):
         self._on_open(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  the connection knows better
+        # The transport reads from the socket between this call and the next one.
+        self._asked_at = time.monotonic()
         return self.connection.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
+        started = time.monotonic()
+        self.times.receive += started - self._asked_at
         self.last_heard = self._loop.time()
         try:
             self.connection.buffer_updated(nbytes)
+            checked = time.monotonic()
+            self.times.check += checked - started
             for event in self.connection.events():
                 self._on_event(self, event)
+                if isinstance(event, ChunkArrived):
+                    digested = time.monotonic()
+                    self.times.digest += digested - checked
+                    checked = digested
         except ForeignPeer as error:
             log.warning(
                 "closing a foreign connection", extra={"peer": self.name, "why": describe_opening(error.opening)}

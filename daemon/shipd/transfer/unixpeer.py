@@ -9,11 +9,13 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from shipproto.connection import Connection, Event
+from shipd.transfer.times import Times
+from shipproto.connection import ChunkArrived, Connection, Event
 from shipproto.errors import LocalError, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.messages import Message
@@ -62,6 +64,7 @@ class UnixPeer:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self.last_heard = self._loop.time()
+        self.times = Times()
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._writing = False
         self._closed = False
@@ -120,15 +123,22 @@ class UnixPeer:
         try:
             for _ in range(_READS_PER_WAKE):
                 try:
+                    asked = time.monotonic()
                     count = self._sock.recv_into(self.connection.get_buffer())
                 except (BlockingIOError, InterruptedError):
                     break
                 if not count:
                     self._lose()
                     return
+                received = time.monotonic()
                 self.connection.buffer_updated(count)
+                checked = time.monotonic()
+                self.times.receive += received - asked
+                self.times.check += checked - received
                 for event in self.connection.events():
                     self._on_event(self, event)
+                    if isinstance(event, ChunkArrived):
+                        self.times.digest += time.monotonic() - checked
                 if self.closed:
                     return
         except ProtocolError as error:
