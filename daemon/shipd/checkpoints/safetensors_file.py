@@ -101,6 +101,10 @@ class SafetensorsFile:
         at = self._starts[row]
         return self._bytes[at + start : at + stop]
 
+    def lends(self, content: memoryview) -> bool:
+        """See ``Source.lends``."""
+        return content.obj is self._map
+
     def changed(self) -> str | None:
         """See ``Source.changed``; by the file's size and time of change."""
         return self._file.changed()

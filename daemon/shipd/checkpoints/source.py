@@ -53,6 +53,13 @@ class Source(Protocol):
         """
         ...
 
+    def lends(self, content: memoryview) -> bool:
+        """Whether ``content``, which ``read`` has returned, is the source's own memory and no buffer or copy.
+
+        Then it keeps its bytes until the push is over, as long as the user keeps to what a push asks for.
+        """
+        ...
+
     def changed(self) -> str | None:
         """The name of a tensor or a description of the file that is known to have changed since opening.
 

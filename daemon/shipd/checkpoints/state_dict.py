@@ -93,6 +93,10 @@ class StateDict:
             return held.view[start:stop]
         return gather(held.words, start, stop, self._buffers)
 
+    def lends(self, content: memoryview) -> bool:
+        """See ``Source.lends``; whether it is a tensor's memory, see ``_memory``."""
+        return isinstance(content.obj, ctypes.Array)
+
     def changed(self) -> str | None:
         """See ``Source.changed``; by torch's version counters and by where the tensors' memory lies.
 

@@ -56,6 +56,10 @@ class TorchFile:
             self._file.require_whole(self.structure.names[row])
         return self._tensors.read(row, start, stop)
 
+    def lends(self, content: memoryview) -> bool:
+        """See ``Source.lends``."""
+        return self._tensors.lends(content)
+
     def changed(self) -> str | None:
         """See ``Source.changed``; by the file's size and time of change."""
         return self._file.changed() if self._mapped else None

@@ -40,6 +40,10 @@ class ChunkReader:
             end = at + length
         return content
 
+    def lends(self, content: memoryview) -> bool:
+        """Whether what ``read`` returned keeps its bytes until the push is over."""
+        return self._source.lends(content)
+
     def check_ties(self) -> None:
         """What the receiver ties must be equal here. Raises TransferError naming the tensor."""
         structure = self._sender.offered

@@ -96,6 +96,8 @@ def send_chunk(sender: Sender, reader: ChunkReader, chunk: int, lane: Lane) -> N
     sender.digest_chunk(chunk, content)
     digested = time.monotonic()
     sender.send_digested(chunk, content, lane.connection)
+    if reader.lends(content):
+        lane.lend(content)
     times = lane.times
     times.read += have - started
     times.digest += digested - have

@@ -6,6 +6,7 @@ CRC, digest and sendmsg happen inline on this thread; every wait has a deadline.
 """
 
 import errno
+import itertools
 import math
 import os
 import select
@@ -20,6 +21,7 @@ from shipd.address import Address
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
 from shipd.transfer.faults import peer_error
+from shipd.transfer.pages import PageSender
 from shipd.transfer.times import Times
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import BadPrelude, ProtocolError
@@ -100,6 +102,9 @@ class Lane:
         self._waker = waker
         self._with_fds = with_fds
         self._outgoing: deque[Buffer] = deque()
+        self._pages = PageSender(sock.fileno())
+        self._lent: memoryview | None = None
+        """The piece of ``_outgoing`` whose pages are sent as they are."""
         sock.settimeout(0)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -186,9 +191,9 @@ class Lane:
         self._outgoing.extend(self.connection.take_output())
         started = time.monotonic() if self._outgoing else 0.0
         while self._outgoing:
-            pieces = [self._outgoing[at] for at in range(min(len(self._outgoing), 64))]
+            pieces = self._next_pieces()
             try:
-                sent = self._sock.sendmsg(pieces)
+                sent = self._send(pieces)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
@@ -202,7 +207,10 @@ class Lane:
             started = self.last_written
             for piece in pieces:
                 if sent < len(piece):
-                    self._outgoing[0] = memoryview(piece)[sent:]
+                    rest = memoryview(piece)[sent:]
+                    if piece is self._lent:
+                        self._lent = rest
+                    self._outgoing[0] = rest
                     break
                 sent -= len(piece)
                 self._outgoing.popleft()
@@ -210,6 +218,30 @@ class Lane:
         if interest != self._interest:
             self._poll.modify(self._sock, interest)
             self._interest = interest
+
+    def lend(self, content: memoryview) -> None:
+        """``content``, which is queued, keeps what is in it until the transfer is over: its pages may be sent as they
+        are and need not be copied."""
+        if self._pages.worth(len(content)):
+            self._lent = content
+
+    def _next_pieces(self) -> list[Buffer]:
+        """What to send in one call: what is lent by itself, everything else together."""
+        pieces: list[Buffer] = []
+        for piece in itertools.islice(self._outgoing, 64):
+            if piece is self._lent:
+                return pieces or [piece]
+            pieces.append(piece)
+        return pieces
+
+    def _send(self, pieces: list[Buffer]) -> int:
+        if pieces[0] is self._lent:
+            if sent := self._pages.send(self._lent):
+                return sent
+            self._lent = None
+        # What is lent follows at once, and belongs into the same packet.
+        more = socket.MSG_MORE if self._lent is not None and len(pieces) < len(self._outgoing) else 0
+        return self._sock.sendmsg(pieces, (), more)
 
     def _step(self, timeout: float) -> bool:
         """Wait for the socket. True when bytes arrived, False when it is only writable or time is up."""
@@ -274,6 +306,7 @@ class Lane:
             return
         if flush and self.connection.established:
             self._say_goodbye()
+        self._pages.close()
         self._sock.close()
         while self.fds:
             os.close(self.fds.popleft())
