@@ -17,7 +17,7 @@ import dataclasses
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
@@ -61,8 +61,7 @@ class MessageArrived:
     body: Buffer
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkArrived:
+class ChunkArrived(NamedTuple):
     """A chunk is in the memory that ``landing`` named, and intact."""
 
     chunk: int
@@ -261,16 +260,18 @@ class Connection:
         self._crc = 0
         self._discarding = False
         intact = crc32c(header) == prelude.header_crc
+        message: Message | None = None
         if intact:
-            self._message = decode_header(prelude.type, header)
-            self._header = b"" if self.established else bytes(header)
-            self._check_allowed(prelude, self._message)
+            message = self._message = decode_header(prelude.type, header)
+            self._check_allowed(prelude, message)
+            if not self.established:
+                self._header = bytes(header)
         elif not self.established:
             raise BadPrelude("the handshake arrived damaged")
-        if isinstance(self._message, Data):
+        if isinstance(message, Data):
             if self.landing is None:
                 raise UnexpectedMessage("DATA before anything was asked for")
-            memory = self.landing(self._message.chunk, prelude.payload_length)
+            memory = self.landing(message.chunk, prelude.payload_length)
             if memory is not None and len(memory) != prelude.payload_length:
                 raise LocalError("landing returned memory of another size")
             self._payload = memory

@@ -16,8 +16,7 @@ CRC32C: RFC 3720, appendix B.4 (Castagnoli polynomial, reflected); the CRC of no
 """
 
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
@@ -36,8 +35,7 @@ _CHECKED: Final = PRELUDE_SIZE - 4
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Prelude:
+class Prelude(NamedTuple):
     """A prelude that passed its check. Lengths are in bytes and within the limits."""
 
     type: int

@@ -73,6 +73,11 @@ class RangeSet:
             raise ValueError(f"not a range: [{start}, {stop})")
         if start == stop:
             return
+        if self._stops and start == self._stops[-1]:
+            # In order, as nearly everything arrives.
+            self._stops[-1] = stop
+            self._count += stop - start
+            return
         # Every range that overlaps or touches [start, stop) melts into one.
         first = bisect_left(self._stops, start)
         last = bisect_right(self._starts, stop)

@@ -20,7 +20,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +90,7 @@ class StructureArrived:
     encoded: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkHeld:
+class ChunkHeld(NamedTuple):
     """A chunk is in its place, intact and digested."""
 
     chunk: int

@@ -16,8 +16,7 @@ the chunk and hands it to ``send_chunk``.
 import enum
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -66,15 +65,13 @@ class SenderState(enum.Enum):
 ENDED: Final = frozenset({SenderState.COMMITTED, SenderState.ABORTED})
 
 
-@dataclass(frozen=True, slots=True)
-class SendChunk:
+class SendChunk(NamedTuple):
     """Read this chunk and pass it to ``send_chunk``."""
 
     chunk: int
 
 
-@dataclass(frozen=True, slots=True)
-class DigestChunk:
+class DigestChunk(NamedTuple):
     """The receiver holds this chunk already: read it and pass it to ``digest_chunk`` only."""
 
     chunk: int
