@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
 from shipd.checkpoints.opened import OpenFile
-from shipd.checkpoints.source import MAX_READ, check_range
+from shipd.checkpoints.source import MAX_READ, check_range, join
 from shipd.checkpoints.wording import encodable, listed, quoted
 from shipd.errors import CheckpointError, UnsupportedTensor
 from shipproto.dtypes import BY_NAME
@@ -100,6 +100,15 @@ class SafetensorsFile:
         self._file.require_whole(self.structure.names[row])
         at = self._starts[row]
         return self._bytes[at + start : at + stop]
+
+    def read_packed(self, rows: list[int], gaps: list[int] | None) -> memoryview:
+        """See ``Source.read_packed``; a view of the mapped file where the tensors lie side by side in it."""
+        self._file.require_whole(self.structure.names[rows[0]])
+        starts = list(map(self._starts.__getitem__, rows))
+        stops = list(map(int.__add__, starts, map(self._sizes.__getitem__, rows)))
+        if gaps is None and starts[1:] == stops[:-1]:
+            return self._bytes[starts[0] : stops[-1]]
+        return join(map(self._bytes.__getitem__, map(slice, starts, stops)), gaps)
 
     def changed(self) -> str | None:
         """See ``Source.changed``; by the file's size and time of change."""

@@ -56,6 +56,12 @@ class TorchFile:
             self._file.require_whole(self.structure.names[row])
         return self._tensors.read(row, start, stop)
 
+    def read_packed(self, rows: list[int], gaps: list[int] | None) -> memoryview:
+        """See ``Source.read_packed``; always a copy."""
+        if self._mapped:
+            self._file.require_whole(self.structure.names[rows[0]])
+        return self._tensors.read_packed(rows, gaps)
+
     def changed(self) -> str | None:
         """See ``Source.changed``; by the file's size and time of change."""
         return self._file.changed() if self._mapped else None
