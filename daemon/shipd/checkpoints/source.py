@@ -5,9 +5,9 @@
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Final, Protocol, assert_never, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never, runtime_checkable
 
 from shipd.checkpoints.content import Kind, identify
 from shipd.checkpoints.opened import OpenFile
@@ -18,6 +18,8 @@ from shipproto.structure import Structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_T = TypeVar("_T")
 
 MAX_READ: Final = 4 * LEAF_SIZE
 """Bytes of one read. What is not contiguous in host memory passes through a buffer of this order."""
@@ -30,6 +32,13 @@ def check_range(structure: Structure, row: int, size: int, start: int, stop: int
             f"bytes {start} to {stop} of tensor {quoted(structure.names[row])} ({size} bytes) cannot be "
             f"read: a read lies inside the tensor and has at most {MAX_READ} bytes"
         )
+
+
+def pick(column: list[_T], rows: Sequence[int]) -> list[_T]:
+    """The entries of ``rows``, which may be a range."""
+    if isinstance(rows, range):
+        return column[rows.start : rows.stop]
+    return list(map(column.__getitem__, rows))
 
 
 def join(parts: Iterable[Buffer], gaps: list[int] | None) -> memoryview:
@@ -66,9 +75,10 @@ class Source(Protocol):
         """
         ...
 
-    def read_packed(self, rows: list[int], gaps: list[int] | None) -> memoryview:
+    def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
         """All bytes of the tensors in ``rows``, one after the other, with zeros between them: ``gaps[k]`` bytes after
-        the k-th, fewer than TENSOR_ALIGNMENT, and none after the last; None for none at all. At most MAX_READ.
+        the k-th, fewer than TENSOR_ALIGNMENT, and none after the last; None for none at all. At most MAX_READ in all.
+        As a range, of step 1, ``rows`` are quicker found.
 
         A view of the source's memory where they lie there like that; otherwise a copy, and not of a buffer that is
         used again. Raises TensorChanged where the bytes are gone.

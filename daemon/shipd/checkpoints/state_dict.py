@@ -7,8 +7,8 @@ by slice, through a buffer of the reading thread; there is never a copy of a who
 import ctypes
 import sys
 import threading
-from collections.abc import Iterable, Mapping
-from operator import eq
+from collections.abc import Iterable, Mapping, Sequence
+from operator import add, ne, or_
 from typing import Any, Final
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shipd.checkpoints import known
 from shipd.checkpoints.columns import Columns, counters
 from shipd.checkpoints.gather import bits, gather
-from shipd.checkpoints.source import MAX_READ, check_range, join
+from shipd.checkpoints.source import MAX_READ, check_range, join, pick
 from shipd.checkpoints.wording import quoted
 from shipd.errors import TensorChanged, UnsupportedTensor
 from shipproto.errors import ProtocolError
@@ -85,18 +85,16 @@ class StateDict:
             view = self._views[row] = _view(self._pointers[row], size, self._storages[row])
         return view[start:stop]
 
-    def read_packed(self, rows: list[int], gaps: list[int] | None) -> memoryview:
+    def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
         """See ``Source.read_packed``; always a copy."""
         # What keeps the memory where it is, also if the source is closed meanwhile.
         storages = self._storages
-        pointers = list(map(self._pointers.__getitem__, rows))
-        if list(map(Tensor.data_ptr, map(self._tensors.__getitem__, rows))) != pointers:
+        pointers, sizes = pick(self._pointers, rows), pick(self._sizes, rows)
+        if list(map(Tensor.data_ptr, pick(self._tensors, rows))) != pointers:
             raise self._moved(next(row for row in rows if self._tensors[row].data_ptr() != self._pointers[row]))
-        sizes = list(map(self._sizes.__getitem__, rows))
         parts: Iterable[Buffer]
-        if self._words.keys().isdisjoint(rows):
-            ends = map(int.__add__, pointers, sizes)
-            parts = map(_MEMORY.__getitem__, map(slice, pointers, ends))
+        if not self._words or self._words.keys().isdisjoint(rows):
+            parts = map(_MEMORY.__getitem__, map(slice, pointers, map(add, pointers, sizes)))
         else:
             # bytes(): one that is gathered comes in the same buffer as the one before.
             parts = (bytes(self.read(row, 0, size)) for row, size in zip(rows, sizes, strict=True))
@@ -110,13 +108,13 @@ class StateDict:
         A fifth of a microsecond a tensor. Tensors made in inference mode have no counter.
         """
         for start in range(0, len(self._tensors), _BLOCK):
-            tensors = self._tensors[start : start + _BLOCK]
-            now = list(zip(map(Tensor.data_ptr, tensors), counters(tensors), strict=True))
-            then = list(
-                zip(self._pointers[start : start + _BLOCK], self._versions[start : start + _BLOCK], strict=True)
-            )
-            if now != then:
-                return self.structure.names[start + list(map(eq, now, then)).index(False)]
+            block = slice(start, start + _BLOCK)
+            tensors = self._tensors[block]
+            pointers, versions = list(map(Tensor.data_ptr, tensors)), counters(tensors)
+            if pointers != self._pointers[block] or versions != self._versions[block]:
+                moved = map(ne, pointers, self._pointers[block])
+                written = map(ne, versions, self._versions[block])
+                return self.structure.names[start + list(map(or_, moved, written)).index(True)]
         return None
 
     def _moved(self, row: int) -> TensorChanged:

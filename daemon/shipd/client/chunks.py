@@ -1,5 +1,7 @@
 """Reading the chunks of a version out of its source: views where its bytes lie side by side, else gathered."""
 
+from collections.abc import Sequence
+
 from shipd.checkpoints.source import Source
 from shipproto.errors import AbortCode, TransferError
 from shipproto.limits import LEAF_SIZE
@@ -15,7 +17,10 @@ class ChunkReader:
     def __init__(self, sender: Sender, source: Source) -> None:
         self._sender = sender
         self._source = source
-        self._rows: list[int] = sender.source_rows.tolist()
+        # Rows that follow one another are a range, and columns are cut by those instead of picked from.
+        self._rows: Sequence[int] = sender.source_rows.tolist()
+        if self._rows == list(range(len(self._rows))):
+            self._rows = range(len(self._rows))
 
     def read(self, chunk: int) -> memoryview:
         """The bytes of a chunk as they lie in the image; valid until the same thread's next ``read``."""
@@ -25,7 +30,10 @@ class ChunkReader:
             row = int(layout.chunk_tensors(chunk)[0])
             begin = start - int(layout.offsets[row])
             return self._source.read(self._rows[row], begin, begin + size)
-        rows = list(map(self._rows.__getitem__, layout.chunk_tensors(chunk).tolist()))
+        wanted = layout.chunk_tensors(chunk).tolist()
+        first, end = wanted[0], wanted[0] + len(wanted)
+        consecutive = wanted == list(range(first, end))
+        rows = self._rows[first:end] if consecutive else list(map(self._rows.__getitem__, wanted))
         return self._source.read_packed(rows, layout.packed_gaps(chunk))
 
     def check_ties(self) -> None:
