@@ -21,7 +21,10 @@ EMPTY: Final = xxhash.xxh3_128_digest(b"")
 
 
 class LeafDigests:
-    """The leaf digests of one version as they become known, and what follows from them."""
+    """The leaf digests of one version as they become known, and what follows from them.
+
+    Different chunks may be recorded by several threads at once.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -29,11 +32,10 @@ class LeafDigests:
         self._flat = self._digests.reshape(-1).data if layout.leaves else memoryview(bytearray())
         self._known = bytearray(layout.leaves)
         # Empty tensors have no bytes and so no chunk that would bring their digest.
-        sizes = layout.structure.nbytes
-        for leaf, row in enumerate(layout.small.tolist(), layout.large_chunks):
-            if not sizes[row]:
-                self._flat[leaf * DIGEST_SIZE : (leaf + 1) * DIGEST_SIZE] = EMPTY
-                self._known[leaf] = 1
+        for at in np.flatnonzero(layout.structure.nbytes[layout.small] == 0).tolist():
+            leaf = layout.large_chunks + at
+            self._flat[leaf * DIGEST_SIZE : (leaf + 1) * DIGEST_SIZE] = EMPTY
+            self._known[leaf] = 1
 
     @property
     def complete(self) -> bool:
@@ -54,26 +56,25 @@ class LeafDigests:
         whose digest was known already and is another now: its bytes have changed.
         """
         if chunk < self.layout.large_chunks:
-            return self._note(chunk, xxhash.xxh3_128_digest(content))
+            return self._note(chunk, chunk + 1, xxhash.xxh3_128_digest(content))
         first, last = self.layout.packed_leaves(chunk)
-        rows = self.layout.small[first - self.layout.large_chunks : last - self.layout.large_chunks]
-        starts = (self.layout.offsets[rows] - self.layout.chunk(chunk)[0]).tolist()
-        sizes = self.layout.structure.nbytes[rows].tolist()
-        changed = None
-        digest = xxhash.xxh3_128_digest
-        for leaf, start, size in zip(range(first, last), starts, sizes, strict=True):
-            row = self._note(leaf, digest(content[start : start + size]))
-            changed = row if changed is None else changed
-        return changed
+        # Nothing here is Python code for each tensor: that would cost more than to digest it.
+        parts = map(content.__getitem__, self.layout.packed_places(chunk))
+        return self._note(first, last, b"".join(map(xxhash.xxh3_128_digest, parts)))
 
-    def _note(self, leaf: int, digest: bytes) -> int | None:
-        place = self._flat[leaf * DIGEST_SIZE : (leaf + 1) * DIGEST_SIZE]
-        if self._known[leaf] and place != digest:
-            place[:] = digest
-            return int(self.layout.leaf_rows()[leaf])
-        place[:] = digest
-        self._known[leaf] = 1
-        return None
+    def _note(self, first: int, last: int, digests: bytes) -> int | None:
+        """Remember the digests of leaves [first, last). The row of the first that was known and is another now."""
+        place = self._flat[first * DIGEST_SIZE : last * DIGEST_SIZE]
+        changed = None
+        if self._known.find(1, first, last) >= 0 and place != digests:
+            found = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_SIZE)
+            known = np.frombuffer(self._known[first:last], dtype=np.uint8) == 1
+            differing = np.flatnonzero(known & (found != self._digests[first:last]).any(axis=1))
+            if len(differing):
+                changed = int(self.layout.leaf_rows()[first + int(differing[0])])
+        place[:] = digests
+        self._known[first:last] = bytes([1]) * (last - first)
+        return changed
 
     def forget(self, chunk: int) -> None:
         """Take back what was recorded for ``chunk``, so that it can be received again."""
@@ -91,11 +92,11 @@ class LeafDigests:
         if not len(first):
             return np.zeros((0, DIGEST_SIZE), dtype=np.uint8)
         digests = self._digests[first]
-        flat = self._flat
-        for row in np.flatnonzero(count > 1).tolist():
-            start = int(first[row]) * DIGEST_SIZE
-            digest = xxhash.xxh3_128_digest(flat[start : start + int(count[row]) * DIGEST_SIZE])
-            digests[row] = np.frombuffer(digest, dtype=np.uint8)
+        several = np.flatnonzero(count > 1)
+        starts = first[several] * DIGEST_SIZE
+        places = map(slice, starts.tolist(), (starts + count[several] * DIGEST_SIZE).tolist())
+        joined = b"".join(map(xxhash.xxh3_128_digest, map(self._flat.__getitem__, places)))
+        digests[several] = np.frombuffer(joined, dtype=np.uint8).reshape(-1, DIGEST_SIZE)
         return digests
 
     def version_digest(self) -> bytes:
@@ -105,7 +106,7 @@ class LeafDigests:
 
 def version_digest(layout: Layout, tensor_digests: npt.NDArray[np.uint8]) -> bytes:
     """The version digest for given tensor digests, u8[n, 16] in the structure's order."""
-    hasher = xxhash.xxh3_128(layout.structure.identity())
+    hasher = layout.structure.identity_hash()
     hasher.update(np.ascontiguousarray(tensor_digests).data)
     return hasher.digest()
 

@@ -12,6 +12,7 @@ of digests) is a chunk of a large tensor or a whole small tensor; small tensors 
 The bytes between packed tensors are zeros and travel with their chunk.
 """
 
+from bisect import bisect_right
 from functools import cached_property
 from itertools import pairwise
 
@@ -27,6 +28,7 @@ class Layout:
 
     offsets        i64[n], start of each tensor in the image; tied tensors share one
     size           bytes of the image, whole pages, at least one
+    leaf_size      LEAF_SIZE, as the layout was made with
     chunk_starts   i64[c], start of each chunk in the image
     chunk_sizes    i64[c], bytes of each chunk, 1 to LEAF_SIZE
     large, small   rows of the untied tensors, in the image's order
@@ -35,6 +37,7 @@ class Layout:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
+        self.leaf_size = LEAF_SIZE
         nbytes = structure.nbytes
         rows = np.flatnonzero(structure.primary == np.arange(len(structure)))
         is_large = nbytes[rows] >= LEAF_SIZE
@@ -69,6 +72,15 @@ class Layout:
         # Plain lists: indexing an array element by element is five times slower, once for every frame.
         self._starts: list[int] = self.chunk_starts.tolist()
         self._sizes: list[int] = self.chunk_sizes.tolist()
+        self._packs: list[int] = self._pack_starts.tolist()
+
+    @classmethod
+    def of(cls, structure: Structure) -> "Layout":
+        """The layout of ``structure``, made once for as long as the structure is there."""
+        kept: Layout | None = vars(structure).get("_layout")
+        if kept is None or kept.leaf_size != LEAF_SIZE:
+            vars(structure)["_layout"] = kept = cls(structure)
+        return kept
 
     def _pack(self) -> npt.NDArray[np.int64]:
         """Positions in ``small`` at which each packed chunk begins, and the end. Empty tensors cost nothing."""
@@ -76,12 +88,13 @@ class Layout:
         if not filled:
             return np.zeros(1, dtype=np.int64)
         ends = self.offsets[self.small] + self.structure.nbytes[self.small]
+        starts: list[int] = self.offsets[self.small].tolist()
+        stops: list[int] = ends.tolist()
         bounds = [0]
-        while bounds[-1] < len(self.small):
-            start = int(self.offsets[self.small[bounds[-1]]])
-            bounds.append(int(np.searchsorted(ends, start + LEAF_SIZE, side="right")))
+        while bounds[-1] < len(stops):
+            bounds.append(bisect_right(stops, starts[bounds[-1]] + LEAF_SIZE, bounds[-1]))
         # A run of empty tensors alone at an end would make a chunk of no bytes: its neighbour takes it in.
-        sizes = [int(ends[stop - 1] - self.offsets[self.small[begin]]) for begin, stop in pairwise(bounds)]
+        sizes = [stops[stop - 1] - starts[begin] for begin, stop in pairwise(bounds)]
         kept = [0, *(bounds[at + 1] for at, size in enumerate(sizes) if size)]
         kept[-1] = len(self.small)
         return np.array(kept, dtype=np.int64)
@@ -111,7 +124,7 @@ class Layout:
             at = int(np.searchsorted(self._leaf_starts, number, side="right")) - 1
             return self.large[at : at + 1]
         at = number - self.large_chunks
-        return self.small[self._pack_starts[at] : self._pack_starts[at + 1]]
+        return self.small[self._packs[at] : self._packs[at + 1]]
 
     def chunk_names(self, number: int) -> list[str]:
         """Names of the tensors that a chunk carries bytes of, for messages."""
@@ -120,7 +133,43 @@ class Layout:
     def packed_leaves(self, number: int) -> tuple[int, int]:
         """First leaf and end of the leaves in a packed chunk; leaf ``large_chunks + k`` is ``small[k]``."""
         at = number - self.large_chunks
-        return self.large_chunks + int(self._pack_starts[at]), self.large_chunks + int(self._pack_starts[at + 1])
+        return self.large_chunks + self._packs[at], self.large_chunks + self._packs[at + 1]
+
+    def packed_places(self, number: int) -> list[slice]:
+        """Where each tensor of a packed chunk lies in the chunk, in the image's order."""
+        at = number - self.large_chunks
+        return self._places[self._packs[at] : self._packs[at + 1]]
+
+    def packed_gaps(self, number: int) -> list[int] | None:
+        """Bytes of zeros between each tensor of a packed chunk and the next one; None where there are none at all."""
+        at = number - self.large_chunks
+        if not self._gappy[at]:
+            return None
+        rows = self.small[self._packs[at] : self._packs[at + 1]]
+        starts = self.offsets[rows]
+        gaps: list[int] = (starts[1:] - starts[:-1] - self.structure.nbytes[rows[:-1]]).tolist()
+        return gaps
+
+    @cached_property
+    def _places(self) -> list[slice]:
+        """For each small tensor its place in its chunk. Few places are different ones, and those are shared."""
+        counts = np.diff(self._pack_starts)
+        # Where all are empty there is no chunk, and they have no place.
+        rows = self.small[: int(counts.sum())]
+        starts = self.offsets[rows] - np.repeat(self.chunk_starts[self.large_chunks :], counts)
+        # Both are at most LEAF_SIZE, or an empty tensor's, just beyond.
+        pairs, which = np.unique(starts << 32 | (starts + self.structure.nbytes[rows]), return_inverse=True)
+        different = list(map(slice, (pairs >> 32).tolist(), (pairs & 0xFFFFFFFF).tolist()))
+        return list(map(different.__getitem__, which.tolist()))
+
+    @cached_property
+    def _gappy(self) -> list[bool]:
+        """For each packed chunk, whether there are bytes between its tensors."""
+        if not len(self._pack_starts) > 1:
+            return []
+        filled = np.add.reduceat(self.structure.nbytes[self.small], self._pack_starts[:-1])
+        gappy: list[bool] = (filled != self.chunk_sizes[self.large_chunks :]).tolist()
+        return gappy
 
     def tensor_chunks(self, row: int) -> tuple[int, int]:
         """First chunk and end of the chunks that carry the tensor in ``row`` (or the one it is tied to)."""

@@ -47,7 +47,7 @@ from shipproto.messages import (
 )
 from shipproto.names import harmless
 from shipproto.rangeset import RangeSet
-from shipproto.structure import Structure
+from shipproto.structure import Structure, alike, rows_in
 
 
 class SenderState(enum.Enum):
@@ -158,7 +158,7 @@ class Sender:
         """Send in this structure: the offered one, or the receiver's."""
         # First of all, so that a receiver cannot have a layout made of more than was offered.
         self.source_rows, self.equal_rows = _sources(self.offered, structure)
-        self.layout = Layout(structure)
+        self.layout = Layout.of(structure)
         self.digests = LeafDigests(self.layout)
         self._unknown = iter(range(self.layout.chunks))
 
@@ -172,8 +172,9 @@ class Sender:
     @property
     def skipped(self) -> list[str]:
         """Offered tensors that the receiver's structure has no place for and that were not sent."""
-        wanted = self.layout.structure.index
-        return [name for name in self.offered.names if name not in wanted]
+        offered = self.offered.names
+        missing = rows_in(offered, self.layout.structure) < 0
+        return [offered[row] for row in np.flatnonzero(missing).tolist()]
 
     def connected(self, connection: Connection) -> None:
         """A connection to the receiver is established: offer, or offer again."""
@@ -412,26 +413,24 @@ def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int6
     """
     if wanted is offered:
         return np.arange(len(offered), dtype=np.int64), []
-    rows = np.full(len(wanted), -1, dtype=np.int64)
-    chosen: dict[int, int] = {}
-    equal: list[tuple[int, int]] = []
-    for row, name in enumerate(wanted.names):
-        at = offered.index.get(name)
-        if at is None:
-            continue
-        if offered.dtypes[at] != wanted.dtypes[row] or offered.shape(at) != wanted.shape(row):
-            raise MalformedMessage(f"the receiver wants tensor {name!r} with another dtype or shape than was offered")
-        rows[row] = at
-        source = int(offered.primary[at])
-        known = chosen.setdefault(int(wanted.primary[row]), source)
-        if known != source:
-            equal.append((known, source))
-    for row, name in enumerate(wanted.names):
-        if rows[row] < 0:
-            source = chosen.get(int(wanted.primary[row]), -1)
-            if source < 0:
-                raise MalformedMessage(f"the receiver wants tensor {name!r}, which was not offered")
-            rows[row] = source
+    rows = rows_in(wanted.names, offered)
+    there = np.flatnonzero(rows >= 0)
+    same = alike(wanted, there, offered, rows[there])
+    if not bool(same.all()):
+        name = wanted.names[int(there[np.argmin(same)])]
+        raise MalformedMessage(f"the receiver wants tensor {name!r} with another dtype or shape than was offered")
+    # Of each group of the wanted structure: the bytes that the first offered tensor of the group has.
+    groups, sources = wanted.primary[there], offered.primary[rows[there]]
+    firsts, first = np.unique(groups, return_index=True)
+    chosen = np.full(len(wanted), -1, dtype=np.int64)
+    chosen[firsts] = sources[first]
+    differs = np.flatnonzero(chosen[groups] != sources)
+    equal = list(zip(chosen[groups[differs]].tolist(), sources[differs].tolist(), strict=True))
+    absent = np.flatnonzero(rows < 0)
+    rows[absent] = chosen[wanted.primary[absent]]
+    if not bool((rows >= 0).all()):
+        name = wanted.names[int(np.argmin(rows))]
+        raise MalformedMessage(f"the receiver wants tensor {name!r}, which was not offered")
     return rows, equal
 
 

@@ -3,10 +3,11 @@
 Columnar, because 20,000 tensors checked one Python object at a time take 138 ms and as columns under one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, islice, pairwise
+from operator import attrgetter, lt
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -50,6 +51,9 @@ class _Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _decoder: Final = msgspec.msgpack.Decoder(_Columns)
 _encoder: Final = msgspec.msgpack.Encoder()
 
+_CODES: Final = {name: dtype.code for name, dtype in BY_NAME.items()}
+_ASCII_CONTROLS: Final = bytes(byte for byte in range(128) if CONTROL.match(chr(byte)))
+
 
 @dataclass(frozen=True, eq=False)
 class Structure:
@@ -79,32 +83,36 @@ class Structure:
 
         Raises MalformedMessage or LimitExceeded, naming the tensor, where they are not a valid structure.
         """
-        rows = sorted(specs, key=lambda spec: spec.name)
-        names = tuple(spec.name for spec in rows)
-        index = {name: at for at, name in enumerate(names)}
-        primary = np.arange(len(rows), dtype=np.int64)
-        groups: dict[str, int] = {}
-        for at, spec in enumerate(rows):
-            root = spec.name if spec.tied_to is None else spec.tied_to
-            if root not in index:
-                raise MalformedMessage(f"tensor {spec.name!r} is tied to {root!r}, which does not exist")
-            if rows[index[root]].tied_to is not None:
-                raise MalformedMessage(f"tensor {spec.name!r} is tied to {root!r}, which is itself tied")
-            primary[at] = groups.setdefault(root, at)
-        for spec in rows:
-            if spec.dtype not in BY_NAME:
-                raise MalformedMessage(f"tensor {spec.name!r} has dtype {spec.dtype!r}, which cannot be shipped")
-            if len(spec.shape) > MAX_DIMENSIONS:
-                raise LimitExceeded(f"tensor {spec.name!r} has {len(spec.shape)} dimensions; at most {MAX_DIMENSIONS}")
-            if any(not 0 <= size <= MAX_TENSOR_BYTES for size in spec.shape):
-                raise LimitExceeded(f"tensor {spec.name!r} has shape {list(spec.shape)}")
-        return cls(
-            names=names,
-            dtypes=np.array([BY_NAME[spec.dtype].code for spec in rows], dtype=np.uint8),
-            ndims=np.array([len(spec.shape) for spec in rows], dtype=np.uint8),
-            dims=np.array([size for spec in rows for size in spec.shape], dtype=np.int64),
-            primary=primary,
+        rows = sorted(specs, key=attrgetter("name"))
+        return cls.of_columns(
+            [spec.name for spec in rows],
+            [spec.dtype for spec in rows],
+            [spec.shape for spec in rows],
+            {spec.name: spec.tied_to for spec in rows if spec.tied_to is not None},
         )
+
+    @classmethod
+    def of_columns(
+        cls,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        ties: Mapping[str, str] | None = None,
+    ) -> "Structure":
+        """As ``build``, of columns with one entry a tensor and sorted by name; ``ties`` maps a name to what it is tied
+        to. Ten times as fast as of as many ``TensorSpec``.
+        """
+        primary = _primary_rows(names, ties) if ties else np.arange(len(names), dtype=np.int64)
+        try:
+            ndims = np.fromiter(map(len, shapes), dtype=np.int64, count=len(names))
+            dims = np.fromiter(chain.from_iterable(shapes), dtype=np.int64, count=int(ndims.sum()))
+            codes = np.frombuffer(bytes(map(_CODES.__getitem__, dtypes)), dtype=np.uint8)
+        except (KeyError, OverflowError):
+            raise _unsound_row(names, dtypes, shapes) from None
+        deep = bool((ndims > MAX_DIMENSIONS).any())
+        if deep or bool(((dims < 0) | (dims > MAX_TENSOR_BYTES)).any()):
+            raise _unsound_row(names, dtypes, shapes)
+        return cls(names=tuple(names), dtypes=codes, ndims=ndims.astype(np.uint8), dims=dims, primary=primary)
 
     @classmethod
     def decode(cls, body: bytes | bytearray | memoryview) -> "Structure":
@@ -118,7 +126,8 @@ class Structure:
             columns = _decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedMessage(f"not a structure: {error}") from error
-        if _encoder.encode(columns) != bytes(body):
+        encoded = bytes(body)
+        if _encoder.encode(columns) != encoded:
             raise MalformedMessage("the structure is not in canonical form")
         count = len(columns.names)
         if len(columns.dims) % 8 or len(columns.dims) > 8 * MAX_DIMENSIONS * count or len(columns.ties) % 8:
@@ -133,13 +142,15 @@ class Structure:
         primary[ties[:, 0]] = ties[:, 1]
         if not bool(np.all(ties[:, 1] < ties[:, 0])):
             raise MalformedMessage("a tensor may only be tied to one that sorts before it")
-        return cls(
+        decoded = cls(
             names=tuple(columns.names),
-            dtypes=np.frombuffer(columns.dtypes, dtype=np.uint8).copy(),
-            ndims=np.frombuffer(columns.ndims, dtype=np.uint8).copy(),
+            dtypes=np.frombuffer(columns.dtypes, dtype=np.uint8),
+            ndims=np.frombuffer(columns.ndims, dtype=np.uint8),
             dims=dims.astype(np.int64),
             primary=primary,
         )
+        vars(decoded)["encoded"] = encoded
+        return decoded
 
     @cached_property
     def encoded(self) -> bytes:
@@ -169,13 +180,14 @@ class Structure:
     @cached_property
     def index(self) -> Mapping[str, int]:
         """Row of each name."""
-        return {name: at for at, name in enumerate(self.names)}
+        return dict(zip(self.names, range(len(self.names)), strict=True))
 
     @cached_property
-    def _dim_starts(self) -> npt.NDArray[np.int64]:
+    def _listed_dims(self) -> tuple[list[int], list[int]]:
+        """``dims``, and where each tensor's begin, and the end. As lists, whose elements are five times as fast."""
         starts = np.zeros(len(self.names) + 1, dtype=np.int64)
         np.cumsum(self.ndims, out=starts[1:])
-        return starts
+        return self.dims.tolist(), starts.tolist()
 
     @property
     def total_bytes(self) -> int:
@@ -187,7 +199,8 @@ class Structure:
 
     def shape(self, row: int) -> tuple[int, ...]:
         """Shape of the tensor in ``row``."""
-        return tuple(self.dims[self._dim_starts[row] : self._dim_starts[row + 1]].tolist())
+        dims, starts = self._listed_dims
+        return tuple(dims[starts[row] : starts[row + 1]])
 
     def dtype(self, row: int) -> str:
         """torch's name of the dtype of the tensor in ``row``."""
@@ -204,18 +217,59 @@ class Structure:
 
     def identity(self) -> bytes:
         """What the version digest says of the structure: names, dtypes and shapes, but not ties."""
-        encoded_names = [name.encode() for name in self.names]
-        lengths = np.array([len(name) for name in encoded_names], dtype="<u4")
+        joined = "".join(self.names)
+        if joined.isascii():
+            names, lengths = joined.encode(), list(map(len, self.names))
+        else:
+            encoded = [name.encode() for name in self.names]
+            names, lengths = b"".join(encoded), list(map(len, encoded))
         return b"".join(
             (
                 len(self.names).to_bytes(4, "little"),
-                lengths.tobytes(),
-                *encoded_names,
+                np.array(lengths, dtype="<u4").tobytes(),
+                names,
                 self.dtypes.tobytes(),
                 self.ndims.tobytes(),
                 self.dims.astype("<u8").tobytes(),
             )
         )
+
+    def identity_hash(self) -> xxhash.xxh3_128:
+        """A hash that has been given ``identity()``, and can be given more."""
+        return self._identity_hash.copy()
+
+    @cached_property
+    def _identity_hash(self) -> xxhash.xxh3_128:
+        return xxhash.xxh3_128(self.identity())
+
+
+def _primary_rows(names: Sequence[str], ties: Mapping[str, str]) -> npt.NDArray[np.int64]:
+    """The row whose bytes each tensor is: of each tied group the first."""
+    index = dict(zip(names, range(len(names)), strict=True))
+    primary = np.arange(len(names), dtype=np.int64)
+    groups: dict[str, int] = {}
+    for name in sorted({*ties, *(root for root in ties.values() if root in index)}):
+        root = ties.get(name, name)
+        if root not in index:
+            raise MalformedMessage(f"tensor {name!r} is tied to {root!r}, which does not exist")
+        if root in ties:
+            raise MalformedMessage(f"tensor {name!r} is tied to {root!r}, which is itself tied")
+        primary[index[name]] = groups.setdefault(root, index[name])
+    return primary
+
+
+def _unsound_row(
+    names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+) -> MalformedMessage | LimitExceeded:
+    """What is wrong with the first tensor that no structure can have."""
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        if dtype not in BY_NAME:
+            return MalformedMessage(f"tensor {name!r} has dtype {dtype!r}, which cannot be shipped")
+        if len(shape) > MAX_DIMENSIONS:
+            return LimitExceeded(f"tensor {name!r} has {len(shape)} dimensions; at most {MAX_DIMENSIONS}")
+        if any(not 0 <= size <= MAX_TENSOR_BYTES for size in shape):
+            return LimitExceeded(f"tensor {name!r} has shape {list(shape)}")
+    raise AssertionError("every row is sound")
 
 
 def _sizes(structure: Structure) -> npt.NDArray[np.int64]:
@@ -267,31 +321,66 @@ def _check(structure: Structure) -> None:
 
 
 def _check_names(names: tuple[str, ...]) -> None:
-    for name, following in pairwise(names):
-        if name >= following:
-            problem = "appears twice" if name == following else f"is followed by {following!r}: names must be sorted"
-            raise MalformedMessage(f"tensor {name!r} {problem}")
-    for name in names:
-        if not 0 < len(name) <= MAX_NAME:
-            raise LimitExceeded(f"a tensor's name has {len(name)} characters; 1 to {MAX_NAME} are allowed")
-    if found := CONTROL.search("".join(names)):
-        raise MalformedMessage(f"a tensor's name contains the control character {found.group()!r}")
+    if not all(map(lt, names, islice(names, 1, None))):
+        name, following = next((name, following) for name, following in pairwise(names) if name >= following)
+        problem = "appears twice" if name == following else f"is followed by {following!r}: names must be sorted"
+        raise MalformedMessage(f"tensor {name!r} {problem}")
+    lengths = set(map(len, names))
+    if lengths and not 0 < min(lengths) <= max(lengths) <= MAX_NAME:
+        length = next(len(name) for name in names if not 0 < len(name) <= MAX_NAME)
+        raise LimitExceeded(f"a tensor's name has {length} characters; 1 to {MAX_NAME} are allowed")
+    if found := _control_in("".join(names)):
+        raise MalformedMessage(f"a tensor's name contains the control character {found!r}")
+
+
+def _control_in(text: str) -> str:
+    """The first control character in ``text``; empty where there is none."""
+    # A regular expression takes 8 ns a character, and names are mostly ASCII.
+    if text.isascii() and len(text.encode().translate(None, _ASCII_CONTROLS)) == len(text):
+        return ""
+    found = CONTROL.search(text)
+    return found.group() if found else ""
 
 
 def _check_ties(structure: Structure, tied: npt.NDArray[np.int64]) -> None:
     to = structure.primary[tied]
-    differs = (structure.dtypes[tied] != structure.dtypes[to]) | (structure.ndims[tied] != structure.ndims[to])
-    # Dimension by dimension, of those pairs that have equally many.
-    pairs = np.flatnonzero(~differs)
-    counts = structure.ndims[tied[pairs]].astype(np.int64)
-    ends = np.cumsum(counts)
-    within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
-    starts = np.cumsum(structure.ndims, dtype=np.int64) - structure.ndims
-    own = structure.dims[np.repeat(starts[tied[pairs]], counts) + within]
-    others = structure.dims[np.repeat(starts[to[pairs]], counts) + within]
-    differs[np.repeat(pairs, counts)[own != others]] = True
-    if bool(differs.any()):
-        at = int(np.argmax(differs))
+    same = alike(structure, tied, structure, to)
+    if not bool(same.all()):
+        at = int(np.argmin(same))
         raise MalformedMessage(
             f"tensor {structure.names[tied[at]]!r} is tied to {structure.names[to[at]]!r} but differs in dtype or shape"
         )
+
+
+def alike(
+    one: Structure, rows: npt.NDArray[np.int64], other: Structure, others: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """bool[k]: whether the tensor in ``rows[k]`` of ``one`` has the dtype and shape of the other's in ``others[k]``."""
+    same: npt.NDArray[np.bool_] = one.dtypes[rows] == other.dtypes[others]
+    return same & same_shapes(one, rows, other, others)
+
+
+def same_shapes(
+    one: Structure, rows: npt.NDArray[np.int64], other: Structure, others: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """bool[k]: whether the tensor in ``rows[k]`` of ``one`` has the shape of the other's in ``others[k]``."""
+    same: npt.NDArray[np.bool_] = one.ndims[rows] == other.ndims[others]
+    # Dimension by dimension, of those pairs that have equally many.
+    pairs = np.flatnonzero(same)
+    counts = one.ndims[rows[pairs]].astype(np.int64)
+    ends = np.cumsum(counts)
+    within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
+    starts = np.cumsum(one.ndims, dtype=np.int64) - one.ndims
+    starts_of_other = np.cumsum(other.ndims, dtype=np.int64) - other.ndims
+    own = one.dims[np.repeat(starts[rows[pairs]], counts) + within]
+    its = other.dims[np.repeat(starts_of_other[others[pairs]], counts) + within]
+    same[np.repeat(pairs, counts)[own != its]] = False
+    return same
+
+
+def rows_in(names: Sequence[str], structure: Structure) -> npt.NDArray[np.int64]:
+    """i64[k]: the row of each name in ``structure``, -1 where it has none of that name."""
+    if names == structure.names:
+        return np.arange(len(names), dtype=np.int64)
+    index = structure.index
+    return np.fromiter((index.get(name, -1) for name in names), dtype=np.int64, count=len(names))

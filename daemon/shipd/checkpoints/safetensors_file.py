@@ -12,11 +12,13 @@ import contextlib
 import itertools
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import add
 from typing import Any, Final, NamedTuple, NoReturn
 
 from shipd.checkpoints.opened import OpenFile
-from shipd.checkpoints.source import MAX_READ, check_range
+from shipd.checkpoints.plain_header import METADATA, Header, read_plain
+from shipd.checkpoints.source import MAX_READ, check_range, join, pick
 from shipd.checkpoints.wording import encodable, listed, quoted
 from shipd.errors import CheckpointError, UnsupportedTensor
 from shipproto.dtypes import BY_NAME
@@ -74,16 +76,14 @@ class SafetensorsFile:
     def __init__(self, file: OpenFile) -> None:
         self.origin = file.path
         self._file = file
-        fields, data = _header(file)
-        self.metadata: Mapping[str, str] = _metadata(file, fields)
-        specs, begins, end = _tensors(file, fields)
-        if data + end != file.size:
-            _wrong_size(file, data + end)
-        try:
-            self.structure = Structure.build(specs)
-        except ProtocolError as error:
-            raise CheckpointError(f"{quoted(file.path)}: {error}") from error
-        self._starts = [data + begins[name] for name in self.structure.names]
+        raw, data = _header(file)
+        header = read_plain(raw, _DTYPES)
+        if header is None:
+            header = _read_each(file, raw, data)
+        _require_size(file, data + header.end)
+        self.metadata: Mapping[str, str] = _shortened(header.metadata)
+        self.structure = header.structure
+        self._starts = [data + start for start in header.starts]
         self._sizes: list[int] = self.structure.nbytes.tolist()
         try:
             self._map = mmap.mmap(file.descriptor, file.size, access=mmap.ACCESS_READ)
@@ -101,6 +101,15 @@ class SafetensorsFile:
         at = self._starts[row]
         return self._bytes[at + start : at + stop]
 
+    def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
+        """See ``Source.read_packed``; a view of the mapped file where the tensors lie side by side in it."""
+        self._file.require_whole(self.structure.names[rows[0]])
+        starts = pick(self._starts, rows)
+        stops = list(map(add, starts, pick(self._sizes, rows)))
+        if gaps is None and starts[1:] == stops[:-1]:
+            return self._bytes[starts[0] : stops[-1]]
+        return join(map(self._bytes.__getitem__, map(slice, starts, stops)), gaps)
+
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``."""
         return content.obj is self._map
@@ -117,8 +126,8 @@ class SafetensorsFile:
         self._file.close()
 
 
-def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and the offset at which the tensors' bytes begin."""
+def _header(file: OpenFile) -> tuple[bytes, int]:
+    """The header's JSON text and the offset at which the tensors' bytes begin."""
     path = quoted(file.path)
     if file.size < 8:
         raise CheckpointError(f"{path} has only {file.size} bytes: its save or download was interrupted")
@@ -138,13 +147,32 @@ def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path} has a header that does not begin with '{{': it is damaged")
     if raw.count(b"{") + raw.count(b"[") > _MAX_BRACKETS:
         raise CheckpointError(f"{path} has a header of more than {MAX_TENSORS} tensors, or of something else")
+    return raw, 8 + size
+
+
+def _read_each(file: OpenFile, raw: bytes, data: int) -> Header:
+    """What the header says, checked tensor by tensor. Raises CheckpointError or UnsupportedTensor."""
+    fields = _fields(file, raw)
+    metadata = _metadata(file, fields)
+    specs, begins, end = _tensors(file, fields)
+    _require_size(file, data + end)
     try:
-        fields = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        structure = Structure.build(specs)
+    except ProtocolError as error:
+        raise CheckpointError(f"{quoted(file.path)}: {error}") from error
+    return Header(metadata, structure, [begins[name] for name in structure.names], end)
+
+
+def _fields(file: OpenFile, raw: bytes) -> dict[str, Any]:
+    """The header's JSON object."""
+    path = quoted(file.path)
+    try:
+        fields: dict[str, Any] = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except _Repeated as error:
         raise CheckpointError(f"{path} has {error} twice in its header: it was written wrongly") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not valid JSON ({str(error)[:200]})") from error
-    return fields, 8 + size
+    return fields
 
 
 class _Repeated(Exception):
@@ -167,11 +195,16 @@ def _no_constant(text: str) -> NoReturn:
 
 
 def _metadata(file: OpenFile, fields: dict[str, Any]) -> dict[str, str]:
-    found = fields.pop("__metadata__", None)
+    found = fields.pop(METADATA, None)
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise CheckpointError(f"{quoted(file.path)} has a __metadata__ that is not an object of texts")
+    return found
+
+
+def _shortened(found: Mapping[str, str]) -> dict[str, str]:
+    """As much of a file's metadata as fits a version's."""
     short = (
         (key, value)
         for key, value in found.items()
@@ -252,8 +285,10 @@ def _sizes(value: object, largest: int) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size <= largest for size in value)
 
 
-def _wrong_size(file: OpenFile, needed: int) -> NoReturn:
+def _require_size(file: OpenFile, needed: int) -> None:
     path = quoted(file.path)
+    if needed == file.size:
+        return
     if needed > file.size:
         raise CheckpointError(
             f"{path} is truncated: its header describes {needed} bytes and the file has {file.size}; "

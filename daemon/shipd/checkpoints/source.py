@@ -5,17 +5,21 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Protocol, assert_never, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never, runtime_checkable
 
 from shipd.checkpoints.content import Kind, identify
 from shipd.checkpoints.opened import OpenFile
 from shipd.checkpoints.wording import quoted
-from shipproto.limits import LEAF_SIZE
+from shipproto.frame import Buffer
+from shipproto.limits import LEAF_SIZE, TENSOR_ALIGNMENT
 from shipproto.structure import Structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_T = TypeVar("_T")
 
 MAX_READ: Final = 4 * LEAF_SIZE
 """Bytes of one read. What is not contiguous in host memory passes through a buffer of this order."""
@@ -28,6 +32,24 @@ def check_range(structure: Structure, row: int, size: int, start: int, stop: int
             f"bytes {start} to {stop} of tensor {quoted(structure.names[row])} ({size} bytes) cannot be "
             f"read: a read lies inside the tensor and has at most {MAX_READ} bytes"
         )
+
+
+def pick(column: list[_T], rows: Sequence[int]) -> list[_T]:
+    """The entries of ``rows``, which may be a range."""
+    if isinstance(rows, range):
+        return column[rows.start : rows.stop]
+    return list(map(column.__getitem__, rows))
+
+
+def join(parts: Iterable[Buffer], gaps: list[int] | None) -> memoryview:
+    """``parts`` one after the other, with ``gaps[k]`` bytes of zeros after the k-th of them, none after the last."""
+    if gaps is None:
+        return memoryview(b"".join(parts))
+    between = (_ZEROS[:gap] for gap in gaps)
+    return memoryview(b"".join(chain.from_iterable(zip_longest(parts, between, fillvalue=b""))))
+
+
+_ZEROS: Final = bytes(TENSOR_ALIGNMENT)
 
 
 @runtime_checkable
@@ -50,6 +72,16 @@ class Source(Protocol):
         A read-only view of the source's memory where that allows it; otherwise of a buffer that is the
         calling thread's and valid until the same thread's next read of this source. Raises TensorChanged
         where the bytes are gone, ValueError for a range that does not lie in the tensor.
+        """
+        ...
+
+    def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
+        """All bytes of the tensors in ``rows``, one after the other, with zeros between them: ``gaps[k]`` bytes after
+        the k-th, fewer than TENSOR_ALIGNMENT, and none after the last; None for none at all. At most MAX_READ in all.
+        As a range, of step 1, ``rows`` are quicker found.
+
+        A view of the source's memory where they lie there like that; otherwise a copy, and not of a buffer that is
+        used again. Raises TensorChanged where the bytes are gone.
         """
         ...
 

@@ -8,7 +8,7 @@ that was damaged on the disk is sent as it is found, as it would be loaded.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -55,6 +55,12 @@ class TorchFile:
         if self._mapped:
             self._file.require_whole(self.structure.names[row])
         return self._tensors.read(row, start, stop)
+
+    def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
+        """See ``Source.read_packed``; always a copy."""
+        if self._mapped:
+            self._file.require_whole(self.structure.names[rows[0]])
+        return self._tensors.read_packed(rows, gaps)
 
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``."""

@@ -1,4 +1,6 @@
-"""Reading the chunks of a version out of its source: views where a chunk is one tensor's, else gathered."""
+"""Reading the chunks of a version out of its source: views where its bytes lie side by side, else gathered."""
+
+from collections.abc import Sequence
 
 from shipd.checkpoints.source import Source
 from shipproto.errors import AbortCode, TransferError
@@ -9,36 +11,30 @@ _SLICE = LEAF_SIZE
 
 
 class ChunkReader:
-    """Reads chunks of ``sender``'s layout from ``source``. Not thread-safe: gathered chunks share a buffer."""
+    """Reads chunks of ``sender``'s layout from ``source``; from several threads where each has a reader of its own or
+    none reads a chunk while it still needs the one before."""
 
     def __init__(self, sender: Sender, source: Source) -> None:
         self._sender = sender
         self._source = source
-        self._scratch = memoryview(bytearray(LEAF_SIZE))
+        # Rows that follow one another are a range, and columns are cut by those instead of picked from.
+        self._rows: Sequence[int] = sender.source_rows.tolist()
+        if self._rows == list(range(len(self._rows))):
+            self._rows = range(len(self._rows))
 
     def read(self, chunk: int) -> memoryview:
-        """The bytes of a chunk as they lie in the image; valid until the next ``read``."""
+        """The bytes of a chunk as they lie in the image; valid until the same thread's next ``read``."""
         layout = self._sender.layout
-        rows = self._sender.source_rows
-        start, size = layout.chunk(chunk)
         if chunk < layout.large_chunks:
+            start, size = layout.chunk(chunk)
             row = int(layout.chunk_tensors(chunk)[0])
             begin = start - int(layout.offsets[row])
-            return self._source.read(int(rows[row]), begin, begin + size)
-        content = self._scratch[:size]
-        tensors = layout.chunk_tensors(chunk)
-        end = 0
-        for row, at, length in zip(
-            rows[tensors].tolist(),
-            (layout.offsets[tensors] - start).tolist(),
-            layout.structure.nbytes[tensors].tolist(),
-            strict=True,
-        ):
-            if at > end:
-                content[end:at] = bytes(at - end)
-            content[at : at + length] = self._source.read(row, 0, length)
-            end = at + length
-        return content
+            return self._source.read(self._rows[row], begin, begin + size)
+        wanted = layout.chunk_tensors(chunk).tolist()
+        first, end = wanted[0], wanted[0] + len(wanted)
+        consecutive = wanted == list(range(first, end))
+        rows = self._rows[first:end] if consecutive else list(map(self._rows.__getitem__, wanted))
+        return self._source.read_packed(rows, layout.packed_gaps(chunk))
 
     def lends(self, content: memoryview) -> bool:
         """Whether what ``read`` returned keeps its bytes until the push is over."""

@@ -1,6 +1,9 @@
 """Whether an offered structure can become a version of a resident model, and if not, every reason why."""
 
-from shipproto.structure import Structure
+import numpy as np
+import numpy.typing as npt
+
+from shipproto.structure import Structure, alike, rows_in, same_shapes
 
 
 def mismatches(offered: Structure, resident: Structure, transient: Structure) -> list[str]:
@@ -10,34 +13,42 @@ def mismatches(offered: Structure, resident: Structure, transient: Structure) ->
     transient   non-persistent buffers: an offered tensor that matches one is skipped, not refused
     A tensor that the resident model ties to one that was offered need not be offered itself.
     """
-    missing: list[str] = []
-    wrong: list[str] = []
-    offered_groups = {int(resident.primary[resident.index[name]]) for name in offered.names if name in resident.index}
-    for row, name in enumerate(resident.names):
-        at = offered.index.get(name)
-        if at is None:
-            if int(resident.primary[row]) not in offered_groups:
-                missing.append(f"missing: {name} ({resident.dtype(row)} {_shape(resident, row)})")
-            continue
-        if offered.shape(at) != resident.shape(row):
-            wrong.append(f"shape: {name} is {_shape(offered, at)}, the resident model has {_shape(resident, row)}")
-        if offered.dtypes[at] != resident.dtypes[row]:
-            wrong.append(f"dtype: {name} is {offered.dtype(at)}, the resident model has {resident.dtype(row)}")
-    unexpected = [
-        f"unexpected: {name} ({offered.dtype(at)} {_shape(offered, at)})"
-        for at, name in enumerate(offered.names)
-        if name not in resident.index and not _is_transient(offered, at, transient)
+    # As columns: what is wrong is put into words, what is right costs nothing that can be felt with 20,000 tensors.
+    offered_rows = rows_in(resident.names, offered)
+    resident_rows = rows_in(offered.names, resident)
+    offered_groups = np.zeros(len(resident), dtype=np.bool_)
+    offered_groups[resident.primary[resident_rows[resident_rows >= 0]]] = True
+    absent = (offered_rows < 0) & ~offered_groups[resident.primary]
+    missing = [
+        f"missing: {resident.names[row]} ({resident.dtype(row)} {_shape(resident, row)})"
+        for row in np.flatnonzero(absent).tolist()
     ]
+    extra = np.flatnonzero(resident_rows < 0)
+    unexpected = [
+        f"unexpected: {offered.names[at]} ({offered.dtype(at)} {_shape(offered, at)})"
+        for at in extra[~_are_transient(offered, extra, transient)].tolist()
+    ]
+    common = np.flatnonzero(offered_rows >= 0)
+    theirs = offered_rows[common]
+    other_shape = ~same_shapes(offered, theirs, resident, common)
+    other_dtype = offered.dtypes[theirs] != resident.dtypes[common]
+    wrong: list[str] = []
+    for at in np.flatnonzero(other_shape | other_dtype).tolist():
+        row, given = int(common[at]), int(theirs[at])
+        name = resident.names[row]
+        if other_shape[at]:
+            wrong.append(f"shape: {name} is {_shape(offered, given)}, the resident model has {_shape(resident, row)}")
+        if other_dtype[at]:
+            wrong.append(f"dtype: {name} is {offered.dtype(given)}, the resident model has {resident.dtype(row)}")
     return missing + unexpected + wrong
 
 
-def _is_transient(offered: Structure, row: int, transient: Structure) -> bool:
-    at = transient.index.get(offered.names[row])
-    return (
-        at is not None
-        and bool(transient.dtypes[at] == offered.dtypes[row])
-        and transient.shape(at) == offered.shape(row)
-    )
+def _are_transient(offered: Structure, rows: npt.NDArray[np.int64], transient: Structure) -> npt.NDArray[np.bool_]:
+    """bool[k]: whether the offered tensor in ``rows[k]`` matches a transient one."""
+    found = rows_in([offered.names[row] for row in rows.tolist()], transient)
+    match = found >= 0
+    match[match] = alike(offered, rows[match], transient, found[match])
+    return match
 
 
 def _shape(structure: Structure, row: int) -> str:
