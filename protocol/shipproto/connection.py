@@ -212,6 +212,11 @@ class Connection:
             self._payload = self._nothing(len(self._payload))
             self._discarding = True
 
+    @property
+    def has_events(self) -> bool:
+        """Whether ``events`` has any."""
+        return bool(self._events)
+
     def events(self) -> Iterator[Event]:
         """The events since the last call, oldest first."""
         while self._events:

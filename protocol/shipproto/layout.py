@@ -104,7 +104,7 @@ class Layout:
         """Number of chunks."""
         return len(self._starts)
 
-    @property
+    @cached_property
     def wire_bytes(self) -> int:
         """Payload bytes of a whole version: the tensors' bytes and the padding between small ones."""
         return int(self.chunk_sizes.sum())

@@ -17,6 +17,13 @@ class ChunkReader:
     def __init__(self, sender: Sender, source: Source) -> None:
         self._sender = sender
         self._source = source
+        # Of each chunk of a large tensor: the source's row, and where in its tensor the chunk begins.
+        layout = sender.layout
+        tensors = layout.leaf_rows()[: layout.large_chunks]
+        begins = layout.chunk_starts[: layout.large_chunks] - layout.offsets[tensors]
+        self._slices: list[tuple[int, int]] = list(
+            zip(sender.source_rows[tensors].tolist(), begins.tolist(), strict=True)
+        )
         # Rows that follow one another are a range, and columns are cut by those instead of picked from.
         self._rows: Sequence[int] = sender.source_rows.tolist()
         if self._rows == list(range(len(self._rows))):
@@ -26,10 +33,8 @@ class ChunkReader:
         """The bytes of a chunk as they lie in the image; valid until the same thread's next ``read``."""
         layout = self._sender.layout
         if chunk < layout.large_chunks:
-            start, size = layout.chunk(chunk)
-            row = int(layout.chunk_tensors(chunk)[0])
-            begin = start - int(layout.offsets[row])
-            return self._source.read(self._rows[row], begin, begin + size)
+            row, begin = self._slices[chunk]
+            return self._source.read(row, begin, begin + layout.chunk(chunk)[1])
         wanted = layout.chunk_tensors(chunk).tolist()
         first, end = wanted[0], wanted[0] + len(wanted)
         consecutive = wanted == list(range(first, end))

@@ -172,7 +172,7 @@ class Outlet:
             events = lane.drain(pool.stall)
             # Without work a lane waits as well, which is nobody's time.
             self._waited += lane.times.wait - before
-            for event in (*events, *lane.pump()):
+            for event in events:
                 with pool.lock:
                     pool.sender.receive_on_lane(event)
             self.bytes_sent = lane.bytes_sent

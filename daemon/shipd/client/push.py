@@ -44,6 +44,8 @@ _LAST_LOOK_SECONDS: Final = 0.002
 """The same, where all that is left is under way on lanes."""
 _SINGLE_AFTER: Final = 2
 """Connections that broke in a row after which a push does without further ones."""
+_RUN_SECONDS: Final = 0.01
+"""How long chunks are sent without a look at anything else."""
 _MAX_BREAKS: Final = 5
 """Connections in a row that broke without a single chunk getting through: the path is broken, not unlucky."""
 
@@ -236,8 +238,8 @@ class Push:
             with self._lock:
                 step = sender.next_step()
             if isinstance(step, SendChunk):
-                self._send_chunk(lane, reader, step.chunk, deadline)
                 self._tune(tuner, lane, outlets)
+                self._send_run(lane, outlets, reader, step.chunk, deadline)
             elif isinstance(step, DigestChunk):
                 sender.digest_chunk(step.chunk, reader.read(step.chunk))
                 self._keep_alive(lane)
@@ -262,15 +264,24 @@ class Push:
             raise PeerError(f"{lane.peer} broke the protocol: it committed what was not sent", peer=lane.peer)
         return sender.committed
 
-    def _send_chunk(self, lane: Lane, reader: ChunkReader, chunk: int, deadline: float) -> None:
-        send_chunk(self._sender, reader, chunk, lane)
+    def _send_run(self, lane: Lane, outlets: Outlets, reader: ChunkReader, chunk: int | None, deadline: float) -> None:
+        """Send ``chunk`` and those that follow it for a moment, with as little beside it as can be."""
+        now = time.monotonic()
+        until = now + _RUN_SECONDS
         if self._first_data is None:
-            self._first_data = time.monotonic()
-            self._agree_seconds = self._first_data - self._offered_at
+            self._first_data = now
+            self._agree_seconds = now - self._offered_at
             self._waited_before = lane.times.wait
-        # Until the kernel has it all: the next chunk may be gathered into the same memory.
-        self._take(lane.drain(self._options.stall, until=deadline))
-        self._take(lane.pump())
+        while chunk is not None:
+            send_chunk(self._sender, reader, chunk, lane)
+            # Until the kernel has it all: the next chunk may be gathered into the same memory.
+            watch = outlets.check if outlets else None
+            if events := lane.drain(self._options.stall, until=deadline, watch=watch):
+                self._take(events)
+            if time.monotonic() > until:
+                return
+            with self._lock:
+                chunk = self._sender.next_chunk()
 
     def _tuner(self) -> Tuner:
         """Local sockets and paths that break take one connection; what was asked for is not tried but done."""

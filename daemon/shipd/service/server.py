@@ -23,7 +23,7 @@ from shipd.service.socketfile import SocketFile
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
-from shipproto.connection import Connection, Established, Event, MessageArrived
+from shipproto.connection import ChunkArrived, Connection, Established, Event, MessageArrived
 from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
 from shipproto.limits import NONCE_SIZE
@@ -279,6 +279,9 @@ class Server:
 
     def _on_event(self, peer: Peer, event: Event) -> None:
         """Hand an event to whom it concerns. Raises ProtocolError: the connection is closed."""
+        if isinstance(event, ChunkArrived) and (incoming := self._incoming.get(peer)) is not None:
+            incoming.on_event(peer, event)
+            return
         if isinstance(event, Established):
             return
         message = event.message if isinstance(event, MessageArrived) else None

@@ -13,7 +13,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from shipd.address import Address
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
 from shipd.transfer.faults import peer_error
-from shipd.transfer.pages import PageSender
+from shipd.transfer.pages import MOST_BEFORE, PageSender
 from shipd.transfer.times import Times
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import BadPrelude, ProtocolError
@@ -29,6 +29,7 @@ from shipproto.frame import Buffer
 from shipproto.limits import MAX_SLOTS, NONCE_SIZE
 
 _GOODBYE_SECONDS: Final = 1.0
+_WATCH_SECONDS: Final = 0.1
 
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_SLOTS) if hasattr(socket, "CMSG_SPACE") else 0
 
@@ -166,10 +167,11 @@ class Lane:
         self._step(patience)
         return self.connection.events()
 
-    def drain(self, grace: float, *, until: float = math.inf) -> list[Event]:
-        """Wait until everything queued is written; events that arrive meanwhile are returned.
+    def drain(self, grace: float, *, until: float = math.inf, watch: Callable[[], object] | None = None) -> list[Event]:
+        """Wait until everything queued is written; events that have arrived by then are returned.
 
-        Raises Stalled where the peer takes no byte for ``grace`` seconds, or has not taken all by ``until``.
+        ``watch`` is called ten times a second meanwhile, and what it raises ends the waiting. Raises Stalled where the
+        peer takes no byte for ``grace`` seconds, or has not taken all by ``until``.
         """
         events: list[Event] = []
         sent = self.bytes_sent
@@ -177,12 +179,17 @@ class Lane:
         while True:
             self._write()
             if not self._outgoing:
+                # Whatever the peer has said by now.
+                self._step(0.0)
+                events.extend(self.connection.events())
                 return events
             if self.bytes_sent != sent:
                 sent = self.bytes_sent
                 deadline = time.monotonic() + grace
             remaining = min(deadline, until) - time.monotonic()
-            if self._step(max(0.0, remaining)):
+            if watch is not None:
+                watch()
+            if self._step(max(0.0, remaining if watch is None else min(remaining, _WATCH_SECONDS))):
                 events.extend(self.connection.events())
             elif remaining <= 0:
                 raise Stalled(f"{self.peer} has taken no bytes for {grace:.0f} s", peer=self.peer)
@@ -191,9 +198,8 @@ class Lane:
         self._outgoing.extend(self.connection.take_output())
         started = time.monotonic() if self._outgoing else 0.0
         while self._outgoing:
-            pieces = self._next_pieces()
             try:
-                sent = self._send(pieces)
+                sent, pieces = self._send()
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
@@ -225,23 +231,20 @@ class Lane:
         if self._pages.worth(len(content)):
             self._lent = content
 
-    def _next_pieces(self) -> list[Buffer]:
-        """What to send in one call: what is lent by itself, everything else together."""
+    def _send(self) -> tuple[int, list[Buffer]]:
+        """Send from the front of the queue; how many bytes were taken, and the pieces whose beginning they are."""
         pieces: list[Buffer] = []
         for piece in itertools.islice(self._outgoing, 64):
             if piece is self._lent:
-                return pieces or [piece]
+                if sum(map(len, pieces)) <= MOST_BEFORE:
+                    sent = self._pages.send(pieces, self._lent)
+                    pieces.append(piece)
+                    if sent:
+                        return sent, pieces
+                    self._lent = None
+                break
             pieces.append(piece)
-        return pieces
-
-    def _send(self, pieces: list[Buffer]) -> int:
-        if pieces[0] is self._lent:
-            if sent := self._pages.send(self._lent):
-                return sent
-            self._lent = None
-        # What is lent follows at once, and belongs into the same packet.
-        more = socket.MSG_MORE if self._lent is not None and len(pieces) < len(self._outgoing) else 0
-        return self._sock.sendmsg(pieces, (), more)
+        return self._sock.sendmsg(pieces), pieces
 
     def _step(self, timeout: float) -> bool:
         """Wait for the socket. True when bytes arrived, False when it is only writable or time is up."""

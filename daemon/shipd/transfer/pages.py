@@ -15,15 +15,19 @@ from typing import Final
 
 import numpy as np
 
+from shipproto.frame import Buffer
+
 _PIPE_BYTES: Final = 1 << 20
 """What an ordinary user's pipe may hold: 256 pages. A frame's payload has at most 129."""
 
 _LEAST: Final = 64 * 1024
 """Bytes below which copying is cheaper."""
 
+MOST_BEFORE: Final = 16 * 1024
+"""Bytes that may go before the pages in the same call: an empty pipe takes them for certain."""
+
 _NONBLOCK: Final = 2
-_MORE: Final = 4
-"""SPLICE_F_NONBLOCK and SPLICE_F_MORE of splice(2)."""
+"""SPLICE_F_NONBLOCK of splice(2)."""
 
 
 class _Piece(ctypes.Structure):
@@ -49,6 +53,7 @@ class PageSender:
         self.usable = _HERE
         self._sock = sock
         self._pipe: tuple[int, int] | None = None
+        self._piece = _Piece()
         self._loaded = 0
 
     @property
@@ -60,18 +65,17 @@ class PageSender:
         """Whether so many bytes had better go this way."""
         return self.usable and (size >= _LEAST or self.busy)
 
-    def send(self, content: memoryview) -> int:
-        """Send from the beginning of ``content``; how many bytes of it the socket has taken.
+    def send(self, before: list[Buffer], content: memoryview) -> int:
+        """Send ``before``, which is copied, and then ``content``; how many bytes of both the socket has taken.
 
-        What it has not taken must be the beginning of the next call's. Raises BlockingIOError where it takes nothing at
-        the moment, OSError where the connection is lost; returns 0 where pages cannot be sent, with ``usable`` False.
+        What it has not taken must be what the next call is for. Raises BlockingIOError where it takes nothing at the
+        moment, OSError where the connection is lost; returns 0 where pages cannot be sent, with ``usable`` False.
         """
         try:
             if not self._loaded:
-                self._loaded = self._take(content)
+                self._take(before, content)
             assert self._pipe is not None
-            more = _MORE if self._loaded < len(content) else 0
-            sent = os.splice(self._pipe[0], self._sock, self._loaded, flags=_NONBLOCK | more)
+            sent = os.splice(self._pipe[0], self._sock, self._loaded, flags=_NONBLOCK)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -84,17 +88,21 @@ class PageSender:
         self._loaded -= sent
         return sent
 
-    def _take(self, content: memoryview) -> int:
+    def _take(self, before: list[Buffer], content: memoryview) -> None:
         if self._pipe is None:
             self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             with contextlib.suppress(OSError):
                 # Where many pipes are open the small one must do: it works in smaller steps.
                 fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        piece = _Piece(np.frombuffer(content, dtype=np.uint8).ctypes.data, len(content))
+        if before:
+            self._loaded = os.writev(self._pipe[1], before)
+        piece = self._piece
+        piece.address = np.frombuffer(content, dtype=np.uint8).__array_interface__["data"][0]
+        piece.length = len(content)
         taken = int(_libc.vmsplice(self._pipe[1], ctypes.byref(piece), 1, _NONBLOCK))
         if taken <= 0:
             raise OSError(ctypes.get_errno() or errno.EINVAL, "vmsplice")
-        return taken
+        self._loaded += taken
 
     def close(self) -> None:
         """Give the pipe back. Harmless twice."""

@@ -67,18 +67,23 @@ class StreamPeer(asyncio.BufferedProtocol):
         return self.connection.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        started = time.monotonic()
-        self.times.receive += started - self._asked_at
-        self.last_heard = self._loop.time()
+        # The loop's own clock, and finer.
+        started = self.last_heard = time.monotonic()
+        connection, times = self.connection, self.times
+        times.receive += started - self._asked_at
         try:
-            self.connection.buffer_updated(nbytes)
+            connection.buffer_updated(nbytes)
             checked = time.monotonic()
-            self.times.check += checked - started
-            for event in self.connection.events():
+            times.check += checked - started
+            if not connection.has_events:
+                if connection.has_output:
+                    self.flush()
+                return
+            for event in connection.events():
                 self._on_event(self, event)
                 if isinstance(event, ChunkArrived):
                     digested = time.monotonic()
-                    self.times.digest += digested - checked
+                    times.digest += digested - checked
                     checked = digested
         except ForeignPeer as error:
             log.warning(
