@@ -109,6 +109,23 @@ def test_push_for_people(daemon, medium):
     assert "nothing to send" in again.out
 
 
+def test_push_with_a_profile_says_where_the_time_went(daemon, medium):
+    finished = shipctl(*push_arguments(daemon, medium, "--profile"))
+    assert finished.code == 0, finished
+    lines = finished.out.partition("where ")[2].splitlines()
+    stages = [line.split()[0] for line in lines[1:]]
+    assert stages == ["open", "connect", "agree", "wire", "sender", "receiver", "verify", "stage", "commit", "between"]
+    assert "over 1 connection" in finished.out
+    shares = [int(line.split(" %")[0].split()[-1]) for line in lines[1:] if " %" in line]
+    assert 90 <= sum(shares) <= 110, "the stages are the whole push"
+
+
+def test_push_over_as_many_connections_as_are_asked_for(daemon, medium):
+    finished = shipctl(*push_arguments(daemon, medium, "--lanes", "3", "--json"))
+    assert finished.answer["profile"]["lanes"] <= 3
+    assert shipctl(*push_arguments(daemon, medium, "--lanes", "17")).code == 2
+
+
 def test_push_as_json(daemon, medium):
     finished = shipctl(*push_arguments(daemon, medium, "--label", "v1", "--json"))
     assert finished.code == 0, finished

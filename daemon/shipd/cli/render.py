@@ -65,13 +65,13 @@ def render_profile(profile: Profile, receipt: Receipt) -> str:
         ("verify", profile.verify, "digests compared"),
         ("stage", profile.stage, "serving processes made ready"),
         ("commit", profile.commit, _pause(profile, receipt)),
-        ("between", max(0.0, receipt.seconds - sum(named)), "messages on their way"),
+        ("between", max(0.0, profile.total - sum(named)), "messages on their way"),
     )
-    lines = [f"where {format_seconds(receipt.seconds)} went"]
+    lines = [f"where {format_seconds(profile.total)} went"]
     for name, seconds, what in stages:
         time_and_share = ""
         if seconds is not None:
-            time_and_share = f"{format_seconds(seconds)} {100 * seconds / max(receipt.seconds, 1e-9):4.0f} %"
+            time_and_share = f"{format_seconds(seconds)} {100 * seconds / max(profile.total, 1e-9):4.0f} %"
         lines.append(f"  {name:<11}{time_and_share:>15}   {what}")
     return "\n".join(lines)
 

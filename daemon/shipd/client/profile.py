@@ -16,6 +16,7 @@ class Profile:
     commit                  from COMMIT to COMMITTED; of it, in the process that paused longest:
       pause, hold_wait, copy                      its readers held back; of that, for the last hold; moving the weights
 
+    total                   all of it, with the opening of a connection that was there before the push
     lanes                   connections that carried chunks. With several, the work of a side adds up over its threads
     """
 
@@ -37,4 +38,5 @@ class Profile:
     pause: float
     hold_wait: float
     copy: float
+    total: float
     lanes: int

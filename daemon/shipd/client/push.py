@@ -96,6 +96,7 @@ class Push:
         self._address = address
         self._options = options
         self._spare = lane
+        self._connected_before = lane.open_seconds if lane is not None else 0.0
         self._sender = Sender(
             transfer=self.transfer,
             model=options.model,
@@ -437,10 +438,10 @@ class Push:
             wire_seconds=wire,
             stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             pause_seconds=committed.pause_seconds,
-            profile=self._profile(committed, wire),
+            profile=self._profile(committed, wire, seconds),
         )
 
-    def _profile(self, committed: Committed, wire: float) -> Profile:
+    def _profile(self, committed: Committed, wire: float, seconds: float) -> Profile:
         return Profile(
             open=self._open_seconds,
             connect=self._connect_seconds,
@@ -460,6 +461,7 @@ class Push:
             pause=committed.pause_seconds or 0.0,
             hold_wait=committed.wait_seconds,
             copy=committed.copy_seconds,
+            total=seconds + self._connected_before,
             lanes=self._lanes,
         )
 
