@@ -35,6 +35,7 @@ class StreamPeer(asyncio.BufferedProtocol):
         self.connection = connection
         self.name = "?"
         self.last_heard = 0.0
+        self.error: ProtocolError | None = None
         self._on_open = on_open
         self._on_event = on_event
         self._on_lost = on_lost
@@ -66,11 +67,13 @@ class StreamPeer(asyncio.BufferedProtocol):
             for event in self.connection.events():
                 self._on_event(self, event)
         except ForeignPeer as error:
+            self.error = error
             log.warning(
                 "closing a foreign connection", extra={"peer": self.name, "why": describe_opening(error.opening)}
             )
             self.close()
         except ProtocolError as error:
+            self.error = error
             log.warning("closing a connection", extra={"peer": self.name, "why": str(error)})
             self.close()
         else:

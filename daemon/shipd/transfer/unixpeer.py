@@ -62,6 +62,7 @@ class UnixPeer:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self.last_heard = self._loop.time()
+        self.error: ProtocolError | None = None
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._writing = False
         self._closed = False
@@ -132,6 +133,7 @@ class UnixPeer:
                 if self.closed:
                     return
         except ProtocolError as error:
+            self.error = error
             log.warning("closing a local connection", extra={"peer": self.name, "why": str(error)})
             self.close()
         except OSError as error:
