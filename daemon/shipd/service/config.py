@@ -95,9 +95,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         metrics = self.metrics_address
         if metrics is not None and not _is_loopback(metrics.host):
             raise ConfigError(
-                f"metrics = {self.metrics!r} is reachable from other hosts, and nobody is asked who they are: anyone could "
-                "see which models and versions run here. Use 127.0.0.1, and let an agent or a proxy on this host carry "
-                "them further."
+                f"metrics = {self.metrics!r} is reachable from other hosts, and nobody is asked who they are: anyone "
+                "could see which models and versions run here. Use 127.0.0.1, and let an agent or a proxy on this host "
+                "carry them further."
             )
         _size("memory_limit", self.memory_limit)
         for name, model in self.models.items():
