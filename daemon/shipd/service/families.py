@@ -113,7 +113,9 @@ class Families:
                 total.add_metric((name,), receiver.layout.wire_bytes if receiver.layout else receiver.offer.nbytes)
         yield from (running, held, total)
         payload = CounterMetricFamily(
-            "shipd_payload_bytes", "Bytes of tensors that arrived intact, over all pushes.", labels=("model",)
+            "shipd_payload_bytes",
+            "Bytes of tensors (and of the padding between small ones) that arrived intact, over all pushes.",
+            labels=("model",),
         )
         damaged = CounterMetricFamily(
             "shipd_frames_damaged",
@@ -173,7 +175,7 @@ class Families:
         family = _gauge(
             "shipd_processes",
             "Serving processes by what they are doing. A stale one was given up (it missed a deadline, or could not "
-            "follow a commit) and serves nothing until it has attached again.",
+            "follow a commit) and serves nothing until it has attached again; attaching, it is counted as that too.",
             "model",
             "state",
         )

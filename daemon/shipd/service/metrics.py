@@ -28,6 +28,9 @@ _SLICE: Final = 50
 """Samples rendered at once: a third of a millisecond. On a thread it would be worse: that and the loop would take turns
 of 5 ms at the interpreter."""
 
+_TURN: Final = 0.0005
+"""Seconds of work after which it is the loop's turn."""
+
 _REST: Final = 2.0
 """Rendering takes a third of the loop's time at most, however many ask: it rests so many times as long as it works."""
 
@@ -100,8 +103,10 @@ class Metrics:
             for family in self.registry.collect():
                 for piece in chain([b""], _slices(family)):
                     rendered.append(piece)
-                    await asyncio.sleep(max(_GRAIN, _REST * (time.perf_counter() - begun)))
-                    begun = time.perf_counter()
+                    worked = time.perf_counter() - begun
+                    if worked > _TURN:
+                        await asyncio.sleep(max(_GRAIN, _REST * worked))
+                        begun = time.perf_counter()
         finally:
             self._rendering = None
         return b"".join(rendered)
