@@ -35,10 +35,10 @@ def test_a_timer_too_early_by_its_grain_is_no_negative_lag(lag):
 
 
 def test_a_loop_that_stands_still_is_many_moments(lag):
-    """A second: fifty events would have arrived meanwhile, and waited from a second down to nothing."""
+    """A second: twenty events would have arrived meanwhile, and waited from a second down to nothing."""
     lag._passed(1001.0)
-    assert lag.histogram.count == 51
-    assert lag.histogram.sum == pytest.approx(51 / 2, rel=1e-6)
+    assert lag.histogram.count == 1 / INTERVAL + 1 == 21
+    assert lag.histogram.sum == pytest.approx(21 / 2, rel=1e-6)
     assert lag.histogram.quantile(0.5) == 0.5 + 0.5, "the bucket from 0.5 to 1 s"
     assert lag._due > 1001.0
 
@@ -70,7 +70,7 @@ async def _counts(lag, count):
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def test_on_a_real_loop(run):
-    """Held up for 0.3 s: what was due meanwhile has waited, 0.28 s at the most and at the least of the longest."""
+    """Held up for 0.3 s: the longest that anything has waited is that, less one interval."""
 
     async def measure():
         lag = LoopLag()
@@ -90,5 +90,5 @@ def test_on_a_real_loop(run):
 
     seen, longest = run(measure())
     assert longest >= 0.3 - INTERVAL - 0.002
-    assert seen.count >= 14
+    assert seen.count >= 5
     assert seen.quantile(1.0) >= 0.3

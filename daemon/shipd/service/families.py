@@ -81,7 +81,7 @@ class Families:
         )
         lag = _histogram(
             "shipd_event_loop_lag_seconds",
-            "How long something that is due waits for the event loop: samples of moments 20 ms apart.",
+            "How long something that is due waits for the event loop: samples of moments 50 ms apart.",
         )
         _observed(lag, [], self._lag.histogram)
         yield lag

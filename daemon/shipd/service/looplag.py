@@ -1,7 +1,7 @@
 """How late the event loop is: the time that something which is due waits until the loop comes to it.
 
-A grid of moments, 20 ms apart, stands for events that might arrive. When the loop's timer fires, every moment that has
-passed is counted with how long ago it was. So a loop that stands still for a second counts as fifty events that waited
+A grid of moments, 50 ms apart, stands for events that might arrive. When the loop's timer fires, every moment that has
+passed is counted with how long ago it was. So a loop that stands still for a second counts as twenty events that waited
 from a second down to nothing, and not as a single late timer: quantiles are shares of time.
 """
 
@@ -12,13 +12,13 @@ from typing import Final
 
 from shipd.service.histogram import LAG_SECONDS, Histogram
 
-_INTERVAL: Final = 0.02
-"""Seconds between the moments. A wake-up costs some 20 µs, a thousandth of that."""
+_INTERVAL: Final = 0.05
+"""Seconds between the moments. A wake-up costs up to 150 µs where system calls are slow: three thousandths of that."""
 
 _GRAIN: Final = 0.001
 """libuv's timers count in milliseconds and may fire that much too early."""
 
-_AT_MOST: Final = 3000
+_AT_MOST: Final = 1200
 """Moments counted at once, a minute's worth: a daemon that was stopped for a day must not spend time on that."""
 
 _RECENT: Final = (6, 10.0)
