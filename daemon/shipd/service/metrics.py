@@ -28,7 +28,7 @@ _SLICE: Final = 50
 """Samples rendered at once: a third of a millisecond. On a thread it would be worse: that and the loop would take turns
 of 5 ms at the interpreter."""
 
-_TURN: Final = 0.0005
+_TURN: Final = 0.001
 """Seconds of work after which it is the loop's turn."""
 
 _REST: Final = 2.0
