@@ -215,8 +215,8 @@ def processes(daemon: shipd.Daemon) -> dict[str, float]:
 def test_a_process_that_holds_on_is_stale_until_it_is_back(
     start_daemon: StartDaemon, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 0.3)
-    daemon = start_daemon(models={}, metrics=LOOPBACK, commit_timeout=0.3)
+    monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 2.0)
+    daemon = start_daemon(models={}, metrics=LOOPBACK, commit_timeout=1.0)
     process, straggler = (serve(daemon.config.socket) for _ in range(2))
     assert processes(daemon) == {"serving": 2}
     assert scrape(daemon).value("shipd_connections", transport="unix") == 2
@@ -237,7 +237,7 @@ def test_a_process_that_holds_on_is_stale_until_it_is_back(
 
 
 def test_a_stopped_process_is_evicted_and_counts_until_it_is_dead(start_daemon: StartDaemon, serve: Serve) -> None:
-    daemon = start_daemon(models={}, metrics=LOOPBACK, stage_timeout=0.5)
+    daemon = start_daemon(models={}, metrics=LOOPBACK, stage_timeout=3.0)
     process, stopped = (serve(daemon.config.socket) for _ in range(2))
     stopped.stop()
     receipt = push(address(daemon), state(1), label="v1")
