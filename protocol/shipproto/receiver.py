@@ -144,6 +144,8 @@ class Receiver:
         self.layout: Layout | None = None
         self.held = RangeSet()
         self.chunks_damaged = 0
+        self.payload_bytes = 0
+        """Bytes of chunks that arrived intact, those that had to come again included."""
         self._digests: LeafDigests | None = None
         self._image: memoryview | None = None
         self._connection: Connection | None = None
@@ -452,6 +454,7 @@ class Receiver:
         if not self.digests.knows(event.chunk):
             self.digests.record(event.chunk, event.content)
         self.held.add(event.chunk)
+        self.payload_bytes += len(event.content)
         if self.complete or len(self.held) % _PROGRESS_CHUNKS == 0:
             self.report("receiving")
         return [ChunkHeld(event.chunk), *self._check_complete()]

@@ -154,6 +154,7 @@ def test_unit_and_example_agree(unit):
     # The images and a GiB for everything else.
     assert values["memory_limit"] == f"{int(unit['MemoryMax'].removesuffix('G')) - 1}GiB"
     assert values["listen"].startswith("127.0.0.1:"), "loopback as long as no token is set"
+    assert values["metrics"] == f"127.0.0.1:{config.METRICS_PORT}"
 
 
 def test_sysusers_creates_the_user_of_the_unit(unit):

@@ -20,12 +20,16 @@ from shipproto.names import check_label
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
+METRICS_PORT: Final = 9747
+"""Where metrics are given if only a host is named."""
+
 ENVIRONMENT: Final = {
     "SHIPD_LISTEN": "listen",
     "SHIPD_SOCKET": "socket",
     "SHIPD_SOCKET_GROUP": "socket_group",
     "SHIPD_TOKEN_FILE": "token_file",
     "SHIPD_MEMORY_LIMIT": "memory_limit",
+    "SHIPD_METRICS": "metrics",
     "SHIPD_LOG_LEVEL": "log_level",
     "SHIPD_LOG_FORMAT": "log_format",
 }
@@ -83,6 +87,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A serving process must reach a safe point and swap within this time."""
     drain_timeout: _Seconds = 60.0
     """How long pushes that are under way may go on after SIGTERM."""
+    metrics: str = ""
+    """HOST:PORT of /metrics, /healthz and /readyz over HTTP, on loopback only. None by default: a daemon inside a
+    process opens no port that nobody asked for. Port 0 takes any free one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     models: dict[str, ModelConfig] = {}
@@ -97,6 +104,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if not self.socket or "\0" in self.socket or len(self.socket.encode()) > 107:
             raise ConfigError(f"socket = {self.socket!r} cannot be the path of a Unix socket (1 to 107 bytes)")
+        metrics = self.metrics_address
+        if metrics is not None and not _is_loopback(metrics.host):
+            raise ConfigError(
+                f"metrics = {self.metrics!r} is reachable from other hosts, and nobody is asked who they are: anyone "
+                "could see which models and versions run here. Use 127.0.0.1, and let an agent or a proxy on this host "
+                "carry them further."
+            )
         _size("memory_limit", self.memory_limit)
         for name, model in self.models.items():
             try:
@@ -112,6 +126,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return parse_address(self.listen, listen=True)
         except ValueError as error:
             raise ConfigError(f"listen = {self.listen!r}: {error}") from error
+
+    @property
+    def metrics_address(self) -> Address | None:
+        """``metrics``, parsed; None where there are to be none."""
+        try:
+            return parse_address(self.metrics, default_port=METRICS_PORT, listen=True) if self.metrics else None
+        except ValueError as error:
+            raise ConfigError(f"metrics = {self.metrics!r}: {error}") from error
 
     @property
     def memory_bytes(self) -> int:

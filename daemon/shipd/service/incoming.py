@@ -82,6 +82,9 @@ class Incoming:
         self.peer: Peer | None = None
         self.peer_name = peer.name
         self.committing = False
+        self.began = time.monotonic()
+        self.stage_seconds: float | None = None
+        """How long the serving processes took to make ready; None where there are none, or it has not come to that."""
         self._host = host
         self._lanes = Lanes(self.receiver, self._on_event)
         self._times = Times()
@@ -221,6 +224,7 @@ class Incoming:
                 return
             async with self.model.lock:
                 seconds = await rollout.stage(self.receiver.label, self.receiver.digest)
+            self.stage_seconds = seconds if rollout.ready else None
             self.receiver.staged(len(rollout.ready), seconds)
             self.flush()
             await self._await_commit()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -37,6 +38,9 @@ class Service:
             loop.add_signal_handler(number, self._on_stop)
         loop.add_signal_handler(signal.SIGHUP, self._on_reload)
         await self._server.start()
+        # What there is now stays: a full collection that looks at it again stops the loop for 15 to 35 ms.
+        gc.collect()
+        gc.freeze()
         watchdog = loop.create_task(self._feed_watchdog())
         self._notifier.ready()
         try:

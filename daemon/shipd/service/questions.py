@@ -8,6 +8,7 @@ from shipd.release import AGENT
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
 from shipproto.limits import MAX_TEXT
+from shipproto.receiver import Receiver
 from shipproto.status import (
     ModelStatus,
     ProcessStatus,
@@ -49,10 +50,9 @@ def _model(model: Model) -> ModelStatus:
 
 
 def _process(session: Session, model: Model) -> ProcessStatus:
-    current = model.version is not None and session.digest == model.version.digest
     return ProcessStatus(
         pid=session.pid,
-        state=session.state if current or session.state != "serving" else "stale",
+        state=state_of(session, model),
         mode=session.mode,
         label=session.label,
         digest=session.digest.hex(),
@@ -61,24 +61,35 @@ def _process(session: Session, model: Model) -> ProcessStatus:
     )
 
 
+def state_of(session: Session, model: Model) -> str:
+    """What a process is doing: it is stale where it serves anything but the current version."""
+    current = model.version is not None and session.digest == model.version.digest
+    return session.state if current or session.state != "serving" else "stale"
+
+
 def _transfer(model: Model) -> TransferStatus | None:
     incoming = model.incoming
     if incoming is None:
         return None
     receiver = incoming.receiver
     layout = receiver.layout
-    held = 0
-    if layout is not None:
-        held = sum(int(layout.chunk_sizes[start:stop].sum()) for start, stop in receiver.held.ranges())
     return TransferStatus(
         transfer_id=incoming.transfer_id,
         peer=incoming.peer_name,
         stage=receiver.state.name.lower(),
         label=receiver.label,
-        bytes_held=held,
+        bytes_held=held_bytes(receiver),
         bytes_total=layout.wire_bytes if layout is not None else receiver.offer.nbytes,
         connected=receiver.attended,
     )
+
+
+def held_bytes(receiver: Receiver) -> int:
+    """Bytes of a transfer that need not travel any more."""
+    layout = receiver.layout
+    if layout is None:
+        return 0
+    return sum(int(layout.chunk_sizes[start:stop].sum()) for start, stop in receiver.held.ranges())
 
 
 async def verify(model: Model, timeout: float) -> Verification:

@@ -17,6 +17,7 @@ from shipd.service import questions
 from shipd.service.attaching import Attaching
 from shipd.service.config import RELOADABLE, Config
 from shipd.service.incoming import Incoming
+from shipd.service.metrics import Metrics
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
 from shipd.service.socketfile import SocketFile
@@ -93,6 +94,7 @@ class Server:
         self._sessions: dict[Peer, Session] = {}
         self._ended: dict[bytes, Receiver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.metrics = Metrics(self, self._peers)
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="shipd-work")
         # Apart from the others: faulting in the images of a large model takes seconds, and a verdict must not wait.
         self._slow_pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-populate")
@@ -118,9 +120,11 @@ class Server:
             raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
         self.port = self._tcp.sockets[0].getsockname()[1]
         try:
+            await self.metrics.start(self.config.metrics_address)
             self._unix = SocketFile(Path(self.config.socket), self.config.socket_group)
         except BaseException:
             self._tcp.close()
+            await self.metrics.stop()
             raise
         loop.add_reader(self._unix.socket.fileno(), self._accept_unix)
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_silent)
@@ -131,6 +135,7 @@ class Server:
                 "port": self.port,
                 "socket": self.config.socket,
                 "auth": "token" if self._token else "none",
+                "metrics": self.metrics.address,
             },
         )
 
@@ -166,6 +171,7 @@ class Server:
             await asyncio.wait(self._tasks)
         for peer in list(self._peers):
             peer.close()
+        await self.metrics.stop()
         if self._tcp is not None:
             await self._tcp.wait_closed()
         # Populating is abandoned between two slices; anything else takes milliseconds.
@@ -193,6 +199,11 @@ class Server:
         self._declare()
         return fixed
 
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new pushes, because it is about to stop."""
+        return self._draining
+
     # --- Host: what pushes and attaches need ---------------------------------------------------------------
 
     async def work(self, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -206,6 +217,7 @@ class Server:
     def finished(self, incoming: Incoming) -> None:
         """A push is over: remember how it ended."""
         self._ended[incoming.receiver.transfer] = incoming.receiver
+        self.metrics.tally.finished(incoming)
         while len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
         self._forget_unpushed(incoming.model)
@@ -254,11 +266,13 @@ class Server:
             victim.close()
 
     def _on_lost(self, peer: Peer) -> None:
-        self._peers.pop(peer, None)
+        counted = self._peers.pop(peer, None) is not None
         incoming = self._incoming.pop(peer, None)
         if incoming is not None:
             incoming.disconnected(peer)
         session = self._sessions.pop(peer, None)
+        if counted:
+            self.metrics.tally.lost(peer, session)
         if session is not None:
             self._session_lost(session)
 
@@ -328,6 +342,7 @@ class Server:
                 "push refused",
                 extra={"peer": peer.name, "model": offer.model, "code": str(error.code), "why": str(error)},
             )
+            self.metrics.tally.refused(offer.model, error)
             send_abort(peer.connection, offer.transfer, error)
 
     def _take_offer(self, peer: Peer, offer: Offer) -> None:
@@ -392,6 +407,7 @@ class Server:
                 f"model {model.name!r} is being pushed by {running.peer_name} (transfer {running.transfer_id}, "
                 f"{running.receiver.state.name.lower()}): try again when it is done",
             )
+            self.metrics.tally.refused(offer.model, error)
             send_abort(peer.connection, offer.transfer, error)
             peer.flush()
             return

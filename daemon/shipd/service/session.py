@@ -57,6 +57,8 @@ class Session:
         self.attached_at = time.time()
         self.detached = False
         """It said that it reads no image any more."""
+        self.evicted = False
+        """The daemon gave it up."""
         self._waiting: dict[tuple[type[Message], int], asyncio.Future[Message]] = {}
         self._requests = itertools.count(1)
         self._arriving: bytes | None = None
@@ -156,6 +158,7 @@ class Session:
     def evict(self, reason: str) -> None:
         """The process missed a deadline: tell it so and end the session. It attaches again by itself."""
         log.warning("evicting a serving process", extra={"model": self.model, "pid": self.pid, "why": reason})
+        self.evicted = True
         self.peer.send(Evicted(reason=reason))
         self.peer.close()
 

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from shipd.transfer.times import Times
 from shipproto.connection import Connection
+from shipproto.errors import ProtocolError
 from shipproto.frame import Buffer
 from shipproto.messages import Message
 
@@ -18,6 +19,8 @@ class Peer(Protocol):
     """What its work took."""
     last_heard: float
     """Loop time at which bytes last arrived."""
+    error: ProtocolError | None
+    """What the peer did wrong, if that is why it is being closed."""
 
     def send(self, message: Message, body: Buffer = b"") -> None:
         """Queue a message and write what is queued. A connection that is gone swallows it."""

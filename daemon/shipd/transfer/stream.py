@@ -40,6 +40,7 @@ class StreamPeer(asyncio.BufferedProtocol):
         self.last_heard = 0.0
         self.times = Times()
         self._asked_at = 0.0
+        self.error: ProtocolError | None = None
         self._on_open = on_open
         self._on_event = on_event
         self._on_lost = on_lost
@@ -86,11 +87,13 @@ class StreamPeer(asyncio.BufferedProtocol):
                     times.digest += digested - checked
                     checked = digested
         except ForeignPeer as error:
+            self.error = error
             log.warning(
                 "closing a foreign connection", extra={"peer": self.name, "why": describe_opening(error.opening)}
             )
             self.close()
         except ProtocolError as error:
+            self.error = error
             log.warning("closing a connection", extra={"peer": self.name, "why": str(error)})
             self.close()
         else:

@@ -65,6 +65,7 @@ class UnixPeer:
         self._loop = asyncio.get_running_loop()
         self.last_heard = self._loop.time()
         self.times = Times()
+        self.error: ProtocolError | None = None
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._writing = False
         self._closed = False
@@ -142,6 +143,7 @@ class UnixPeer:
                 if self.closed:
                     return
         except ProtocolError as error:
+            self.error = error
             log.warning("closing a local connection", extra={"peer": self.name, "why": str(error)})
             self.close()
         except OSError as error:
