@@ -235,6 +235,19 @@ class Receiver:
             return events
         return []
 
+    def awaits(self, connection: Connection, message: Message, size: int) -> bool:
+        """Whether a body of ``size`` bytes that ``message`` announces is for this transfer, and due.
+
+        Nothing of any other is to be kept: see ``Connection.awaited``. Raises UnexpectedMessage or MalformedMessage.
+        """
+        if connection is not self._connection or self.ended or getattr(message, "transfer", b"") != self.transfer:
+            return False
+        if (self.state, type(message)) not in _TRANSITIONS:
+            raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
+        if isinstance(message, Finish):
+            self._check_digests(size)
+        return True
+
     # --- what the shell decides ----------------------------------------------------------------------------
 
     def want_structure(self) -> None:
@@ -375,14 +388,17 @@ class Receiver:
         return [StructureArrived(encoded)]
 
     def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
-        expected = len(self._require_layout().structure) * DIGEST_SIZE
-        if len(body) != expected:
-            raise MalformedMessage(f"FINISH brings {len(body)} bytes of digests where {expected} are due")
+        self._check_digests(len(body))
         if finish.label != self.offer.label and self.offer.label:
             raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
         self._finish = finish
         self._sent_digests = np.frombuffer(bytes(body), dtype=np.uint8).reshape(-1, DIGEST_SIZE)
         return self._check_complete()
+
+    def _check_digests(self, size: int) -> None:
+        expected = len(self._require_layout().structure) * DIGEST_SIZE
+        if size != expected:
+            raise MalformedMessage(f"FINISH brings {size} bytes of digests where {expected} are due")
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"
