@@ -56,6 +56,9 @@ from shipproto.structure import Structure
 _PROGRESS_CHUNKS: Final = 32
 """A PROGRESS every 16 MiB: often enough for a progress bar at 1 Gbit/s, nothing beside the data itself."""
 
+_DETAILS_KEPT: Final = 100
+"""Of what was wrong, for a sender that comes back."""
+
 
 class ReceiverState(enum.Enum):
     """Where the transfer stands."""
@@ -379,6 +382,18 @@ class Receiver:
         if self._connection is not None:
             send_abort(self._connection, self.transfer, error)
 
+    def forget(self) -> None:
+        """Keep how it ended, which is all that a sender that comes back is told: the books of it may be megabytes."""
+        if not self.ended:
+            raise LocalError(f"forget in state {self.state.name}")
+        self.layout = self._digests = self._finish = self._sent_digests = None
+        self.held = RangeSet()
+        if (error := self.error) is not None:
+            # Another one: this one's traceback holds on to everything that was at hand where it was raised.
+            self.error = TransferError(
+                error.code, str(error), tensor=error.tensor, details=error.details[:_DETAILS_KEPT]
+            )
+
     # --- what the sender says ------------------------------------------------------------------------------
 
     def _on_structure(self, _message: StructureIs, body: Buffer) -> list[ReceiverEvent]:
@@ -414,6 +429,8 @@ class Receiver:
 
     def _land(self, connection: Connection, chunk: int, size: int) -> memoryview | None:
         """The memory for a chunk, or None where it is held or already arriving: it is never overwritten."""
+        if self.ended:
+            return None
         layout = self._require_layout()
         if chunk >= layout.chunks:
             raise MalformedMessage(f"chunk {chunk} of {layout.chunks}")

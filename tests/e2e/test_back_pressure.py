@@ -1,17 +1,22 @@
 """Peers that ask more than they read, all at once or for ever: what the daemon does for them, and keeps, is bounded."""
 
 import contextlib
+import gc
 import os
 import socket
 
+import msgpack
 import pytest
 
 import shipd
+from shipd.service.incoming import Incoming
+from shipproto.digests import LeafDigests
+from shipproto.layout import Layout
 from tests.support import checkpoints, hostile
 from tests.support.by_hand import attached
 from tests.support.checkpoints import MIB
 from tests.support.hostile import Peer, attacker, frame
-from tests.support.naive import Tensor
+from tests.support.naive import Tensor, encode_structure
 from tests.support.processes import push, status
 from tests.support.proxy import until
 
@@ -124,3 +129,48 @@ def test_a_local_client_that_does_not_read_its_answers_is_not_listened_to(start_
         # Whoever reads again is answered again.
         peer.sock.settimeout(hostile.DEADLINE)
         assert [peer.expect("StatusIs").name for _ in range(200)] == ["StatusIs"] * 200
+
+
+def _living(kind: type) -> int:
+    gc.collect()
+    return sum(type(thing) is kind for thing in gc.get_objects())
+
+
+def test_nothing_is_kept_of_a_push_but_how_it_ended(start_daemon, tmp_path):
+    """Found here: the last 256 pushes kept their digests and layouts, a megabyte each for a model of many tensors."""
+    before = _living(LeafDigests), _living(Layout), _living(Incoming)
+    daemon = start_daemon()
+    address = f"127.0.0.1:{daemon.port}"
+    for version in range(10):
+        path = checkpoints.write_safetensors(tmp_path / f"v{version}", checkpoints.tiny(version))
+        push(address, path, label=f"v{version}")
+    with attached(daemon.config.socket, SMALL, model="served"):
+        for _ in range(4):
+            with pytest.raises(shipd.TensorMismatch):
+                push(address, path, model="served")
+        assert len(daemon.server._ended) == 14
+        after = _living(LeafDigests), _living(Layout), _living(Incoming)
+    # One for each image that holds a version, one for each model; and what the last push, which may have its thread
+    # still, has of its own in this process.
+    assert after[0] - before[0] <= 3 + 1
+    assert after[1] - before[1] <= 2 + 1
+    assert after[2] - before[2] <= 1
+
+
+def test_a_sender_that_comes_back_is_told_of_the_first_mismatches(start_daemon):
+    daemon = start_daemon(models={})
+    rows = tuple(Tensor(f"tensor.{at:04}", "float32", (1,)) for at in range(500))
+    structure = encode_structure(rows)
+    offered = hostile.offer(structure, 500, 2000, model="model")
+    with attached(daemon.config.socket, SMALL):
+        counts = []
+        for _ in range(2):
+            with attacker(daemon.port) as peer:
+                peer.greet().send("Offer", offered)
+                if not counts:
+                    peer.expect("StructureWanted")
+                    peer.message("StructureIs", {"transfer": hostile.TRANSFER}, structure)
+                abort = peer.expect("Abort")
+                assert abort.fields["code"] == "mismatch"
+                counts.append(len(msgpack.unpackb(abort.payload)))
+    assert counts == [501, 100]

@@ -203,6 +203,7 @@ class Server:
 
     def finished(self, incoming: Incoming) -> None:
         """A push is over: remember how it ended."""
+        incoming.receiver.forget()
         self._ended[incoming.receiver.transfer] = incoming.receiver
         while len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
