@@ -381,6 +381,10 @@ class Program:
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())
 
+    def images(self) -> int:
+        """Mappings of images."""
+        return Path("/proc/self/maps").read_bytes().count(b"/memfd:")
+
     def sockets(self) -> int:
         """Sockets that are open."""
         found = 0
