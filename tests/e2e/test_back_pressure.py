@@ -141,13 +141,13 @@ def test_nothing_is_kept_of_a_push_but_how_it_ended(start_daemon, tmp_path):
     before = _living(LeafDigests), _living(Layout), _living(Incoming)
     daemon = start_daemon()
     address = f"127.0.0.1:{daemon.port}"
-    for version in range(10):
-        path = checkpoints.write_safetensors(tmp_path / f"v{version}", checkpoints.tiny(version))
-        push(address, path, label=f"v{version}")
+    paths = [checkpoints.write_safetensors(tmp_path / f"v{at}", checkpoints.tiny(at)) for at in range(10)]
+    for path in paths:
+        push(address, path)
     with attached(daemon.config.socket, SMALL, model="served"):
         for _ in range(4):
             with pytest.raises(shipd.TensorMismatch):
-                push(address, path, model="served")
+                push(address, paths[0], model="served")
         assert len(daemon.server._ended) == 14
         after = _living(LeafDigests), _living(Layout), _living(Incoming)
     # One for each image that holds a version, one for each model; and what the last push, which may have its thread
@@ -163,7 +163,7 @@ def test_a_sender_that_comes_back_is_told_of_the_first_mismatches(start_daemon):
     structure = encode_structure(rows)
     offered = hostile.offer(structure, 500, 2000, model="model")
     with attached(daemon.config.socket, SMALL):
-        counts = []
+        counts: list[int] = []
         for _ in range(2):
             with attacker(daemon.port) as peer:
                 peer.greet().send("Offer", offered)

@@ -11,7 +11,7 @@ import pytest
 
 import shipd
 import shipproto.handshake
-from tests.support import checkpoints, hostile
+from tests.support import checkpoints, hostile, naive
 from tests.support.checkpoints import MIB, assert_installed
 from tests.support.hostile import (
     ANSWERS,
@@ -24,7 +24,6 @@ from tests.support.hostile import (
     frame,
     speaking,
 )
-from tests.support import naive
 from tests.support.naive import hello, pack
 from tests.support.processes import Background, memory, push, shipctl, status
 from tests.support.proxy import DATA, OFFER, Proxy, until
@@ -570,6 +569,10 @@ def test_more_connections_than_are_allowed(start_daemon, medium, small, monkeypa
     push(address_of(daemon), small, label="next")
 
 
+LARGE = 128 * 1024
+_HUGE: dict[str, object] = {"body_id": 1, "body_size": 64 * MIB, "transfer": hostile.TRANSFER}
+
+
 FLOODS = {
     "questions": lambda number: frame("StatusRequest", b"\x80", b"", number + 1),
     "verifications": lambda number: frame("VerifyRequest", {"model": "model"}, b"", number + 1),
@@ -585,8 +588,6 @@ FLOODS = {
     ),
     "pieces of no body": lambda number: frame("Body", {"body_id": 9, "offset": 0}, bytes(LARGE), number + 1),
 }
-LARGE = 128 * 1024
-_HUGE = {"body_id": 1, "body_size": 64 * MIB, "transfer": hostile.TRANSFER}
 
 
 @pytest.mark.parametrize("what", FLOODS)

@@ -272,8 +272,8 @@ def test_cut_at_every_tenth(daemon, proxy, new, tenth):
     whole = NEW.nbytes * tenth // 10 // (LEAF + 50)
     if how == "fin":
         assert proxy.count(DATA, connection=1) <= CHUNKS - whole
-    # Written on the first connection: what passed, with the rest of the frame that was cut; what lay in the kernel; and,
-    # since the sender looks for the end of the connection after every chunk, one more. And then what was missing.
+    # Written on the first connection: what passed, with the rest of the frame that was cut; what lay in the kernel;
+    # and, since the sender looks for the end of the connection after every chunk, one more. Then what was missing.
     first = cut + in_the_kernel() + 2 * FRAME
     assert receipt.bytes_sent <= first + proxy.count(DATA, connection=1) * FRAME + LEAF // 8
     assert_installed(daemon, NEW, label="new")

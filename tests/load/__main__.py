@@ -17,7 +17,11 @@ def main() -> int:
     print(f"seed {options.seed}", file=sys.stderr, flush=True)
     try:
         with Nursery() as nursery:
-            print(Load(nursery, options.seconds, options.seed, lambda text: print(text, file=sys.stderr, flush=True)).run())
+            print(
+                Load(
+                    nursery, options.seconds, options.seed, lambda text: print(text, file=sys.stderr, flush=True)
+                ).run()
+            )
     except LoadFailed as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The daemon and the serving processes of the load: started, killed, stopped, brought back, and asked where they stand."""
+"""The daemon and the serving processes of the load: started, killed, stopped, brought back, and listened to."""
 
 import contextlib
 import os

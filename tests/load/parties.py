@@ -108,9 +108,7 @@ class Party:
     def push(self, address: str, model: str, version: int, stall: float, timeout: float) -> dict[str, Any]:
         """Push a version; the receipt, or the typed error. Anything else is raised."""
         try:
-            receipt = push(
-                address, state(version), model=model, label=label_of(version), stall=stall, timeout=timeout
-            )
+            receipt = push(address, state(version), model=model, label=label_of(version), stall=stall, timeout=timeout)
         except shipd.ShipError as error:
             return {"error": type(error).__name__, "message": str(error)}
         return {"label": receipt.label, "digest": receipt.digest, "swapped": receipt.swapped, "stale": receipt.stale}

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import shipd
 from tests.load.parties import PARTY
@@ -28,8 +28,10 @@ TIMEOUT: Final = 30.0
 HANG: Final = TIMEOUT + 30.0
 """Seconds after which it hangs: what it does once its time is over has deadlines, too."""
 
-UNEXPECTED: Final = {"PeerError", "AuthError", "UnknownModel", "LabelConflict", "TensorMismatch", "CheckpointError"}
-UNEXPECTED |= {"UnsupportedTensor", "ConfigError", "AttachError", "Fenced", "MemoryLimit", "TensorChanged"}
+UNEXPECTED: Final = {
+    *("PeerError", "AuthError", "UnknownModel", "LabelConflict", "TensorMismatch", "CheckpointError"),
+    *("UnsupportedTensor", "ConfigError", "AttachError", "Fenced", "MemoryLimit", "TensorChanged"),
+}
 """Typed errors that nothing of what happens here explains."""
 
 
@@ -124,7 +126,7 @@ class Pushers:
         self._stack = contextlib.ExitStack()
         self._port = port
 
-    def __enter__(self) -> "Pushers":
+    def __enter__(self) -> Self:
         for model in self._models:
             for work in (self._send_from_a_process, self._send_from_here):
                 harm = Harm(self._port, random.Random(f"{self._seeds[model]} {work.__name__}"))
@@ -246,11 +248,9 @@ class Pushers:
 
     async def _connect_and_push(self, address: str, model: str, version: int) -> shipd.Receipt:
         async with shipd.connect(address) as client:
-            return await client.push(
-                state(version), model=model, label=label_of(version), stall=STALL, timeout=TIMEOUT
-            )
+            return await client.push(state(version), model=model, label=label_of(version), stall=STALL, timeout=TIMEOUT)
 
     def _breathe(self, rng: random.Random, outcome: dict[str, Any]) -> None:
-        """Who was refused leaves others a moment, and longer where nobody answers: two cores have to do for everyone."""
+        """Leave others a moment, and longer where nobody answers: two cores have to do for everyone."""
         absent = outcome.get("error") in ("ConnectError", "ConnectionLost")
         self._stopping.wait(rng.uniform(0.2, 0.4) if absent else rng.uniform(0.01, 0.06))

@@ -1,8 +1,8 @@
 """The load from its start to its end, and what must hold there.
 
-Chaos reigns twice. Between the two, and after the second, everybody is left to settle: then each process must serve the
-committed version, bit for bit, and nothing may have grown. In the second round the daemon is left alive, so that what it
-has at the end can be compared with what it had before.
+Chaos reigns twice. Between the two, and after the second, everybody is left to settle: then each process must serve
+the committed version, bit for bit, and nothing may have grown. In the second round the daemon is left alive, so that
+what it has at the end can be compared with what it had before.
 """
 
 import asyncio
@@ -46,7 +46,10 @@ class LoadFailed(AssertionError):
 
 
 class Load:
-    """One run, of processes from ``nursery``. ``seed`` decides what is done to whom in which order; what comes of it, the machine."""
+    """One run, of processes from ``nursery``, with ``seconds`` of chaos.
+
+    ``seed`` decides what is done to whom in which order; what comes of it, the machine.
+    """
 
     def __init__(
         self, nursery: Nursery, seconds: float, seed: int, say: Callable[[str], None] = lambda _text: None
@@ -159,9 +162,7 @@ class Load:
 
     async def _push(self, port: int, model: str, version: int) -> shipd.Receipt:
         async with shipd.connect(f"127.0.0.1:{port}") as client:
-            return await client.push(
-                state(version), model=model, label=label_of(version), stall=STALL, timeout=TIMEOUT
-            )
+            return await client.push(state(version), model=model, label=label_of(version), stall=STALL, timeout=TIMEOUT)
 
     async def _ask(self, fleet: Fleet, versions: dict[str, int]) -> None:
         """The daemon's books say the same, and it holds the images that there should be."""
@@ -172,11 +173,11 @@ class Load:
                 right = [each.matches and each.digest == digest_of(version) for each in found.processes]
                 if right != [True] * PROCESSES or found.digest != digest_of(version):
                     self.ledger.violation(f"read back after {label_of(version)}: {found}")
-        for model in told.models:
-            states = [each.state for each in model.processes]
-            version = versions[model.name]
-            if states != ["serving"] * PROCESSES or model.transfer is not None or model.label != label_of(version):
-                self.ledger.violation(f"status after {label_of(version)}: {model}")
+        for known in told.models:
+            states = [each.state for each in known.processes]
+            version = versions[known.name]
+            if states != ["serving"] * PROCESSES or known.transfer is not None or known.label != label_of(version):
+                self.ledger.violation(f"status after {label_of(version)}: {known}")
         # Three each, since one process of each model serves from its image.
         expected = 3 * image_size() * len(MODELS)
         if told.memory_used != expected:

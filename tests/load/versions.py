@@ -37,6 +37,7 @@ class Striped(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
         self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.count: torch.Tensor
         self.register_buffer("scale", torch.zeros(5, dtype=torch.bfloat16))
         self.load_state_dict(state(version))
         self.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from shipproto.connection import MessageArrived
+from shipproto.connection import Event, MessageArrived
 from shipproto.errors import LimitExceeded, UnexpectedMessage
 from shipproto.limits import MAX_PAYLOAD
 from shipproto.messages import Body, Commit, Message, Nack, Ping, StatusIs
@@ -106,13 +106,15 @@ def _announce(stream: Stream, number: int, size: int) -> Stream:
 
 
 def test_two_bodies_of_one_type_at_once_are_refused() -> None:
-    error = feed(acceptor(), bytes(_announce(_announce(after_hello(), 1, MAX_PAYLOAD + 1), 2, MAX_PAYLOAD + 1).data)).error
+    error = feed(
+        acceptor(), bytes(_announce(_announce(after_hello(), 1, MAX_PAYLOAD + 1), 2, MAX_PAYLOAD + 1).data)
+    ).error
     assert isinstance(error, LimitExceeded)
     assert "StructureIs" in str(error)
 
 
 def test_a_body_that_nobody_waits_for_takes_no_memory() -> None:
-    """Found here: whoever had the token could have 64 MiB collected, four times over, before it had offered anything."""
+    """Found here: whoever had the token could have 64 MiB collected, four times over, without an offer."""
     connection = acceptor()
     asked: list[tuple[str, int]] = []
 
@@ -128,7 +130,7 @@ def test_a_body_that_nobody_waits_for_takes_no_memory() -> None:
     data = bytes(stream.add("Commit", {"transfer": TRANSFER}).data)
     tracemalloc.start()
     try:
-        events = []
+        events: list[Event] = []
         for at in range(0, len(data), MAX_PAYLOAD):
             connection.receive(memoryview(data)[at : at + MAX_PAYLOAD])
             events += connection.events()

@@ -244,7 +244,7 @@ class Link:
         self._follower.close()
 
     def _let_go_of_the_lost(self) -> None:
-        """Detached while the daemon is away: its last image is nobody's to give back, but the model's memory until now."""
+        """Detached while the daemon is away: nobody takes its last image back, and the model may live in it."""
         try:
             self._follower.let_go()
         except Exception:

@@ -209,7 +209,7 @@ def reject_bodies(book: Book) -> None:
     body("announced-twice", "two bodies of the same number", bad, announced(LEAF + 1, 7, announced(LEAF + 1, 7)))
     many = greeted()
     transfer = {"transfer": bytes(16)}
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "StatusIs": {},
         "VerifyIs": {},
         "StructureIs": transfer,
