@@ -14,14 +14,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0, help="how long chaos reigns (default: 300)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what happens (default: the time)")
     options = parser.parse_args()
-    print(f"seed {options.seed}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+    say(f"seed {options.seed}")
     try:
         with Nursery() as nursery:
-            print(
-                Load(
-                    nursery, options.seconds, options.seed, lambda text: print(text, file=sys.stderr, flush=True)
-                ).run()
-            )
+            print(Load(nursery, options.seconds, options.seed, say).run())
     except LoadFailed as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -138,7 +138,9 @@ class Fleet:
         """kill -9 of a serving process, also while it attaches or is stopped; another takes its place."""
         member = self._rng.choice(self.members)
         self._ledger.note(f"kill -9 of {member.name}{', which attaches' if member.attaching else ''}")
-        member.process.kill()
+        member.process.signal(signal.SIGKILL)
+        if not member.process.gone(_COME_BACK):
+            self._ledger.violation(f"{member.name} does not die of SIGKILL")
         self._replace(member, pushers)
 
     def stop_member(self, _pushers: Pushers) -> None:
@@ -149,13 +151,14 @@ class Fleet:
         member = self._rng.choice(free)
         seconds = self._rng.choice([0.2, STAGE_SECONDS + 1.5])
         self._ledger.note(f"{member.name} is stopped for {seconds} s")
-        member.process.stop()
+        member.process.signal(signal.SIGSTOP)
         member.resumes = time.monotonic() + seconds
 
     def kill_daemon(self) -> None:
         """kill -9 of the daemon; another one starts in its place."""
         self._ledger.note(f"kill -9 of the daemon, process {self._daemon.pid}")
-        self._daemon.kill()
+        self._daemon.signal(signal.SIGKILL)
+        self._daemon.wait(_COME_BACK)
         self.listen_to_daemon()
         self._daemon.__exit__()
         # Everybody asks after it meanwhile, so it may take its time.

@@ -12,6 +12,7 @@ import random
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -73,12 +74,13 @@ class Load:
             except LoadFailed:
                 raise
             except Exception as error:
-                raise LoadFailed(self._report(fleet, f"{error!r}")) from error
+                raise LoadFailed(self._report(fleet, traceback.format_exc())) from error
 
     def _through(self, fleet: Fleet) -> str:
         with Pushers(self.ledger, self._nursery, fleet.port, MODELS, self._rng) as pushers:
             fleet.gather()
             self._check(fleet)
+            self._say(f"{len(fleet.members)} processes have attached")
             self._rage(fleet, pushers, self._seconds * 0.4, every=_DAEMON_LIVES)
             before = self._settle(fleet)
             self._rage(fleet, pushers, self._seconds * 0.6)
