@@ -258,6 +258,8 @@ class Server:
 
     def _on_lost(self, peer: Peer) -> None:
         self._peers.pop(peer, None)
+        # Both lead back to the connection: its buffers would be kept until the next full collection.
+        peer.connection.awaited = peer.connection.landing = None
         incoming = self._incoming.pop(peer, None)
         if incoming is not None:
             incoming.disconnected(peer)
