@@ -40,10 +40,15 @@ Landing = Callable[[int, int], memoryview | None]
 """Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into
 nothing. Raises ProtocolError where no such chunk was asked for."""
 
+Awaited = Callable[[Message, int], bool]
+"""Given a message whose body comes in several frames, and the body's size: whether anybody waits for it. Where nobody
+does, its pieces are received into nothing. Raises ProtocolError where it must not come now."""
+
 _READ_AHEAD: Final = 64
 """Bytes asked for beyond a prelude: the header of a DATA frame usually arrives with it, in one call."""
 
 _MAX_ASSEMBLIES: Final = 4
+"""Bodies under way at once, each of another type: no side has two of one type to say at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,8 @@ class Connection:
         self.landing = landing
         self.accepts: tuple[type[Message], ...] | None = None
         """Messages that this side has any use for, None for all: others are refused before their bodies arrive."""
+        self.awaited: Awaited | None = None
+        """Which bodies of more than MAX_PAYLOAD bytes are put together, None for all of them."""
         self._handshake = Handshake(initiator=initiator, nonce=nonce, agent=agent, token=token)
         self._events: deque[Event] = deque()
         self._failed: ProtocolError | None = None
@@ -356,6 +363,10 @@ class Connection:
             size: int = message.body_size  # type: ignore[attr-defined]
             if body_id in self._assemblies:
                 raise MalformedMessage(f"body {body_id} is announced twice")
+            if any(type(under_way.message) is type(message) for under_way in self._assemblies.values()):
+                raise LimitExceeded(f"{type(message).__name__} announces a body while that of another is under way")
+            if self.awaited is not None and not self.awaited(message, size):
+                return
             self._assemblies[body_id] = _Assembly(message, size, {0: payload})
         elif isinstance(message, Hello | Auth):
             raise UnexpectedMessage(f"{type(message).__name__} after the handshake")

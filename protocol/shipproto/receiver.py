@@ -62,6 +62,9 @@ from shipproto.structure import Structure
 _PROGRESS_CHUNKS: Final = 32
 """A PROGRESS every 16 MiB: often enough for a progress bar at 1 Gbit/s, nothing beside the data itself."""
 
+_DETAILS_KEPT: Final = 100
+"""Of what was wrong, for a sender that comes back."""
+
 
 class ReceiverState(enum.Enum):
     """Where the transfer stands."""
@@ -270,6 +273,19 @@ class Receiver:
             return events
         return []
 
+    def awaits(self, connection: Connection, message: Message, size: int) -> bool:
+        """Whether a body of ``size`` bytes that ``message`` announces is for this transfer, and due.
+
+        Nothing of any other is to be kept: see ``Connection.awaited``. Raises UnexpectedMessage or MalformedMessage.
+        """
+        if connection is not self._connection or self.ended or getattr(message, "transfer", b"") != self.transfer:
+            return False
+        if (self.state, type(message)) not in _TRANSITIONS:
+            raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
+        if isinstance(message, Finish):
+            self._check_digests(size)
+        return True
+
     # --- what the shell decides ----------------------------------------------------------------------------
 
     def want_structure(self) -> None:
@@ -404,6 +420,18 @@ class Receiver:
         if self._connection is not None:
             send_abort(self._connection, self.transfer, error)
 
+    def forget(self) -> None:
+        """Keep how it ended, which is all that a sender that comes back is told: the books of it may be megabytes."""
+        if not self.ended:
+            raise LocalError(f"forget in state {self.state.name}")
+        self.layout = self._digests = self._finish = self._sent_digests = None
+        self.held = RangeSet()
+        if (error := self.error) is not None:
+            # Another one: this one's traceback holds on to everything that was at hand where it was raised.
+            self.error = TransferError(
+                error.code, str(error), tensor=error.tensor, details=error.details[:_DETAILS_KEPT]
+            )
+
     # --- what the sender says ------------------------------------------------------------------------------
 
     def _on_structure(self, _message: StructureIs, body: Buffer) -> list[ReceiverEvent]:
@@ -413,14 +441,17 @@ class Receiver:
         return [StructureArrived(encoded)]
 
     def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
-        expected = len(self._require_layout().structure) * DIGEST_SIZE
-        if len(body) != expected:
-            raise MalformedMessage(f"FINISH brings {len(body)} bytes of digests where {expected} are due")
+        self._check_digests(len(body))
         if finish.label != self.offer.label and self.offer.label:
             raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
         self._finish = finish
         self._sent_digests = np.frombuffer(bytes(body), dtype=np.uint8).reshape(-1, DIGEST_SIZE)
         return self._check_complete()
+
+    def _check_digests(self, size: int) -> None:
+        expected = len(self._require_layout().structure) * DIGEST_SIZE
+        if size != expected:
+            raise MalformedMessage(f"FINISH brings {size} bytes of digests where {expected} are due")
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"
@@ -436,6 +467,8 @@ class Receiver:
 
     def _land(self, connection: Connection, chunk: int, size: int) -> memoryview | None:
         """The memory for a chunk, or None where it is held or already arriving: it is never overwritten."""
+        if self.ended:
+            return None
         layout = self._require_layout()
         if chunk >= layout.chunks:
             raise MalformedMessage(f"chunk {chunk} of {layout.chunks}")

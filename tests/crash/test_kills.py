@@ -358,6 +358,8 @@ def test_a_process_detaches_while_the_daemon_is_away(restart: Restart, serve: Se
         process.ask("detach")
         assert process.ask("answer") == right_answer(1)
         assert [name for name in process.ask("threads") if name.startswith("shipd")] == []
+        # Found here: in mode flip the model stayed in the dead daemon's image.
+        assert process.ask("images") == 0
     daemon = restart()
     for process in processes:
         process.ask("reattach", str(daemon.socket))

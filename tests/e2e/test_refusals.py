@@ -11,7 +11,7 @@ import pytest
 
 import shipd
 import shipproto.handshake
-from tests.support import checkpoints, hostile
+from tests.support import checkpoints, hostile, naive
 from tests.support.checkpoints import MIB, assert_installed
 from tests.support.hostile import (
     ANSWERS,
@@ -569,16 +569,25 @@ def test_more_connections_than_are_allowed(start_daemon, medium, small, monkeypa
     push(address_of(daemon), small, label="next")
 
 
+LARGE = 128 * 1024
+_HUGE: dict[str, object] = {"body_id": 1, "body_size": 64 * MIB, "transfer": hostile.TRANSFER}
+
+
 FLOODS = {
     "questions": lambda number: frame("StatusRequest", b"\x80", b"", number + 1),
+    "verifications": lambda number: frame("VerifyRequest", {"model": "model"}, b"", number + 1),
     "pings": lambda number: frame("Ping", {"reply": True}, b"", number + 1),
     "offers": lambda number: frame(
         "Offer", hostile.offer(b"", 1, 4, transfer=(number + 1).to_bytes(16, "big"), model="nobody"), b"", number + 1
     ),
     "damaged frames": lambda number: frame("Ping", b"\x80", b"", number + 1, header_crc=1),
+    "a structure that nobody waits for": lambda number: (
+        frame("Body", {"body_id": 1, "offset": number * naive.LEAF}, bytes(naive.LEAF), number + 1)
+        if number
+        else frame("StructureIs", _HUGE, bytes(naive.LEAF), 1, flags=naive.MORE)
+    ),
     "pieces of no body": lambda number: frame("Body", {"body_id": 9, "offset": 0}, bytes(LARGE), number + 1),
 }
-LARGE = 128 * 1024
 
 
 @pytest.mark.parametrize("what", FLOODS)

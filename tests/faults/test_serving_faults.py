@@ -116,6 +116,25 @@ def test_stopped_while_staging(impatient: shipd.Daemon, serve: Serve, mode: str)
 
 
 @both
+def test_who_was_given_up_and_has_come_back_costs_no_memory(impatient: shipd.Daemon, serve: Serve, mode: str) -> None:
+    """Found here: every image that it had known stayed in the budget until it attached once more."""
+    process, stopped = (serve(impatient.config.socket, mode=mode) for _ in range(2))
+    before = status(address(impatient)).memory_used
+    stopped.stop()
+    push(address(impatient), state(1), label="v1")
+    stopped.resume()
+    stopped.ask("await_label", "v1")
+    for version in range(2, 5):
+        push(address(impatient), state(version), label=f"v{version}")
+    receipt = push(address(impatient), state(5), label="v5")
+    assert (receipt.swapped, receipt.stale) == (2, ())
+    for each in (process, stopped):
+        serves(impatient, each, receipt, 5)
+    assert status(address(impatient)).memory_used == before
+    assert not impatient.server.models["model"].abandoned
+
+
+@both
 def test_the_only_one_stopped_while_staging(impatient: shipd.Daemon, serve: Serve, mode: str) -> None:
     process = serve(impatient.config.socket, mode=mode)
     process.stop()

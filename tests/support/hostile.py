@@ -289,8 +289,15 @@ def _hello_again_and_again(peer: Peer) -> None:
         peer.send("Nack", {"sequences": [sequence]})
 
 
+def _asked_for_structure(peer: Peer) -> Peer:
+    """Where a daemon waits for a body that may be large: anything else of that size it receives into nothing."""
+    peer.greet().send("Offer", offer(columns(), 1, 4))
+    peer.expect("StructureWanted")
+    return peer
+
+
 def _bodies_without_end(peer: Peer) -> None:
-    peer.greet()
+    _asked_for_structure(peer)
     for number in range(6):
         peer.send(
             "StructureIs", {"body_id": number + 1, "body_size": 1 << 25, "transfer": TRANSFER}, bytes(LEAF), flags=1
@@ -305,7 +312,7 @@ def _endless_body(peer: Peer) -> None:
 
 def _pieces_out_of_place(peer: Peer) -> None:
     fields = {"body_id": 1, "body_size": 3 * LEAF, "transfer": TRANSFER}
-    peer.greet().send("StructureIs", fields, bytes(LEAF), flags=MORE)
+    _asked_for_structure(peer).send("StructureIs", fields, bytes(LEAF), flags=MORE)
     peer.send("Body", {"body_id": 1, "offset": 5}, bytes(LEAF))
 
 
@@ -357,6 +364,15 @@ def _chunk_of_another_size(peer: Peer) -> None:
     peer.send("Data", {"chunk": 0}, bytes(LEAF))
 
 
+def _large_digests_of_a_small_model(peer: Peer) -> None:
+    peer.greet().send("Offer", offer(columns(), 1, 4))
+    peer.expect("StructureWanted")
+    peer.send("StructureIs", {"transfer": TRANSFER}, columns())
+    peer.expect("Want")
+    fields = {"body_id": 1, "body_size": 1 << 24, "digest": bytes(16), "label": "x", "transfer": TRANSFER}
+    peer.send("Finish", fields, bytes(LEAF), flags=MORE)
+
+
 def _short_digests(peer: Peer) -> None:
     peer.greet().send("Offer", offer(columns(), 1, 4))
     peer.expect("StructureWanted")
@@ -380,7 +396,7 @@ ATTACKS: dict[str, Callable[[Peer], None]] = {
         *(_huge_hello, _hello_with_a_critical_field, _keys_twice, _deep_header, _bomb, _nacks, _hello_again_and_again),
         *(_bodies_without_end, _endless_body, _pieces_out_of_place, _attach_over_tcp, _other_transfer, _absurd_offer),
         *(_model_of_slashes, _other_structure, _commit_at_once, _chunk_outside, _chunk_of_another_size),
-        *(_short_digests, _daemon_talk),
+        *(_short_digests, _large_digests_of_a_small_model, _daemon_talk),
     )
 }
 """Each of them must cost its own connection and nothing else."""

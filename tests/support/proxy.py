@@ -32,6 +32,9 @@ PROGRESS, FINISH, STAGED, COMMIT, COMMITTED, ABORT = 21, 22, 23, 24, 25, 26
 DEADLINE = 20.0
 """Seconds until a test that waits for something gives up: nothing here takes one."""
 
+RECEIVE_BUFFER = 524288
+"""Bounds what lies in the kernel, sent but not yet counted here."""
+
 Part = Literal["prelude", "header", "payload"]
 How = Literal["fin", "rst"]
 
@@ -125,8 +128,8 @@ class Rule:
 class Proxy:
     """Listens on a loopback port of its own and connects on to ``upstream``, which may be changed at any time."""
 
-    def __init__(self, upstream: int, *, receive_buffer: int | None = 524288) -> None:
-        """``receive_buffer`` bounds what lies in the kernel, sent but not yet counted here; None leaves it alone."""
+    def __init__(self, upstream: int, *, receive_buffer: int | None = RECEIVE_BUFFER) -> None:
+        """``receive_buffer`` None leaves the size of the kernel's buffer alone."""
         self.upstream = upstream
         self.port = 0
         self.frames: list[Frame] = []
@@ -448,6 +451,12 @@ class _Pair:
             self.severed.set()
             os.eventfd_write(self.wake, 1)
 
+    def end(self) -> None:
+        """Both sides see the end of the stream."""
+        for sock in (self.near, self.far):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+
     def leave(self) -> None:
         """A pump has ended."""
         with self._lock:
@@ -492,11 +501,12 @@ class _Pump:
         try:
             try:
                 self._frames()
-            except OSError:
+            except (OSError, Severed):
                 self.pair.sever("rst")
-            except Severed:
                 if self.pair.how == "fin":
-                    self.end()
+                    # Both ways before anything is drained: what one side writes until it sees the end would be drained,
+                    # too, and it may be long until the other pump's thread gets its turn.
+                    self.pair.end()
                     self._drain()
             else:
                 self.end()

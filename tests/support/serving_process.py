@@ -381,6 +381,10 @@ class Program:
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())
 
+    def images(self) -> int:
+        """Mappings of images."""
+        return Path("/proc/self/maps").read_bytes().count(b"/memfd:")
+
     def sockets(self) -> int:
         """Sockets that are open."""
         found = 0
@@ -390,7 +394,7 @@ class Program:
         return found
 
 
-def _serve(program: Program) -> NoReturn:
+def _serve(program: object) -> NoReturn:
     """Answer until the other end is gone. Never returns."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -412,7 +416,7 @@ def _serve(program: Program) -> NoReturn:
 
 
 def main() -> None:
-    """The nursery: forks one process for every line, and reaps them."""
+    """The nursery: forks one process for every line, and reaps them. The line names the class of what it can do."""
     # With it comes torch's compiler, which takes longest.
     importlib.import_module("shipd.serving.resident")
     torch.set_num_threads(1)
@@ -424,11 +428,12 @@ def main() -> None:
     warnings.simplefilter("error")
     signal.signal(signal.SIGCHLD, lambda *_: _reap())
     assert threading.active_count() == 1
-    for _line in sys.stdin:
+    for line in sys.stdin:
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(0)
-            _serve(Program())
+            module, _, name = line.strip().rpartition(".")
+            _serve(getattr(importlib.import_module(module), name)() if module else Program())
 
 
 def _reap() -> None:
@@ -518,6 +523,10 @@ class Serving:
         """Whether it has not ended."""
         return not select.select([self._handle], [], [], 0)[0]
 
+    def gone(self, deadline: float) -> bool:
+        """Whether it has ended, or does so in time."""
+        return bool(select.select([self._handle], [], [], deadline)[0])
+
     def close(self) -> None:
         """Make an end of it."""
         if self.running:
@@ -541,10 +550,10 @@ class Nursery(Process):
             [sys.executable, "-m", "tests.support.serving_process", door], env=threads, stdin=subprocess.PIPE
         )
 
-    def spawn(self) -> Serving:
-        """A new process with nothing attached."""
+    def spawn(self, program: str = "") -> Serving:
+        """A new process with nothing attached. ``program`` is the class of what it can do, if not ``Program``."""
         assert self._process.stdin is not None
-        self._process.stdin.write(b"\n")
+        self._process.stdin.write(f"{program}\n".encode())
         self._process.stdin.flush()
         return self.greet()
 

@@ -6,10 +6,10 @@ import tracemalloc
 
 import pytest
 
-from shipproto.connection import MessageArrived
+from shipproto.connection import Event, MessageArrived
 from shipproto.errors import LimitExceeded, UnexpectedMessage
 from shipproto.limits import MAX_PAYLOAD
-from shipproto.messages import Body, Commit, Nack, Ping, StatusIs
+from shipproto.messages import Body, Commit, Message, Nack, Ping, StatusIs
 from tests.support import naive
 from tests.support.acceptor import COMMIT, TRANSFER, acceptor, after_hello
 from tests.support.link import feed, handshaken, output_of
@@ -55,11 +55,11 @@ def test_what_cannot_be_framed_costs_no_sequence_number() -> None:
 
 
 def test_announcing_much_costs_little() -> None:
-    """Found here: a frame of a hundred bytes had 128 MiB allocated and zeroed, four times over."""
-    stream = after_hello()
-    for number in range(1, 5):
-        announced = {"body_id": number, "body_size": 128 * 1024 * 1024, "mode": "copy", "model": "m"}
-        stream.add("Attach", announced, bytes(MAX_PAYLOAD), naive.MORE)
+    """Found here: a frame of a hundred bytes had 128 MiB allocated and zeroed."""
+    announced = {"body_id": 1, "body_size": 128 * 1024 * 1024, "mode": "copy", "model": "m"}
+    stream = after_hello().add("Attach", announced, bytes(MAX_PAYLOAD), naive.MORE)
+    announced = {"body_id": 2, "body_size": 64 * 1024 * 1024, "transfer": TRANSFER}
+    stream.add("StructureIs", announced, bytes(MAX_PAYLOAD), naive.MORE)
     data = bytes(stream.data)
     connection = acceptor()
     gc.collect()
@@ -98,3 +98,47 @@ def test_two_bodies_at_once_and_pieces_in_any_order() -> None:
     fed = feed(acceptor(), bytes(stream.data))
     assert fed.error is None
     assert [bytes(event.body) for event in fed.events] == [second, first, second]  # type: ignore[union-attr]
+
+
+def _announce(stream: Stream, number: int, size: int) -> Stream:
+    announced = {"body_id": number, "body_size": size, "transfer": TRANSFER}
+    return stream.add("StructureIs", announced, bytes(MAX_PAYLOAD), naive.MORE)
+
+
+def test_two_bodies_of_one_type_at_once_are_refused() -> None:
+    error = feed(
+        acceptor(), bytes(_announce(_announce(after_hello(), 1, MAX_PAYLOAD + 1), 2, MAX_PAYLOAD + 1).data)
+    ).error
+    assert isinstance(error, LimitExceeded)
+    assert "StructureIs" in str(error)
+
+
+def test_a_body_that_nobody_waits_for_takes_no_memory() -> None:
+    """Found here: whoever had the token could have 64 MiB collected, four times over, without an offer."""
+    connection = acceptor()
+    asked: list[tuple[str, int]] = []
+
+    def awaited(message: Message, size: int) -> bool:
+        asked.append((type(message).__name__, size))
+        return False
+
+    connection.awaited = awaited
+    size = 40 * MAX_PAYLOAD
+    stream = _announce(after_hello(), 1, size)
+    for offset in range(MAX_PAYLOAD, size, MAX_PAYLOAD):
+        stream.add("Body", {"body_id": 1, "offset": offset}, bytes(MAX_PAYLOAD))
+    data = bytes(stream.add("Commit", {"transfer": TRANSFER}).data)
+    tracemalloc.start()
+    try:
+        events: list[Event] = []
+        for at in range(0, len(data), MAX_PAYLOAD):
+            connection.receive(memoryview(data)[at : at + MAX_PAYLOAD])
+            events += connection.events()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert asked == [("StructureIs", size)]
+    (event,) = events
+    assert isinstance(event, MessageArrived)
+    assert event.message == COMMIT
+    assert peak < 4 * MAX_PAYLOAD

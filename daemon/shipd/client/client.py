@@ -39,7 +39,8 @@ _T = TypeVar("_T")
 
 _CONNECT_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 30.0
-_VERIFY_SECONDS: Final = 90.0
+_VERIFY_SECONDS: Final = 150.0
+"""Two rounds of reading back, of a minute each: one that was under way when this client asked, and its own."""
 
 
 def connect(address: str, *, token: str | bytes | None = None) -> "Client":

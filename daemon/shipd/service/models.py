@@ -118,22 +118,34 @@ class ImageStore:
         slot.readers &= living
         if not living:
             return False
-        self.replace(model, slot, min(living))
+        holding = living - {session.pid for session in model.sessions}
+        if holding:
+            self.replace(model, slot, min(holding))
+        else:
+            # All have attached anew since, and so let go of it: nobody has to be waited for to give it back.
+            self._exchange(model, slot, min(living)).close()
         return True
 
     def replace(self, model: Model, slot: Slot, pid: int) -> None:
         """Give a slot that process ``pid`` cannot be made to release new memory."""
-        assert model.pool is not None
         self.reclaim(model)
         self._reserve(model, slot.memory.size, f"a new image, since process {pid} does not release the old one")
         try:
-            old = model.pool.replace(slot)
-        except OSError as error:
+            old = self._exchange(model, slot, pid)
+        except TransferError:
             self.budget.release(slot.memory.size)
+            raise
+        model.abandoned.append((old, pid))
+
+    def _exchange(self, model: Model, slot: Slot, pid: int) -> ImageMemory:
+        """New memory for a slot; the old one."""
+        assert model.pool is not None
+        try:
+            return model.pool.replace(slot)
+        except OSError as error:
             raise TransferError(
                 AbortCode.BUSY, f"model {model.name!r}: process {pid} still uses the image that is needed"
             ) from error
-        model.abandoned.append((old, pid))
 
     def reclaim(self, model: Model, attached_pid: int | None = None) -> None:
         """Free abandoned images whose process has died, or has attached anew and so let go of them."""

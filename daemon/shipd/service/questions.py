@@ -3,12 +3,18 @@
 import asyncio
 import os
 import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from shipd.release import AGENT
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
+from shipd.transfer.peer import Peer
+from shipproto.errors import LimitExceeded
 from shipproto.limits import MAX_TEXT
 from shipproto.receiver import Receiver
+from shipproto.messages import VerifyIs
 from shipproto.status import (
     ModelStatus,
     ProcessStatus,
@@ -16,7 +22,14 @@ from shipproto.status import (
     Status,
     TransferStatus,
     Verification,
+    encode,
 )
+
+_VERIFY_SECONDS: Final = 60.0
+"""How long a serving process may take to read its parameters back."""
+
+_MAX_UNANSWERED: Final = 16
+"""VERIFY_REQUESTs of one connection that wait for their answers."""
 
 
 def status(models: list[Model], images: ImageStore, started: float) -> Status:
@@ -92,10 +105,47 @@ def held_bytes(receiver: Receiver) -> int:
     return sum(int(layout.chunk_sizes[start:stop].sum()) for start, stop in receiver.held.ranges())
 
 
-async def verify(model: Model, timeout: float) -> Verification:
+class Verifier:
+    """Has models read back, one round at a time for each: however many ask, the serving processes read once.
+
+    What is asked while a round runs is answered by the next: that one has begun after the question, so that nobody is
+    told of parameters as they were before.
+    """
+
+    def __init__(self, spawn: Callable[[Coroutine[Any, Any, None]], object]) -> None:
+        self._spawn = spawn
+        self._askers: dict[str, Counter[Peer]] = {}
+        """Who waits for the next round of a model, and how many answers each is owed."""
+        self._running: set[str] = set()
+        self._unanswered: Counter[Peer] = Counter()
+
+    def ask(self, peer: Peer, model: Model) -> None:
+        """``peer`` wants to know; it is answered when a round has ended. Raises LimitExceeded."""
+        if self._unanswered[peer] >= _MAX_UNANSWERED:
+            raise LimitExceeded(f"more than {_MAX_UNANSWERED} unanswered VERIFY_REQUESTs")
+        self._unanswered[peer] += 1
+        self._askers.setdefault(model.name, Counter())[peer] += 1
+        if model.name not in self._running:
+            self._running.add(model.name)
+            self._spawn(self._rounds(model))
+
+    async def _rounds(self, model: Model) -> None:
+        try:
+            while askers := self._askers.pop(model.name, None):
+                try:
+                    body = encode(await _verify(model))
+                finally:
+                    self._unanswered -= askers
+                for peer in askers.elements():
+                    peer.send(VerifyIs(), body)
+        finally:
+            self._running.discard(model.name)
+
+
+async def _verify(model: Model) -> Verification:
     """Have every process of ``model`` read back its live parameters."""
     version = model.version
-    answers = await asyncio.gather(*(_read_back(session, model, timeout) for session in model.sessions))
+    answers = await asyncio.gather(*(_read_back(session, model) for session in model.sessions))
     return Verification(
         model=model.name,
         label=version.label if version else "",
@@ -104,13 +154,13 @@ async def verify(model: Model, timeout: float) -> Verification:
     )
 
 
-async def _read_back(session: Session, model: Model, timeout: float) -> ProcessVerification:
+async def _read_back(session: Session, model: Model) -> ProcessVerification:
     try:
-        answer = await session.read_back(timeout)
+        answer = await session.read_back(_VERIFY_SECONDS)
     except SessionLost as error:
         return ProcessVerification(pid=session.pid, error=str(error))
     except TimeoutError:
-        return ProcessVerification(pid=session.pid, error=f"no answer within {timeout:.0f} s")
+        return ProcessVerification(pid=session.pid, error=f"no answer within {_VERIFY_SECONDS:.0f} s")
     matches = model.version is not None and answer.digest == model.version.digest
     return ProcessVerification(
         pid=session.pid, label=answer.label, digest=answer.digest.hex(), matches=matches, error=answer.error[:MAX_TEXT]

@@ -14,7 +14,7 @@ from typing import Final
 from shipd.images.slots import Slot, SlotPool
 from shipd.service.config import Config
 from shipd.service.models import Model, alive
-from shipd.service.session import Session, SessionLost
+from shipd.service.session import NOT_READING, Session, SessionLost
 from shipproto.errors import AbortCode, TransferError
 from shipproto.messages import StageReady, Swapped
 from shipproto.rangeset import RangeSet
@@ -68,6 +68,10 @@ class Rollout:
         if len(self._ahead) < _ARRIVING_CHUNKS and not last:
             return
         for session in sessions:
+            if session.behind:
+                session.evict(NOT_READING)
+                self.left.append((session, NOT_READING))
+                continue
             # One that has just attached knows nothing of what came before, and copies that when it stages.
             self._tell(session)
             session.arriving(self._transfer, self._slot, self._ahead)

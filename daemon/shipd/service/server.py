@@ -49,7 +49,6 @@ from shipproto.messages import (
     StatusRequest,
     StructureIs,
     Swapped,
-    VerifyIs,
     VerifyRequest,
 )
 from shipproto.receiver import Receiver
@@ -63,7 +62,6 @@ _MAX_CONNECTIONS: Final = 512
 _HANDSHAKE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 300.0
 _SWEEP_SECONDS: Final = 1.0
-_VERIFY_SECONDS: Final = 60.0
 _REMEMBERED: Final = 256
 """Outcomes kept for senders that lost their connection before they heard."""
 
@@ -87,6 +85,7 @@ class Server:
         self.port = 0
         self._token = config.read_token()
         self._attaching = Attaching(self)
+        self._verifier = questions.Verifier(self._spawn)
         self._started = time.time()
         self._draining = False
         self._peers: dict[Peer, float] = {}
@@ -216,6 +215,7 @@ class Server:
 
     def finished(self, incoming: Incoming) -> None:
         """A push is over: remember how it ended."""
+        incoming.receiver.forget()
         self._ended[incoming.receiver.transfer] = incoming.receiver
         self.metrics.tally.finished(incoming)
         while len(self._ended) > _REMEMBERED:
@@ -230,7 +230,10 @@ class Server:
         return connection
 
     def _accept_tcp(self) -> StreamPeer:
-        return StreamPeer(self._connection(self._token, FROM_SENDERS), self._opened, self._on_event, self._on_lost)
+        connection = self._connection(self._token, FROM_SENDERS)
+        peer = StreamPeer(connection, self._opened, self._on_event, self._on_lost)
+        connection.awaited = functools.partial(self._awaits, peer)
+        return peer
 
     def _accept_unix(self) -> None:
         assert self._unix is not None
@@ -246,6 +249,7 @@ class Server:
             return
         connection = self._connection(None, FROM_SENDERS + FROM_PROCESSES)
         peer = UnixPeer(sock, connection, self._on_event, self._on_lost)
+        connection.awaited = functools.partial(self._awaits, peer)
         if not self._unix.admits(peer.uid, peer.groups):
             peer.close(f"user {peer.uid} is not in the socket's group")
             return
@@ -267,6 +271,8 @@ class Server:
 
     def _on_lost(self, peer: Peer) -> None:
         counted = self._peers.pop(peer, None) is not None
+        # Both lead back to the connection: its buffers would be kept until the next full collection.
+        peer.connection.awaited = peer.connection.landing = None
         incoming = self._incoming.pop(peer, None)
         if incoming is not None:
             incoming.disconnected(peer)
@@ -310,7 +316,7 @@ class Server:
         elif isinstance(message, StatusRequest):
             self._tell_status(peer, message)
         elif isinstance(message, VerifyRequest):
-            self._spawn(self._verify(peer, message))
+            self._begin_verify(peer, message)
         elif session is not None and message is not None:
             self._on_session(session, message)
         elif peer in self._incoming:
@@ -319,6 +325,13 @@ class Server:
             # With the id of a transfer, it belongs to one that has ended, and the sender has been told. What is no
             # message is a damaged header, perhaps the OFFER's own: it has been asked for again.
             raise UnexpectedMessage(f"{type(message).__name__} outside a transfer")
+
+    def _awaits(self, peer: Peer, message: Message, size: int) -> bool:
+        """Whether a large body is due from ``peer``: 64 MiB are not collected for whoever says that they will come."""
+        if isinstance(message, Attach):
+            return isinstance(peer, UnixPeer) and peer not in self._sessions
+        incoming = self._incoming.get(peer)
+        return incoming is not None and incoming.receiver.awaits(peer.connection, message, size)
 
     def _on_session(self, session: Session, message: Message) -> None:
         if isinstance(message, Release):
@@ -490,13 +503,12 @@ class Server:
         models = [model for model in self.models.values() if request.model in ("", model.name)]
         peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
 
-    async def _verify(self, peer: Peer, request: VerifyRequest) -> None:
+    def _begin_verify(self, peer: Peer, request: VerifyRequest) -> None:
         model = self.models.get(request.model)
         if model is None:
             send_abort(peer.connection, b"", self._unknown(request.model))
-            peer.flush()
-            return
-        peer.send(VerifyIs(), encode(await questions.verify(model, _VERIFY_SECONDS)))
+        else:
+            self._verifier.ask(peer, model)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

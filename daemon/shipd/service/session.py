@@ -34,8 +34,14 @@ log = logging.getLogger("shipd.session")
 
 _numbers = itertools.count(1)
 
+_MAX_BACKLOG: Final = 1024 * 1024
+"""Bytes of messages that a process may leave unread: it is told a few hundred bytes for every version."""
+
 ON_ATTACH: Final = bytes(TRANSFER_ID_SIZE)
 """Stands where a transfer's id would: the version is installed because the process attaches."""
+
+
+NOT_READING: Final = "it has stopped reading its messages"
 
 
 class SessionLost(Exception):
@@ -72,6 +78,11 @@ class Session:
     def lost(self) -> bool:
         """Whether the process is gone."""
         return self.peer.closed
+
+    @property
+    def behind(self) -> bool:
+        """Whether the process has stopped reading what it is told: nothing more may be queued for it."""
+        return self.peer.backlog > _MAX_BACKLOG
 
     def on_message(self, message: Message) -> None:
         """Take an answer. Raises UnexpectedMessage for one that nobody waits for."""
@@ -149,6 +160,8 @@ class Session:
 
     async def read_back(self, timeout: float) -> DigestIs:
         """Have the process digest its live parameters."""
+        if self.behind:
+            self.evict(NOT_READING)
         request = next(self._requests)
         self.peer.send(DigestRequest(request=request))
         answer = await self._answer(DigestIs, request, timeout)

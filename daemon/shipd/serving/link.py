@@ -241,8 +241,16 @@ class Link:
             finally:
                 self._end_session()
             if self._waker.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
+                self._let_go_of_the_lost()
                 break
         self._follower.close()
+
+    def _let_go_of_the_lost(self) -> None:
+        """Detached while the daemon is away: nobody takes its last image back, and the model may live in it."""
+        try:
+            self._follower.let_go()
+        except Exception:
+            log.exception("the model stays in an image", extra={"model": self._model})
 
     def _session(self) -> None:
         lane = self._lane = Lane.open(self._socket, token=None, timeout=_CONNECT_SECONDS, waker=self._waker)

@@ -28,6 +28,9 @@ _LINGER_SECONDS = 5.0
 _READS_PER_WAKE = 8
 """Receives before other connections get their turn."""
 
+_HIGH_WATER: Final = 256 * 1024
+"""Bytes that wait for a peer to read them, beyond which it is not listened to either."""
+
 
 _SO_PEERGROUPS: Final = 59
 """Linux 4.13; not in Python's socket module. Supplementary groups of whoever connected."""
@@ -67,7 +70,10 @@ class UnixPeer:
         self.times = Times()
         self.error: ProtocolError | None = None
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+        self.backlog = 0
+        """Bytes that the peer has not taken, beyond what the kernel keeps for it."""
         self._writing = False
+        self._paused = False
         self._closed = False
         self._closing = False
         sock.settimeout(0)
@@ -94,15 +100,17 @@ class UnixPeer:
         self.flush()
         self.connection.send(message)
         pieces = self.connection.take_output()
-        self._outgoing.append((memoryview(pieces[0]), tuple(os.dup(fd) for fd in fds)))
-        self._outgoing.extend((memoryview(piece), ()) for piece in pieces[1:])
+        self._queue(pieces[0], tuple(os.dup(fd) for fd in fds))
+        for piece in pieces[1:]:
+            self._queue(piece)
         self._write()
 
     def flush(self) -> None:
         """Write what the connection has queued."""
         if self.closed:
             return
-        self._outgoing.extend((memoryview(piece), ()) for piece in self.connection.take_output())
+        for piece in self.connection.take_output():
+            self._queue(piece)
         self._write()
 
     def close(self, reason: str = "") -> None:
@@ -142,6 +150,8 @@ class UnixPeer:
                         self.times.digest += time.monotonic() - checked
                 if self.closed:
                     return
+                if self.backlog > _HIGH_WATER:
+                    break
         except ProtocolError as error:
             self.error = error
             log.warning("closing a local connection", extra={"peer": self.name, "why": str(error)})
@@ -151,6 +161,17 @@ class UnixPeer:
             self._lose()
         else:
             self.flush()
+            self._pause()
+
+    def _pause(self) -> None:
+        """A peer that does not read its answers is not listened to either, or they would pile up here."""
+        if self.backlog > _HIGH_WATER and not self.closed and not self._paused:
+            self._paused = True
+            self._loop.remove_reader(self._sock.fileno())
+
+    def _queue(self, piece: Buffer, fds: tuple[int, ...] = ()) -> None:
+        self._outgoing.append((memoryview(piece), fds))
+        self.backlog += len(piece)
 
     def _write(self) -> None:
         while self._outgoing and not self._closed:
@@ -169,6 +190,7 @@ class UnixPeer:
                 return
             _close_all(fds)
             self._outgoing[0] = (piece[sent:], ())
+            self.backlog -= sent
             if sent == len(piece):
                 self._outgoing.popleft()
         if self._closed:
@@ -178,6 +200,9 @@ class UnixPeer:
             self._loop.remove_writer(self._sock.fileno())
         if self._closing:
             self._lose()
+        elif self._paused:
+            self._paused = False
+            self._loop.add_reader(self._sock.fileno(), self._readable)
 
     def _lose(self) -> None:
         if self._closed:
@@ -189,6 +214,7 @@ class UnixPeer:
         for _piece, fds in self._outgoing:
             _close_all(fds)
         self._outgoing.clear()
+        self.backlog = 0
         self._sock.close()
         self._on_lost(self)
 

@@ -208,9 +208,23 @@ def reject_bodies(book: Book) -> None:
     )
     body("announced-twice", "two bodies of the same number", bad, announced(LEAF + 1, 7, announced(LEAF + 1, 7)))
     many = greeted()
-    for number in range(1, 6):
-        announced(LEAF + 1, number, many)
+    transfer = {"transfer": bytes(16)}
+    kinds: dict[str, dict[str, Any]] = {
+        "StatusIs": {},
+        "VerifyIs": {},
+        "StructureIs": transfer,
+        "Finish": {"digest": bytes(16), "label": "v", **transfer},
+        "Attach": {"mode": "copy", "model": "m"},
+    }
+    for number, (kind, fields) in enumerate(kinds.items(), start=1):
+        many.add(kind, {**fields, "body_id": number, "body_size": LEAF + 1}, bytes(LEAF), MORE)
     body("too-many", "five bodies at once", "LimitExceeded", many)
+    body(
+        "two-of-one-type",
+        "a body announced while another of its type is under way",
+        "LimitExceeded",
+        announced(LEAF + 1, 2, announced(LEAF + 1, 1)),
+    )
     body(
         "data-unasked",
         "DATA where nothing was asked for",
