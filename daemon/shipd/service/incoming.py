@@ -69,6 +69,9 @@ class Host(Protocol):
     def background(self, function: Callable[[Callable[[], bool]], object]) -> None:
         """Run ``function`` off the loop, some time; it is given a way to see that it should stop."""
 
+    def lane_ended(self, received: int, resent: int) -> None:
+        """A further connection is gone, which took so many bytes and resent so many frames as one."""
+
     def finished(self, incoming: "Incoming") -> None:
         """The push is over."""
 
@@ -86,7 +89,7 @@ class Incoming:
         self.stage_seconds: float | None = None
         """How long the serving processes took to make ready; None where there are none, or it has not come to that."""
         self._host = host
-        self._lanes = Lanes(self.receiver, self._on_event)
+        self._lanes = Lanes(self.receiver, self._on_event, host.lane_ended)
         self._times = Times()
         """What the work of connections that have been replaced took."""
         self._verify_seconds = 0.0

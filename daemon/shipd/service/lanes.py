@@ -9,18 +9,34 @@ from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
 from shipproto.connection import Connection, Event
 from shipproto.errors import ProtocolError
-from shipproto.messages import Join
+from shipproto.messages import Join, Message
 from shipproto.receiver import Receiver
 
 
-class Lanes:
-    """Belongs to the loop, but for ``_deliver``. ``on_event`` takes what a lane has brought, in its order."""
+def _no_body(_message: Message, _size: int) -> bool:
+    """No body is ever due on a lane."""
+    return False
 
-    def __init__(self, receiver: Receiver, on_event: Callable[[Connection, Event], None]) -> None:
+
+class Lanes:
+    """Belongs to the loop, but for ``_deliver``.
+
+    on_event  takes what a lane has brought, in its order
+    ended     is told of each lane that is gone how many bytes it took and how many frames it resent
+    """
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        on_event: Callable[[Connection, Event], None],
+        ended: Callable[[int, int], None],
+    ) -> None:
         self._receiver = receiver
         self._on_event = on_event
+        self._tell_end = ended
         self._loop = asyncio.get_running_loop()
-        self._inlets: set[Inlet] = set()
+        self._inlets: dict[Inlet, tuple[int, int]] = {}
+        """Lanes, and what had been counted of their connections when they joined."""
         self._ended = Times()
         """What the work of lanes that have ended took."""
         self._arrived: deque[tuple[Inlet, Event | None]] = deque()
@@ -29,6 +45,7 @@ class Lanes:
     def join(self, peer: StreamPeer, join: Join, stall: float) -> None:
         """Receive chunks on this connection too, on a thread. Raises TransferError where that is not wanted."""
         self._receiver.joined(peer.connection, join)
+        peer.connection.awaited = _no_body
         inlet = Inlet(
             peer.detach(),
             peer.connection,
@@ -37,7 +54,7 @@ class Lanes:
             digest=self._receiver.digest_chunk,
             deliver=self._deliver,
         )
-        self._inlets.add(inlet)
+        self._inlets[inlet] = peer.connection.bytes_received, peer.connection.frames_resent
         inlet.start()
 
     def times(self) -> Times:
@@ -73,8 +90,12 @@ class Lanes:
                     self._part(inlet)
 
     def _part(self, inlet: Inlet) -> None:
-        if inlet in self._inlets:
-            self._inlets.discard(inlet)
+        counted = self._inlets.pop(inlet, None)
+        if counted is not None:
             inlet.stop()
+            connection = inlet.connection
+            # It leads back to the connection, whose buffers would be kept until the next full collection.
+            connection.landing = None
+            self._tell_end(connection.bytes_received - counted[0], connection.frames_resent - counted[1])
             self._ended.add(inlet.times)
             self._receiver.parted(inlet.connection)

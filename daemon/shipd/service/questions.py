@@ -13,8 +13,8 @@ from shipd.service.session import Session, SessionLost
 from shipd.transfer.peer import Peer
 from shipproto.errors import LimitExceeded
 from shipproto.limits import MAX_TEXT
-from shipproto.receiver import Receiver
 from shipproto.messages import VerifyIs
+from shipproto.receiver import Receiver
 from shipproto.status import (
     ModelStatus,
     ProcessStatus,

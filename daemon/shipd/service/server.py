@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,6 +19,7 @@ from shipd.service.config import RELOADABLE, Config
 from shipd.service.incoming import Incoming
 from shipd.service.metrics import Metrics
 from shipd.service.models import ImageStore, Model
+from shipd.service.pushes import Pushes, unknown_model
 from shipd.service.session import Session, SessionLost
 from shipd.service.socketfile import SocketFile
 from shipd.transfer.peer import Peer
@@ -51,7 +52,6 @@ from shipproto.messages import (
     Swapped,
     VerifyRequest,
 )
-from shipproto.receiver import Receiver
 from shipproto.resident import Resident
 from shipproto.sender import send_abort
 from shipproto.status import encode
@@ -62,8 +62,6 @@ _MAX_CONNECTIONS: Final = 512
 _HANDSHAKE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 300.0
 _SWEEP_SECONDS: Final = 1.0
-_REMEMBERED: Final = 256
-"""Outcomes kept for senders that lost their connection before they heard."""
 
 FROM_SENDERS: Final = (
     *(Body, Nack, Ping, Offer, StructureIs, Data, Finish, Commit, Abort, Join),
@@ -85,13 +83,12 @@ class Server:
         self.port = 0
         self._token = config.read_token()
         self._attaching = Attaching(self)
-        self._verifier = questions.Verifier(self._spawn)
+        self._verifier = questions.Verifier(self.spawn)
         self._started = time.time()
         self._draining = False
         self._peers: dict[Peer, float] = {}
-        self._incoming: dict[Peer, Incoming] = {}
+        self._pushes = Pushes(self)
         self._sessions: dict[Peer, Session] = {}
-        self._ended: dict[bytes, Receiver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(self, self._peers)
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="shipd-work")
@@ -141,7 +138,7 @@ class Server:
     async def drain(self) -> None:
         """Take no new pushes and wait for those under way, at most ``drain_timeout``."""
         self._draining = True
-        under_way = [incoming.wait() for incoming in set(self._incoming_all())]
+        under_way = [push.wait() for push in self._pushes.all()]
         if under_way:
             log.info("draining", extra={"pushes": len(under_way), "timeout": self.config.drain_timeout})
             await asyncio.wait([asyncio.ensure_future(wait) for wait in under_way], timeout=self.config.drain_timeout)
@@ -157,7 +154,7 @@ class Server:
         if self._unix is not None:
             loop.remove_reader(self._unix.socket.fileno())
             self._unix.close()
-        under_way = self._incoming_all()
+        under_way = self._pushes.all()
         for incoming in under_way:
             incoming.fail(
                 TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down; it may be back in a moment")
@@ -213,13 +210,14 @@ class Server:
         """Run ``function`` on a worker thread, some time; it is given a way to see that it should stop."""
         self._slow_pool.submit(function, lambda: self._closing)
 
+    def lane_ended(self, received: int, resent: int) -> None:
+        """A further connection of a push is gone, which took so many bytes and resent so many frames as one."""
+        self.metrics.tally.lane_ended(received, resent)
+
     def finished(self, incoming: Incoming) -> None:
         """A push is over: remember how it ended."""
-        incoming.receiver.forget()
-        self._ended[incoming.receiver.transfer] = incoming.receiver
+        self._pushes.ended(incoming)
         self.metrics.tally.finished(incoming)
-        while len(self._ended) > _REMEMBERED:
-            del self._ended[next(iter(self._ended))]
         self._forget_unpushed(incoming.model)
 
     # --- connections ---------------------------------------------------------------------------------------
@@ -271,11 +269,10 @@ class Server:
 
     def _on_lost(self, peer: Peer) -> None:
         counted = self._peers.pop(peer, None) is not None
-        # Both lead back to the connection: its buffers would be kept until the next full collection.
-        peer.connection.awaited = peer.connection.landing = None
-        incoming = self._incoming.pop(peer, None)
-        if incoming is not None:
-            incoming.disconnected(peer)
+        if not (isinstance(peer, StreamPeer) and peer.detached):
+            # Both lead back to the connection: its buffers would be kept until the next full collection.
+            peer.connection.awaited = peer.connection.landing = None
+        self._pushes.lost(peer)
         session = self._sessions.pop(peer, None)
         if counted:
             self.metrics.tally.lost(peer, session)
@@ -290,7 +287,7 @@ class Server:
             if not peer.connection.established:
                 if now - since > _HANDSHAKE_SECONDS:
                     peer.close("no handshake in time")
-            elif peer in self._incoming:
+            elif self._pushes.of(peer) is not None:
                 if now - peer.last_heard > self.config.stall:
                     peer.close(f"silent for {self.config.stall:.0f} s in the middle of a transfer")
             elif peer not in self._sessions and now - peer.last_heard > _IDLE_SECONDS:
@@ -299,8 +296,9 @@ class Server:
 
     def _on_event(self, peer: Peer, event: Event) -> None:
         """Hand an event to whom it concerns. Raises ProtocolError: the connection is closed."""
-        if isinstance(event, ChunkArrived) and (incoming := self._incoming.get(peer)) is not None:
-            incoming.on_event(peer, event)
+        push = self._pushes.of(peer)
+        if push is not None and isinstance(event, ChunkArrived):
+            push.on_event(peer, event)
             return
         if isinstance(event, Established):
             return
@@ -308,9 +306,9 @@ class Server:
         body: Buffer = event.body if isinstance(event, MessageArrived) else b""
         session = self._sessions.get(peer)
         if isinstance(message, Offer):
-            self._offered(peer, message)
+            self._pushes.offered(peer, message)
         elif isinstance(message, Join):
-            self._joined(peer, message)
+            self._pushes.joined(peer, message)
         elif isinstance(message, Attach) and isinstance(peer, UnixPeer) and session is None:
             self._begin_attach(peer, message, body)
         elif isinstance(message, StatusRequest):
@@ -319,8 +317,8 @@ class Server:
             self._begin_verify(peer, message)
         elif session is not None and message is not None:
             self._on_session(session, message)
-        elif peer in self._incoming:
-            self._incoming[peer].on_event(peer, event)
+        elif push is not None:
+            push.on_event(peer, event)
         elif message is not None and not getattr(message, "transfer", b""):
             # With the id of a transfer, it belongs to one that has ended, and the sender has been told. What is no
             # message is a damaged header, perhaps the OFFER's own: it has been asked for again.
@@ -330,7 +328,7 @@ class Server:
         """Whether a large body is due from ``peer``: 64 MiB are not collected for whoever says that they will come."""
         if isinstance(message, Attach):
             return isinstance(peer, UnixPeer) and peer not in self._sessions
-        incoming = self._incoming.get(peer)
+        incoming = self._pushes.of(peer)
         return incoming is not None and incoming.receiver.awaits(peer.connection, message, size)
 
     def _on_session(self, session: Session, message: Message) -> None:
@@ -342,100 +340,12 @@ class Server:
         else:
             session.on_message(message)
 
-    # --- pushes --------------------------------------------------------------------------------------------
-
-    def _incoming_all(self) -> list[Incoming]:
-        return [model.incoming for model in self.models.values() if model.incoming is not None]
-
-    def _offered(self, peer: Peer, offer: Offer) -> None:
-        try:
-            self._take_offer(peer, offer)
-        except TransferError as error:
-            log.warning(
-                "push refused",
-                extra={"peer": peer.name, "model": offer.model, "code": str(error.code), "why": str(error)},
-            )
-            self.metrics.tally.refused(offer.model, error)
-            send_abort(peer.connection, offer.transfer, error)
-
-    def _take_offer(self, peer: Peer, offer: Offer) -> None:
-        ended = self._ended.get(offer.transfer)
-        if ended is not None and not _may_retry(ended):
-            ended.connected(peer.connection, offer)
-            ended.disconnected(peer.connection)
-            return
-        running = next((push for push in self._incoming_all() if push.receiver.transfer == offer.transfer), None)
-        bound = self._incoming.get(peer)
-        if bound is not None and bound is not running and not bound.receiver.ended:
-            raise TransferError(AbortCode.PROTOCOL, "one connection carries one transfer at a time")
-        if running is not None:
-            running.connected(peer, offer)
-            self._bind(peer, running)
-            return
-        model = self.models.get(offer.model)
-        if self._draining:
-            raise TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down")
-        if model is None:
-            raise self._unknown(offer.model)
-        if model.incoming is not None:
-            self._spawn(self._supersede(peer, offer, model, model.incoming))
-            return
-        self._begin_push(peer, offer, model)
-
-    def _joined(self, peer: Peer, join: Join) -> None:
-        """A further connection for a push: from here on a thread of that push reads it."""
-        push = next((push for push in self._incoming_all() if push.receiver.transfer == join.transfer), None)
-        try:
-            if push is None or not isinstance(peer, StreamPeer) or peer in self._incoming:
-                raise TransferError(AbortCode.PROTOCOL, "this connection cannot be a lane of that transfer")
-            push.joined(peer, join)
-        except TransferError as error:
-            send_abort(peer.connection, join.transfer, error)
-
-    def _unknown(self, name: str) -> TransferError:
-        known = ", ".join(sorted(self.models)) or "none"
-        return TransferError(
-            AbortCode.UNKNOWN_MODEL,
-            f"no model {name!r} here: nothing is attached under that name and no configuration declares it "
-            f"(models here: {known})",
-        )
-
-    def _begin_push(self, peer: Peer, offer: Offer, model: Model) -> None:
-        self._ended.pop(offer.transfer, None)
-        model.incoming = Incoming(self, model, peer, offer)
-        self._bind(peer, model.incoming)
-
-    def _bind(self, peer: Peer, incoming: Incoming) -> None:
-        """``peer`` carries this push, unless it went as it was answered, when nobody could know whose it is."""
-        if peer.closed:
-            incoming.disconnected(peer)
-        else:
-            self._incoming[peer] = incoming
-
-    async def _supersede(self, peer: Peer, offer: Offer, model: Model, running: Incoming) -> None:
-        """Another push of the model is under way: it goes on, unless its sender has gone."""
-        if running.receiver.attended or running.committing:
-            error = TransferError(
-                AbortCode.BUSY,
-                f"model {model.name!r} is being pushed by {running.peer_name} (transfer {running.transfer_id}, "
-                f"{running.receiver.state.name.lower()}): try again when it is done",
-            )
-            self.metrics.tally.refused(offer.model, error)
-            send_abort(peer.connection, offer.transfer, error)
-            peer.flush()
-            return
-        running.fail(TransferError(AbortCode.SUPERSEDED, f"a newer push, from {peer.name}, took its place"))
-        await running.wait()
-        if not peer.closed:
-            self._offered(peer, offer)
-            peer.flush()
-
     # --- serving processes ---------------------------------------------------------------------------------
 
     def _begin_attach(self, peer: UnixPeer, attach: Attach, body: Buffer) -> None:
         session = Session(peer, attach)
         self._sessions[peer] = session
-        self._spawn(self._attach(peer, session, attach, bytes(body)))
+        self.spawn(self._attach(peer, session, attach, bytes(body)))
 
     async def _attach(self, peer: UnixPeer, session: Session, attach: Attach, body: bytes) -> None:
         model = self.models.get(attach.model)
@@ -498,7 +408,7 @@ class Server:
 
     def _tell_status(self, peer: Peer, request: StatusRequest) -> None:
         if request.model and request.model not in self.models:
-            send_abort(peer.connection, b"", self._unknown(request.model))
+            send_abort(peer.connection, b"", unknown_model(self.models, request.model))
             return
         models = [model for model in self.models.values() if request.model in ("", model.name)]
         peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
@@ -506,16 +416,12 @@ class Server:
     def _begin_verify(self, peer: Peer, request: VerifyRequest) -> None:
         model = self.models.get(request.model)
         if model is None:
-            send_abort(peer.connection, b"", self._unknown(request.model))
+            send_abort(peer.connection, b"", unknown_model(self.models, request.model))
         else:
             self._verifier.ask(peer, model)
 
-    def _spawn(self, work: Any) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that ends with the daemon at the latest."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _may_retry(ended: Receiver) -> bool:
-    """Whether a repeated OFFER starts the transfer anew: it was cut off, not refused or committed."""
-    return ended.error is not None and ended.error.code in (AbortCode.STALLED, AbortCode.SHUTTING_DOWN)

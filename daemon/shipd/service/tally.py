@@ -146,6 +146,11 @@ class Tally:
             tally.pause_seconds.observe(outcome.pause_seconds)
         tally.give_up(map(int, outcome.stale))
 
+    def lane_ended(self, received: int, resent: int) -> None:
+        """A lane is gone; until it joined it was counted as a connection."""
+        self.connections["tcp"].bytes_received += received
+        self.connections["tcp"].frames_resent += resent
+
     def refused(self, model: str, error: TransferError) -> None:
         """A push was refused before it had begun. ``model`` is what its sender called it."""
         self.of(model).outcomes[str(error.code)] += 1

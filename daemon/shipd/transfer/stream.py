@@ -40,6 +40,7 @@ class StreamPeer(asyncio.BufferedProtocol):
         self.last_heard = 0.0
         self.times = Times()
         self._asked_at = 0.0
+        self.detached = False
         self.error: ProtocolError | None = None
         self._on_open = on_open
         self._on_event = on_event
@@ -158,6 +159,7 @@ class StreamPeer(asyncio.BufferedProtocol):
     def detach(self) -> socket.socket:
         """Hand over the socket, and with it the connection: nothing of it happens on this loop any more."""
         assert self._transport is not None
+        self.detached = True
         # The transport closes its own descriptor, which ends a connection only with the last duplicate.
         sock = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
         self.abort()
