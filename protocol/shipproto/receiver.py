@@ -18,9 +18,8 @@ connection claims it first, and that is the one thing here that may happen on an
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +54,14 @@ from shipproto.messages import (
     StructureWanted,
     Want,
 )
+from shipproto.outcomes import (
+    ChunkHeld,
+    CommitRequested,
+    ReadyToVerify,
+    ReceiverEvent,
+    StructureArrived,
+    TransferAborted,
+)
 from shipproto.rangeset import RangeSet
 from shipproto.sender import read_abort, send_abort
 from shipproto.structure import Structure
@@ -82,41 +89,6 @@ class ReceiverState(enum.Enum):
 
 RECEIVER_ENDED: Final = frozenset({ReceiverState.COMMITTED, ReceiverState.ABORTED})
 
-
-@dataclass(frozen=True, slots=True)
-class StructureArrived:
-    """The offered structure, still encoded, and with the digest that was offered.
-
-    The shell has it decoded by ``decode_structure``, on any thread, and then accepts or refuses.
-    """
-
-    encoded: bytes
-
-
-class ChunkHeld(NamedTuple):
-    """A chunk is in its place, intact and digested."""
-
-    chunk: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReadyToVerify:
-    """Everything is held and the sender's digests are known; the shell calls ``verify``, on any thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRequested:
-    """The sender wants the staged version swapped in."""
-
-
-@dataclass(frozen=True, slots=True)
-class TransferAborted:
-    """The sender ended the transfer."""
-
-    error: TransferError
-
-
-ReceiverEvent = StructureArrived | ChunkHeld | ReadyToVerify | CommitRequested | TransferAborted
 
 _Handler = str
 _TRANSITIONS: Final[Mapping[tuple[ReceiverState, type[Message]], tuple[_Handler, ReceiverState | None]]] = {

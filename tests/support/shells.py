@@ -14,7 +14,8 @@ from shipproto.digests import LeafDigests
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer
-from shipproto.receiver import CommitRequested, ReadyToVerify, Receiver, ReceiverEvent, ReceiverState, StructureArrived
+from shipproto.outcomes import CommitRequested, ReadyToVerify, ReceiverEvent, StructureArrived
+from shipproto.receiver import Receiver, ReceiverState
 from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
 from shipproto.structure import Structure
 from tests.support.models import make_image, read_image

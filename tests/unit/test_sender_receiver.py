@@ -13,7 +13,8 @@ from shipproto.digests import digest_image
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError
 from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer, Staged, StructureIs
-from shipproto.receiver import ChunkHeld, CommitRequested, ReadyToVerify, Receiver, ReceiverState, StructureArrived
+from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, StructureArrived
+from shipproto.receiver import Receiver, ReceiverState
 from shipproto.sender import DigestChunk, SenderState
 from tests.support import naive
 from tests.support.link import Fault, Receiving, Sending, check_committed, feed, handshaken, output_of, simple_push

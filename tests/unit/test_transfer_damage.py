@@ -10,11 +10,9 @@ from shipproto.messages import (
     Finish,
     Want,
 )
+from shipproto.outcomes import ReadyToVerify
 from shipproto.rangeset import RangeSet
-from shipproto.receiver import (
-    ReadyToVerify,
-    ReceiverState,
-)
+from shipproto.receiver import ReceiverState
 from shipproto.sender import SendChunk, SenderState
 from tests.support.link import Fault, check_committed, output_of, simple_push
 from tests.support.models import SMALL, build, leaves_of

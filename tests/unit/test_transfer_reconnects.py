@@ -6,8 +6,9 @@ import pytest
 from shipproto.connection import ChunkArrived, ChunkDamaged, Established, MessageArrived
 from shipproto.errors import AbortCode, LocalError, TransferError
 from shipproto.messages import Abort, Committed, Want
+from shipproto.outcomes import ChunkHeld, StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.receiver import ChunkHeld, ReceiverState, StructureArrived, TransferAborted
+from shipproto.receiver import ReceiverState
 from shipproto.sender import DigestChunk, SendChunk, SenderState, send_abort
 from tests.support import naive
 from tests.support.link import feed, handshaken, output_of

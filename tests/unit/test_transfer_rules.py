@@ -21,13 +21,9 @@ from shipproto.messages import (
     StructureWanted,
     Want,
 )
+from shipproto.outcomes import StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.receiver import (
-    Receiver,
-    ReceiverState,
-    StructureArrived,
-    TransferAborted,
-)
+from shipproto.receiver import Receiver, ReceiverState
 from shipproto.sender import SendChunk, SenderState, read_abort, send_abort
 from shipproto.structure import Structure
 from tests.support import naive

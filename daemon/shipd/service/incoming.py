@@ -30,15 +30,8 @@ from shipproto.layout import Layout
 from shipproto.limits import MAX_TEXT
 from shipproto.messages import Committed, Join, Offer
 from shipproto.names import harmless
-from shipproto.receiver import (
-    ChunkHeld,
-    CommitRequested,
-    ReadyToVerify,
-    Receiver,
-    ReceiverState,
-    StructureArrived,
-    TransferAborted,
-)
+from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, StructureArrived, TransferAborted
+from shipproto.receiver import Receiver, ReceiverState
 from shipproto.status import FailedPush
 from shipproto.structure import Structure
 

@@ -1,0 +1,42 @@
+"""What a receiver tells its shell: what has come of the bytes that arrived, in the past tense."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shipproto.errors import TransferError
+
+
+@dataclass(frozen=True, slots=True)
+class StructureArrived:
+    """The offered structure, still encoded, and with the digest that was offered.
+
+    The shell has it decoded by ``decode_structure``, on any thread, and then accepts or refuses.
+    """
+
+    encoded: bytes
+
+
+class ChunkHeld(NamedTuple):
+    """A chunk is in its place, intact and digested."""
+
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyToVerify:
+    """Everything is held and the sender's digests are known; the shell calls ``verify``, on any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRequested:
+    """The sender wants the staged version swapped in."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferAborted:
+    """The sender ended the transfer."""
+
+    error: TransferError
+
+
+ReceiverEvent = StructureArrived | ChunkHeld | ReadyToVerify | CommitRequested | TransferAborted
