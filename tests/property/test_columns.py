@@ -305,15 +305,15 @@ def files(draw: st.DrawFn) -> bytes:
     if draw(st.booleans()):
         pairs = draw(st.lists(st.tuples(st.sampled_from(("format", "dtype", "shape", "k")), names), max_size=3))
         parts.append('"__metadata__": {' + ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs) + "}")
-    for name, dtype, shape, offsets in entries:
-        fields = [f'"dtype":"{dtype}"', f'"shape":{shape}', f'"data_offsets":{offsets}']
+    for name, dtype, sizes, offsets in entries:
+        fields = [f'"dtype":"{dtype}"', f'"shape":{sizes}', f'"data_offsets":{offsets}']
         sin = draw(st.sampled_from((None,) * 12 + ("twice", "escape", "float", "gap", "absent", "bool", "new", "null")))
         if sin == "twice":
             fields.append(draw(st.sampled_from(fields)))
         elif sin == "escape":
             fields[0] = f'"dt\\u0079pe":"{dtype}"'
         elif sin == "float":
-            fields[1] = f'"shape":{[float(size) for size in shape]}'
+            fields[1] = f'"shape":{[float(size) for size in sizes]}'
         elif sin == "gap":
             fields[2] = f'"data_offsets":{[offsets[0] + 1, offsets[1] + 1]}'
         elif sin == "absent":

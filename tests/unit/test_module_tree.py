@@ -31,7 +31,7 @@ def replace_by_an_equal_one(model: Model) -> None:
 
 
 def make_persistent(model: Model) -> None:
-    model.register_buffer("spare", model.spare, persistent=True)
+    model.register_buffer("spare", model.get_buffer("spare"), persistent=True)
 
 
 def drop_a_module(model: Model) -> None:
@@ -43,7 +43,7 @@ def add_a_module(model: Model) -> None:
 
 
 def swap_modules(model: Model) -> None:
-    model.first, model.last = model.last, model.first
+    model._modules["first"], model._modules["last"] = model.last, model.first
 
 
 def hook(model: Model) -> None:
@@ -94,7 +94,7 @@ def test_models_that_say_themselves_what_their_state_is_have_no_tree() -> None:
     for name in ("state_dict", "_save_to_state_dict", "get_extra_state"):
         assert ModuleTree.of(redefined(name)) is None
     model = Model()
-    model.first.state_dict = lambda **_: {}
+    vars(model.first)["state_dict"] = lambda **_: {}
     assert ModuleTree.of(model) is None
     hooked = Model()
     hook(hooked)
@@ -107,23 +107,28 @@ def test_script_modules_have_no_tree() -> None:
 
 
 def turn(model: nn.Module) -> None:
-    model.square.data = model.square.data.t()
+    tensor = model.get_buffer("square")
+    tensor.data = tensor.data.t()
 
 
 def reinterpret(model: nn.Module) -> None:
-    model.square.data = model.square.data.view(torch.int32)
+    tensor = model.get_buffer("square")
+    tensor.data = tensor.data.view(torch.int32)
 
 
 def flatten(model: nn.Module) -> None:
-    model.square.data = model.square.data.view(9)
+    tensor = model.get_buffer("square")
+    tensor.data = tensor.data.view(9)
 
 
 def move_one_of_many(model: nn.Module) -> None:
-    model.w300.data = model.w300.data.clone()
+    tensor = model.get_buffer("w300")
+    tensor.data = tensor.data.clone()
 
 
 def turn_back(model: nn.Module) -> None:
-    model.turned.data = model.turned.data.t()
+    tensor = model.get_buffer("turned")
+    tensor.data = tensor.data.t()
 
 
 @pytest.mark.parametrize(
