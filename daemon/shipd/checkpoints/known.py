@@ -1,7 +1,6 @@
 """The structures of what was pushed lately: a trainer pushes the same names, dtypes and shapes again and again.
 
-Checking, sorting, encoding, digesting and laying out 20,000 tensors takes 50 ms, and comparing them with those of the
-push before takes two.
+To sort, check, encode, digest and lay out 20,000 of them takes 18 ms, to compare them with the push before one.
 """
 
 import threading
