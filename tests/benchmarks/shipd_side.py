@@ -1,0 +1,170 @@
+"""shipd's processes in the benchmarks: a real daemon, a sender and a serving process.
+
+The daemon is the command ``shipd`` as a service manager would start it. Everything of a push counts as the push, from
+connecting to its receipt, in one call of the public client.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from tests.benchmarks import machine, payload
+from tests.benchmarks.machine import Setting
+from tests.benchmarks.peers.side import Side
+from tests.benchmarks.workers import CALL, Worker
+from tests.support.processes import ShipdProcess, memory
+
+
+class Sender(Side):
+    """Pushes a state dict in memory, or a safetensors file of the same tensors. ``count``: of equal size, else a model."""
+
+    def __init__(self, total: int, count: int = 0) -> None:
+        self.state = payload.even(count, total) if count else payload.model(total)
+        payload.randomise(self.state)
+        self.file: Path | None = None
+        self.pushes = 0
+        import shipd.checkpoints.opened  # noqa: F401  imported before the first push is timed, not by it
+        import shipd.client.client  # noqa: F401
+
+    def renew_file(self, path: str) -> None:
+        """Write (once) or change the file; it is in the page cache afterwards."""
+        from safetensors.torch import save_file
+
+        self.renew()
+        save_file(self.state, path)
+        self.file = Path(path)
+
+    def push(self, address: str, model: str, from_file: bool = False) -> dict[str, Any]:
+        """One push; its receipt, and ``seconds`` from before the connection to after the receipt."""
+        import asyncio
+
+        import shipd
+
+        self.pushes += 1
+
+        async def converse() -> shipd.Receipt:
+            async with shipd.connect(address) as client:
+                what = self.file if from_file else self.state
+                assert what is not None
+                return await client.push(what, model=model, label=f"push-{self.pushes}")
+
+        began = time.monotonic()
+        receipt = asyncio.run(converse())
+        seconds = time.monotonic() - began
+        return {**receipt.as_dict(), "seconds": seconds}
+
+
+class Serving(Side):
+    """Holds models in mode copy, idle."""
+
+    def __init__(self) -> None:
+        self.residents: dict[str, Any] = {}
+
+    def attach(self, socket: str, name: str, total: int, count: int = 0) -> None:
+        """A model with tensors like the sender's."""
+        import shipd
+
+        state = payload.even(count, total) if count else payload.model(total)
+        for tensor in state.values():
+            payload.bits(tensor)[:] = 1
+        self.residents[name] = shipd.attach(module_of(state), name, socket=socket, mode="copy", timeout=CALL)
+
+    def verify(self, name: str) -> str:
+        """The digest of what is live."""
+        found: str = self.residents[name].verify()
+        return found
+
+    def memory(self) -> dict[str, int]:
+        return memory()
+
+
+class Holder(torch.nn.Module):
+    """A node of a tree of modules with one weight."""
+
+
+def module_of(state: payload.State) -> torch.nn.Module:
+    """A module whose state dict is ``state``, without copying."""
+    root = Holder().requires_grad_(False)
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        node: torch.nn.Module = root
+        for part in path:
+            inner = node._modules.get(part)
+            if inner is None:
+                inner = Holder()
+                node.add_module(part, inner)
+            node = inner
+        node.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+    return root.eval()
+
+
+class Host:
+    """The receiving host: a daemon, and serving processes when asked for. Gone at the end of the block."""
+
+    def __init__(self, models: dict[str, int], **settings: Any) -> None:
+        # The path of a Unix socket has at most 107 bytes.
+        self._directory = tempfile.TemporaryDirectory(prefix="shipd-bench-")
+        self.directory = Path(self._directory.name)
+        self.serving: list[Worker] = []
+        self._cores: tuple[int, ...] = ()
+        try:
+            limit = 3 * sum(models.values()) + (64 << 20)
+            room = {name: size + (16 << 20) for name, size in models.items()}
+            self.daemon = ShipdProcess(self.directory, models=room, memory_limit=limit, **settings)
+        except BaseException:
+            self._directory.cleanup()
+            raise
+
+    @property
+    def address(self) -> str:
+        """For senders."""
+        return self.daemon.address
+
+    def place(self, cores: tuple[int, ...]) -> None:
+        """Put the daemon and the serving processes on these cores."""
+        self._cores = cores
+        machine.pin(cores, self.daemon.pid)
+        for worker in self.serving:
+            worker.call("pin", cores=cores)
+
+    def serve(self, name: str, total: int, count: int = 0) -> Worker:
+        """A process that serves a model."""
+        worker = Worker("tests.benchmarks.shipd_side:Serving")
+        self.serving.append(worker)
+        if self._cores:
+            worker.call("pin", cores=self._cores)
+        worker.call("attach", socket=str(self.daemon.socket), name=name, total=total, count=count)
+        return worker
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.serving:
+            worker.__exit__()
+        self.daemon.__exit__()
+        self._directory.cleanup()
+
+
+@contextlib.contextmanager
+def warm(total: int, setting: Setting, count: int = 0) -> Iterator[tuple[Host, Worker]]:
+    """A host that serves a model and a sender that has pushed to it until both images have been written to."""
+    with Host({"model": total}) as host, Worker("tests.benchmarks.shipd_side:Sender", total=total, count=count) as sender:
+        host.place(setting.receiver)
+        sender.call("pin", cores=setting.sender)
+        host.serve("model", total, count)
+        for _ in range(3):
+            push(host, sender)
+        yield host, sender
+
+
+def push(host: Host, sender: Worker, *, model: str = "model", from_file: bool = False) -> dict[str, Any]:
+    """A push of other bytes than before."""
+    sender.call("renew") if not from_file else sender.call("renew_file", path=str(host.directory / "model.safetensors"))
+    found: dict[str, Any] = sender.call("push", address=host.address, model=model, from_file=from_file)
+    return found
