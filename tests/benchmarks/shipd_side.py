@@ -5,6 +5,7 @@ connecting to its receipt, in one call of the public client.
 """
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,12 +32,13 @@ class Sender(Side):
         import shipd.checkpoints.opened  # noqa: F401  imported before the first push is timed, not by it
         import shipd.client.client  # noqa: F401
 
-    def renew_file(self, path: str) -> None:
-        """Write (once) or change the file; it is in the page cache afterwards."""
+    def save(self, path: str) -> None:
+        """Write what there is as a safetensors file. It stays in the page cache, and nothing of it is left to write."""
         from safetensors.torch import save_file
 
-        self.renew()
         save_file(self.state, path)
+        with Path(path).open("rb") as file:
+            os.fsync(file.fileno())
         self.file = Path(path)
 
     def push(self, address: str, model: str, from_file: bool = False) -> dict[str, Any]:
@@ -164,7 +166,8 @@ def warm(total: int, setting: Setting, count: int = 0) -> Iterator[tuple[Host, W
 
 
 def push(host: Host, sender: Worker, *, model: str = "model", from_file: bool = False) -> dict[str, Any]:
-    """A push of other bytes than before."""
-    sender.call("renew") if not from_file else sender.call("renew_file", path=str(host.directory / "model.safetensors"))
+    """A push of other bytes than the one before: of the file, or of a state dict that is changed first."""
+    if not from_file:
+        sender.call("renew")
     found: dict[str, Any] = sender.call("push", address=host.address, model=model, from_file=from_file)
     return found
