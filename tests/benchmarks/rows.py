@@ -50,13 +50,13 @@ class Row:
         if not self.better:
             rising = self.floor is not None and self.goal is not None and self.goal > self.floor
             self.better = "higher" if rising else "lower"
-        if not self.bounds:
-            self.bounds = "value" if self.ratio is None else "ratio"
 
     @property
     def bounded(self) -> float | None:
         """The figure that floor and goal are about."""
-        return self.value if self.bounds == "value" else self.ratio
+        if self.bounds:
+            return self.value if self.bounds == "value" else self.ratio
+        return self.value if self.ratio is None else self.ratio
 
     @property
     def verdict(self) -> Verdict:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from shipd.service.config import Config
 from tests.benchmarks import machine, payload
 from tests.benchmarks.machine import Setting
 from tests.benchmarks.peers.side import Side
@@ -117,6 +118,8 @@ class Host:
         try:
             limit = 3 * sum(models.values()) + (64 << 20)
             room = {name: size + (16 << 20) for name, size in models.items()}
+            if "metrics" in Config.__struct_fields__:
+                settings.setdefault("metrics", "127.0.0.1:0")
             self.daemon = ShipdProcess(self.directory, models=room, memory_limit=limit, **settings)
         except BaseException:
             self._directory.cleanup()
@@ -126,6 +129,12 @@ class Host:
     def address(self) -> str:
         """For senders."""
         return self.daemon.address
+
+    @property
+    def metrics(self) -> str | None:
+        """HOST:PORT of the daemon's metrics, where it has any."""
+        listening = self.daemon.logged("listening")
+        return next((entry["metrics"] for entry in listening if entry.get("metrics", "off") != "off"), None)
 
     def place(self, cores: tuple[int, ...]) -> None:
         """Put the daemon and the serving processes on these cores."""

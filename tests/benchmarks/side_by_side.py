@@ -190,7 +190,9 @@ def table(
     for contender in chosen:
         for name in contender.rows:
             floor, goal = BOUNDS.get(name, (None, None))
-            row = Row(name=name, unit="GB/s", reference=RAW, floor=floor, goal=goal, better="higher")
+            row = Row(
+                name=name, unit="GB/s", reference=RAW, floor=floor, goal=goal, better="higher", bounds="ratio"
+            )
             if contender.name in failed:
                 row.skipped = failed[contender.name]
             for setting in settings:
@@ -198,7 +200,6 @@ def table(
                 value = median(total / one.seconds / 1e9 for one in mine)
                 ratios = [one.raw / one.seconds for one in mine]
                 _place(row, setting is settings[0], setting.name, value, ratios)
-            row.bounds = "ratio"
             rows.append(row)
     mine = {(one.row, one.setting, one.round): one for one in samples}
     for peer, floor, goal in COMPARED:
