@@ -6,7 +6,7 @@ Memory of its own is RssAnon + RssFile. The images are RssShmem: they are the mo
 import re
 import threading
 import urllib.request
-from typing import Final
+from typing import Final, Self
 
 from tests.benchmarks import machine
 from tests.benchmarks.payload import GB
@@ -37,7 +37,7 @@ class Watch:
         while not self._stop.wait(_EVERY):
             self.peak = max(self.peak, own(self._pid))
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -59,7 +59,7 @@ def _point(axis: str, point: int, rounds: int) -> Row:
     free = machine.available_memory()
     # What is sent; two images, or only the first; what is served.
     warm = free is None or free > (3 + processes) * total + GB
-    if not warm and (processes or free < 2 * total + GB):
+    if free is not None and not warm and (processes or free < 2 * total + GB):
         row.skipped = f"needs {(2 + 2 * bool(processes) + processes) * total / GB:.0f} GB of free memory"
         return row
     pushes, peaks, first = _push(total, count, processes, rounds if warm else 0)

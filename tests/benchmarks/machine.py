@@ -1,6 +1,6 @@
 """The machine: which cores there are, pinning processes to them, and what it is called in the table."""
 
-import datetime
+import datetime as dt
 import os
 import platform
 import subprocess
@@ -76,7 +76,7 @@ def describe() -> dict[str, Any]:
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
     }
 

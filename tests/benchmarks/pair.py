@@ -41,7 +41,7 @@ class Pair:
             raise AssertionError(f"{self.sender.target}: other bytes arrived than were sent")
 
     def _both(self, method: str, *, deadline: float = CALL, **arguments: list[Any]) -> list[Any]:
-        """Call a method of both at once; each argument is a list with one value for the sender, one for the receiver."""
+        """Call a method of both at once; of each argument the sender gets the first value, the receiver the second."""
         # The receiver first: it waits.
         for side, worker in ((1, self.receiver), (0, self.sender)):
             worker.start(method, deadline=deadline, **{name: values[side] for name, values in arguments.items()})

@@ -4,7 +4,7 @@ Random and never zeros: zeros compress, share pages and are what a lazy transpor
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -76,10 +76,9 @@ def renew(state: Mapping[str, torch.Tensor]) -> None:
         view[whole:] ^= mask[: len(view) - whole]
 
 
-def bits(tensor: torch.Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-    """The bytes of a contiguous tensor, as memory to read and write."""
-    found: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return found
+def bits(tensor: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor, as an array to read and write."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:

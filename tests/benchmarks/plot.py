@@ -37,10 +37,10 @@ def draw(results: Mapping[str, Any]) -> list[Path]:
 
 
 def _side_by_side(rows: Sequence[Row]) -> None:
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     shown = [row for row in rows if row.ratio is not None and row.name != "whole push"]
-    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(shown) + 1))
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(shown) + 1))
     positions = range(len(shown))[::-1]
     for at, row in zip(positions, shown, strict=True):
         assert row.ratio is not None
@@ -56,9 +56,9 @@ def _side_by_side(rows: Sequence[Row]) -> None:
 
 
 def _growth(rows: Sequence[Row]) -> None:
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.2))
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
     labels = {"bytes": "bytes", "tensors": "tensors (200 MB in all)", "processes": "serving processes (200 MB)"}
     for axes, (axis, label) in zip(panels, labels.items(), strict=True):
         points = [row for row in rows if row.details.get("axis") == axis and row.value is not None]
@@ -85,7 +85,7 @@ def _growth(rows: Sequence[Row]) -> None:
 
 
 def _write(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
+    plt.close(figure)

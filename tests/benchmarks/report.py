@@ -1,6 +1,6 @@
 """From results.json to the tables: on the terminal, and in README.md between two comments.
 
-    results.json    {"sections": {NAME: {"title", "machine", "rounds", "rows": [...]}}}
+results.json    {"sections": {NAME: {"title", "machine", "rounds", "rows": [...]}}}
 """
 
 import json

@@ -4,11 +4,10 @@ The daemon is the command ``shipd`` as a service manager would start it. Everyth
 connecting to its receipt, in one call of the public client.
 """
 
-import contextlib
+import importlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,22 +15,22 @@ import torch
 
 from shipd.service.config import Config
 from tests.benchmarks import machine, payload
-from tests.benchmarks.machine import Setting
 from tests.benchmarks.peers.side import Side
 from tests.benchmarks.workers import CALL, Worker
 from tests.support.processes import ShipdProcess, memory
 
 
 class Sender(Side):
-    """Pushes a state dict in memory, or a safetensors file of the same tensors. ``count``: of equal size, else a model."""
+    """Pushes a state dict, or a safetensors file of it: ``count`` tensors of equal size, or those of a model."""
 
     def __init__(self, total: int, count: int = 0) -> None:
         self.state = payload.even(count, total) if count else payload.model(total)
         payload.randomise(self.state)
         self.file: Path | None = None
         self.pushes = 0
-        import shipd.checkpoints.opened  # noqa: F401  imported before the first push is timed, not by it
-        import shipd.client.client  # noqa: F401
+        # Before the first push is timed, not by it.
+        for name in ("shipd.client.client", "shipd.checkpoints.opened", "safetensors.torch"):
+            importlib.import_module(name)
 
     def save(self, path: str) -> None:
         """Write what there is as a safetensors file. It stays in the page cache, and nothing of it is left to write."""
@@ -152,26 +151,18 @@ class Host:
         worker.call("attach", socket=str(self.daemon.socket), name=name, total=total, count=count)
         return worker
 
+    def dismiss(self) -> None:
+        """End the serving processes; the daemon has seen them go when the next one has attached."""
+        while self.serving:
+            self.serving.pop().__exit__()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self.serving:
-            worker.__exit__()
+        self.dismiss()
         self.daemon.__exit__()
         self._directory.cleanup()
-
-
-@contextlib.contextmanager
-def warm(total: int, setting: Setting, count: int = 0) -> Iterator[tuple[Host, Worker]]:
-    """A host that serves a model and a sender that has pushed to it until both images have been written to."""
-    with Host({"model": total}) as host, Worker("tests.benchmarks.shipd_side:Sender", total=total, count=count) as sender:
-        host.place(setting.receiver)
-        sender.call("pin", cores=setting.sender)
-        host.serve("model", total, count)
-        for _ in range(3):
-            push(host, sender)
-        yield host, sender
 
 
 def push(host: Host, sender: Worker, *, model: str = "model", from_file: bool = False) -> dict[str, Any]:

@@ -6,7 +6,7 @@ slow for a while is slow for both.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,7 +52,7 @@ class Bench:
     total: int
     round: int
 
-    def measure(self, setting: Setting, rows: Callable[[], dict[str, float]]) -> Iterator[Sample]:
+    def measure(self, setting: Setting, rows: Callable[[], dict[str, float]]) -> Generator[Sample, None, None]:
         """A raw transfer, then what ``rows`` measures."""
         self.raw.place(setting)
         reference = self.raw.transfer()
@@ -66,17 +66,17 @@ class Contender:
 
     name: str
     rows: tuple[str, ...]
-    visit: Callable[[Bench], Iterator[Sample]]
+    visit: Callable[[Bench], Generator[Sample, None, None]]
 
 
-def _raw(bench: Bench) -> Iterator[Sample]:
+def _raw(bench: Bench) -> Generator[Sample, None, None]:
     """Against the raw transfer before it: its ratio tells how steady the machine is."""
     for setting in bench.settings:
         yield from bench.measure(setting, lambda: {RAW: bench.raw.transfer()})
 
 
-def _peer(module: str, kinds: dict[str, str], **arguments: Any) -> Callable[[Bench], Iterator[Sample]]:
-    def visit(bench: Bench) -> Iterator[Sample]:
+def _peer(module: str, kinds: dict[str, str], **arguments: Any) -> Callable[[Bench], Generator[Sample, None, None]]:
+    def visit(bench: Bench) -> Generator[Sample, None, None]:
         with Pair(f"tests.benchmarks.peers.{module}", total=bench.total, **arguments) as pair:
             for setting in bench.settings:
                 pair.place(setting)
@@ -89,7 +89,7 @@ def _peer(module: str, kinds: dict[str, str], **arguments: Any) -> Callable[[Ben
     return visit
 
 
-def _shipd(bench: Bench) -> Iterator[Sample]:
+def _shipd(bench: Bench) -> Generator[Sample, None, None]:
     """Into a fresh daemon whose images nobody has touched; then, with a model attached in mode copy, into warm ones.
 
     The serving process is on the daemon's side. It is idle while the bytes travel, and the swap is part of the push.
@@ -100,7 +100,7 @@ def _shipd(bench: Bench) -> Iterator[Sample]:
         host.place(first.receiver)
         sender.call("pin", cores=first.sender)
         yield from bench.measure(first, lambda: {COLD: push(host, sender)["seconds"]})
-        serving = host.serve("model", total)
+        host.serve("model", total)
         sender.call("save", path=str(host.directory / "model.safetensors"))
         for _ in range(2):
             # Each of the two images once.
@@ -112,11 +112,16 @@ def _shipd(bench: Bench) -> Iterator[Sample]:
             return {WIRE: receipt["wire_seconds"], PUSH: receipt["seconds"]}
 
         for setting in bench.settings:
+            if len(setting.receiver) != len(first.receiver):
+                # Started where it runs, torch copies with as many threads as it has cores there.
+                host.dismiss()
+                host.place(setting.receiver)
+                host.serve("model", total)
             host.place(setting.receiver)
             sender.call("pin", cores=setting.sender)
             yield from bench.measure(setting, lambda: {FILE: push(host, sender, from_file=True)["seconds"]})
             yield from bench.measure(setting, from_memory)
-        if serving.call("verify", name="model") != receipt["digest"] or not receipt["swapped"]:
+        if host.serving[0].call("verify", name="model") != receipt["digest"] or not receipt["swapped"]:
             raise AssertionError("shipd: other bytes are live than were pushed")
 
 
@@ -166,7 +171,7 @@ def measure(
                 found: list[Sample] = []
                 try:
                     with contextlib.closing(contender.visit(Bench(settings, raw, total, number))) as visit:
-                        found.extend(visit)  # type: ignore[arg-type]
+                        found.extend(visit)
                 except (WorkerFailed, AssertionError, OSError) as error:
                     if contender.name in ("raw", "shipd"):
                         raise
@@ -190,9 +195,7 @@ def table(
     for contender in chosen:
         for name in contender.rows:
             floor, goal = BOUNDS.get(name, (None, None))
-            row = Row(
-                name=name, unit="GB/s", reference=RAW, floor=floor, goal=goal, better="higher", bounds="ratio"
-            )
+            row = Row(name=name, unit="GB/s", reference=RAW, floor=floor, goal=goal, better="higher", bounds="ratio")
             if contender.name in failed:
                 row.skipped = failed[contender.name]
             for setting in settings:
@@ -201,7 +204,7 @@ def table(
                 ratios = [one.raw / one.seconds for one in mine]
                 _place(row, setting is settings[0], setting.name, value, ratios)
             rows.append(row)
-    mine = {(one.row, one.setting, one.round): one for one in samples}
+    known = {(one.row, one.setting, one.round): one for one in samples}
     for peer, floor, goal in COMPARED:
         if not any(one.row == peer for one in samples) or not any(one.row == PUSH for one in samples):
             continue
@@ -212,8 +215,8 @@ def table(
             # Through the raw socket of each, since minutes may lie between the two.
             both = [
                 (push, other)
-                for (name, where, number), push in mine.items()
-                if (name, where) == (PUSH, setting.name) and (other := mine.get((peer, where, number)))
+                for (name, where, number), push in known.items()
+                if (name, where) == (PUSH, setting.name) and (other := known.get((peer, where, number)))
             ]
             value = median(total / push.seconds / 1e9 for push, _ in both)
             ratios = [(push.raw / push.seconds) / (other.raw / other.seconds) for push, other in both]

@@ -54,9 +54,7 @@ def measure(rounds: int, count: int = COUNT) -> list[Row]:
     return rows
 
 
-def _alternate(
-    rounds: int, count: int, size: int, first: bool, settings: Sequence[Setting]
-) -> tuple[Seconds, Seconds]:
+def _alternate(rounds: int, count: int, size: int, first: bool, settings: Sequence[Setting]) -> tuple[Seconds, Seconds]:
     many: Seconds = {}
     one: Seconds = {}
     declared = rounds if first else 0

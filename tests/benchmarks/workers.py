@@ -112,7 +112,7 @@ def shut_down() -> None:
 @contextlib.contextmanager
 def deadline_of(seconds: float) -> Iterator[None]:
     """Past it, this process prints where every thread stands, and exits: also where it hangs in C."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ The tensors lie in one flat buffer on both sides, which is the best case for glo
     checks+copy  both
 """
 
-import datetime
+import datetime as dt
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +35,7 @@ class _Rank(Side):
         self.buckets = self.flat.view(torch.uint8).split(BUCKET)
 
     def meet(self, offer: dict[str, Any]) -> None:
-        timeout = datetime.timedelta(seconds=30)
+        timeout = dt.timedelta(seconds=30)
         # Two hosts would find each other by name; here the name of this one may not resolve.
         dist.init_process_group(
             "gloo", init_method=f"file://{offer['store']}", rank=self.rank, world_size=2, timeout=timeout

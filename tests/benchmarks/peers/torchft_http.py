@@ -6,7 +6,7 @@ timer starts, and the allocator gives its pages back to the kernel: that they ar
 The kind is the number of chunks, fetched by as many threads; 0, torchft's default, fetches everything in one.
 """
 
-import datetime
+import datetime as dt
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -15,7 +15,7 @@ from torchft.checkpointing.http_transport import HTTPTransport
 from tests.benchmarks import payload
 from tests.benchmarks.peers.side import Side, now
 
-_TIMEOUT: Final = datetime.timedelta(seconds=60)
+_TIMEOUT: Final = dt.timedelta(seconds=60)
 
 
 class Sender(Side):

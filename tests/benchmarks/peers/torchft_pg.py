@@ -3,7 +3,7 @@
 In place, by the ``state_dict`` argument: "much faster than having to allocate new tensors", says torchft.
 """
 
-import datetime
+import datetime as dt
 from typing import Any, Final
 
 import torch
@@ -14,7 +14,7 @@ from torchft.process_group import ProcessGroupGloo
 from tests.benchmarks import payload
 from tests.benchmarks.peers.side import Side, now
 
-_TIMEOUT: Final = datetime.timedelta(seconds=60)
+_TIMEOUT: Final = dt.timedelta(seconds=60)
 
 
 class _Rank(Side):
@@ -36,7 +36,9 @@ class Sender(_Rank):
     def __init__(self, total: int) -> None:
         super().__init__(total)
         payload.randomise(self.state)
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+        self.store = torch._C._distributed_c10d.TCPStore(
+            "127.0.0.1", 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False
+        )
 
     def offer(self) -> dict[str, Any]:
         return {"store": f"127.0.0.1:{self.store.port}/checkpoint"}
