@@ -22,7 +22,7 @@ from tests.benchmarks.payload import GB
 from tests.benchmarks.rows import Row
 from tests.benchmarks.sections import SECTIONS, Run, Section
 from tests.benchmarks.side_by_side import CONTENDERS, reason
-from tests.benchmarks.workers import shut_down
+from tests.benchmarks.workers import preload, shut_down
 
 ROUNDS: Final = 5
 
@@ -63,6 +63,9 @@ def _measure(chosen: argparse.Namespace) -> None:
         for section in SECTIONS
         if not chosen.names or section.name in chosen.names or (contenders and section.name == "side-by-side")
     ]
+    if any(section.name == "side-by-side" for section in wanted) and (not contenders or "torchft" in str(contenders)):
+        # It takes as long to import as torch.
+        preload("torchft.checkpointing.http_transport", "torchft.checkpointing.pg_transport")
     where = machine.describe()
     run = Run(rounds=chosen.rounds, contenders=contenders, total=int(chosen.bytes), full=chosen.full, say=say)
     found = {}

@@ -71,7 +71,7 @@ def measure(rounds: int, total: int = TOTAL) -> list[Row]:
                 lags.append(p99(before, loop_lag(host.metrics)))
                 most.append(watch.peak / _MIB)
                 growth.append((watch.peak - watch.first) / _MIB)
-    size = f"{total / GB:.0f} GB"
+    size = f"{total / GB:g} GB"
     rows = [
         Row(
             name=f"daemon's own memory during a push of {size}",

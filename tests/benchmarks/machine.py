@@ -4,7 +4,6 @@ import datetime as dt
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -127,7 +126,3 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return run[0].strip() + ("+" if run[1].strip() else "")
-
-
-if __name__ == "__main__":
-    print(describe(), settings(), file=sys.stderr)

@@ -16,6 +16,13 @@ PICTURES: Final = (
 _OURS: Final = "#1f6f8b"
 _THEIRS: Final = "#b8b8b8"
 _MEMORY: Final = "#c26a3d"
+_LEGEND: Final[dict[str, Any]] = {
+    "fontsize": 7,
+    "frameon": False,
+    "ncols": 4,
+    "loc": "lower center",
+    "bbox_to_anchor": (0.5, 1.0),
+}
 
 
 def draw(results: Mapping[str, Any]) -> list[Path]:
@@ -68,18 +75,21 @@ def _growth(rows: Sequence[Row]) -> None:
             axes.plot(*zip(*known, strict=True) if known else ([], []), style, marker="o", color=_OURS, label=name)
         axes.set_xlabel(label)
         axes.set_ylabel("seconds", color=_OURS)
-        axes.set_ylim(bottom=0)
-        if axis != "processes":
+        if axis == "processes":
+            axes.set_xticks(across)
+        else:
             axes.set_xscale("log")
         if axis == "bytes":
             axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         memory = axes.twinx()
         for key, style in (("daemon", "-"), ("sender", "--")):
             memory.plot(across, [row.details[key] for row in points], style, marker=".", color=_MEMORY, label=key)
         memory.set_ylim(0, max(40.0, *(1.1 * row.details[key] for row in points for key in ("daemon", "sender")), 0.0))
         memory.set_ylabel("MiB beyond rest", color=_MEMORY)
         handles = [*axes.get_legend_handles_labels()[0], *memory.get_legend_handles_labels()[0]]
-        axes.legend(handles, [one.get_label() for one in handles], fontsize=7, loc="upper left", frameon=False)
+        axes.legend(handles, [one.get_label() for one in handles], **_LEGEND)
     figure.tight_layout()
     _write(figure, GROWTH)
 

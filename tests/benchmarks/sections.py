@@ -68,7 +68,7 @@ SECTIONS: Final = tuple(
         Section("hold", "What a hold costs", in_process_of_its_own("tests.benchmarks.hold")),
         Section("memory", "The daemon under a large push", lambda run: daemon_memory.measure(run.rounds)),
         Section("inference", "Inference meanwhile", lambda run: inference.measure(run.rounds)),
-        Section("growth", "Growth", lambda run: growth.measure(min(run.rounds, 3), run.full, run.say)),
+        Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say)),
     )
     if section.name not in ("pause", "hold") or importlib.util.find_spec(f"tests.benchmarks.{section.name}")
 )

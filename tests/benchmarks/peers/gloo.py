@@ -4,8 +4,7 @@ The tensors lie in one flat buffer on both sides, which is the best case for glo
 
     plain        the broadcasts
     copy         followed by a copy into the tensors of a model, as one torch._foreach_copy_
-    checks       each bucket followed by its CRC32C and xxh3-128 on both sides, which work on it at the same time
-    checks+copy  both
+    checks+copy  and each bucket followed by its CRC32C and xxh3-128 on both sides, which work on it at the same time
 """
 
 import datetime as dt
