@@ -8,8 +8,6 @@ The tensors lie in one flat buffer on both sides, which is the best case for glo
 """
 
 import datetime as dt
-import tempfile
-from pathlib import Path
 from typing import Any, Final
 
 import crc32c
@@ -21,6 +19,7 @@ from tests.benchmarks import payload
 from tests.benchmarks.peers.side import Side, now
 
 BUCKET: Final = 64 << 20
+_TIMEOUT: Final = dt.timedelta(seconds=60)
 
 
 class _Rank(Side):
@@ -33,12 +32,8 @@ class _Rank(Side):
         self.state = {name: view.view(shapes[name].shape) for name, view in zip(shapes, views, strict=True)}
         self.buckets = self.flat.view(torch.uint8).split(BUCKET)
 
-    def meet(self, offer: dict[str, Any]) -> None:
-        timeout = dt.timedelta(seconds=30)
-        # Two hosts would find each other by name; here the name of this one may not resolve.
-        dist.init_process_group(
-            "gloo", init_method=f"file://{offer['store']}", rank=self.rank, world_size=2, timeout=timeout
-        )
+    def _join(self, store: Any) -> None:
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=2, timeout=_TIMEOUT)
 
     def transfer(self, kind: str) -> list[float | None]:
         dist.barrier()
@@ -62,18 +57,20 @@ def check(bucket: torch.Tensor) -> tuple[int, bytes]:
 
 
 class Sender(_Rank):
-    """Rank 0."""
+    """Rank 0; keeps the store through which the two meet."""
 
     def __init__(self, total: int) -> None:
         super().__init__(total)
-        self.directory = tempfile.TemporaryDirectory(prefix="shipd-bench-")
         payload.randomise(self.state)
+        self.store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False
+        )
 
     def offer(self) -> dict[str, Any]:
-        return {"store": str(Path(self.directory.name) / "store")}
+        return {"port": self.store.port}
 
     def meet(self, offer: dict[str, Any]) -> None:
-        super().meet(self.offer())
+        self._join(self.store)
 
 
 class Receiver(_Rank):
@@ -86,6 +83,9 @@ class Receiver(_Rank):
         self.model = payload.model(total)
         for tensor in self.model.values():
             payload.bits(tensor)[:] = 1
+
+    def meet(self, offer: dict[str, Any]) -> None:
+        self._join(dist.TCPStore("127.0.0.1", offer["port"], timeout=_TIMEOUT))  # type: ignore[attr-defined]
 
     def apply(self) -> None:
         torch._foreach_copy_(list(self.model.values()), list(self.state.values()))
