@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12 make demo     with another interpreter (3.11 or newer; `make clean` first)
 #   make test ARGS="-k swap -x"     what is passed on to pytest
+#   make bench ARGS="raw shipd"     ... and to the benchmarks (--help lists them); make bench ARGS="growth --full"
 
 PYTHON ?= python3
 ARGS ?=
@@ -19,12 +20,19 @@ BASE := $(VENV)/.installed-base
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 LINT := $(VENV)/.installed-lint
+BENCH := $(VENV)/.installed-bench
+# What the benchmarks compare shipd with, each with what it imports and no more, and none of it needed.
+TORCHFT := torchft opentelemetry-api opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-common \
+	opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http opentelemetry-proto \
+	opentelemetry-sdk opentelemetry-semantic-conventions googleapis-common-protos protobuf \
+	requests certifi charset-normalizer idna urllib3
+MOONCAKE := mooncake-transfer-engine-non-cuda
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test bench lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +45,9 @@ demo: $(DEMO)  ## a real model that answers while its next versions arrive (half
 test: $(TEST)  ## the whole suite, the demo included
 	$(RUN) -m tests.demo
 	$(RUN) -m pytest $(ARGS)
+
+bench: $(BENCH)  ## shipd beside a raw socket, gloo, torchft and Mooncake (under ten minutes)
+	@$(RUN) -m tests.benchmarks $(ARGS)
 
 lint: $(LINT)  ## ruff, mypy --strict, import-linter
 	$(RUN) -m ruff check .
@@ -71,4 +82,11 @@ $(TEST): $(DEMO)
 
 $(LINT): $(TEST)
 	@$(EDITABLE) '.[lint]'
+	@touch $@
+
+# --no-deps: neither rival may bring another torch. Where one cannot be installed, its rows say so.
+$(BENCH): $(DEMO)
+	@$(EDITABLE) '.[bench]'
+	@for rival in '$(TORCHFT)' '$(MOONCAKE)'; do \
+		$(INSTALL) --no-deps $$rival || echo "Not here: $$rival. The benchmarks go on without."; done
 	@touch $@

@@ -1,0 +1,1 @@
+"""Rivals, each as a Sender and a Receiver that tests.benchmarks.pair leads through a transfer."""
