@@ -1,5 +1,6 @@
 """The switch interval while a gate is closed: short, and afterwards what it was."""
 
+import functools
 import os
 import sys
 import threading
@@ -62,7 +63,7 @@ def test_two_at_once_in_either_order(first, usual):
             inside.wait(DEADLINE)
             assert leave[index].wait(DEADLINE)
 
-    workers = [Worker(lambda index=index: work(index)) for index in range(2)]
+    workers = [Worker(functools.partial(work, index)) for index in range(2)]
     inside.wait(DEADLINE)
     assert sys.getswitchinterval() == pytest.approx(TURN)
     for index in (first, 1 - first):

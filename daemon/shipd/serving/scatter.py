@@ -104,7 +104,7 @@ class Scatter:
     def parts(self, mapping: ImageMapping) -> list[Part]:
         """What to copy from an image."""
         raw = mapping.raw
-        parts = []
+        parts: list[Part] = []
         for size, addresses, places in self._groups:
             # numpy copies the source first where the two may overlap, which it judges by their ends alone.
             below = addresses < mapping.address

@@ -25,12 +25,10 @@ _usual: list[float] = []
 
 @contextlib.contextmanager
 def short_turns() -> Iterator[None]:
-    """Begin with a whole turn of one's own, and have later ones of everybody's last ``TURN`` seconds.
+    """Have everybody's turns last ``TURN`` seconds, and begin with one of one's own.
 
     The interval belongs to the interpreter, so it is put back exactly, unless somebody else has set it meanwhile.
     """
-    # Whoever waits for the GIL takes it away an interval after it was last handed over: that moment is to be now.
-    time.sleep(_NAP)
     usual = sys.getswitchinterval()
     if usual <= TURN:
         yield
@@ -40,6 +38,8 @@ def short_turns() -> Iterator[None]:
     # Not TURN: it is kept in whole microseconds, and rounded.
     short = sys.getswitchinterval()
     try:
+        # Whoever waits for the GIL takes it away an interval after it was last handed over: that moment is to be now.
+        time.sleep(_NAP)
         yield
     finally:
         if sys.getswitchinterval() == short:
