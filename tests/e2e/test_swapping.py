@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import threading
 import time
 
@@ -511,13 +512,34 @@ def test_every_mismatch_is_listed_before_a_byte_travels(start_daemon: StartDaemo
     assert ask(model) == right_answer(1)
 
 
+def test_direct_in_memory_is_a_copy_under_its_own_name(start_daemon: StartDaemon, attach: Attach) -> None:
+    daemon = start_daemon(models={})
+    model = Exact(0)
+    resident = attach(model, daemon, mode="direct")
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    for number in (1, 2, 3):
+        receipt = push(address(daemon), state(number), label=f"v{number}")
+        assert (receipt.swapped, receipt.digest) == (1, resident.verify())
+        assert ask(model) == right_answer(number)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    assert resident.mode == "direct"
+
+    async def modes() -> list[str]:
+        async with shipd.connect(address(daemon)) as client:
+            return [process.mode for served in (await client.status()).models for process in served.processes]
+
+    assert asyncio.run(modes()) == ["direct"]
+
+
 # --- under load ------------------------------------------------------------------------------------------------------
 
-PUSHES = 500
-SECONDS = 60.0
-"""Until it is given up. Two idle cores need a sixth of it."""
+PUSHES = int(os.environ.get("SHIPD_SWAPS", "1000")) // 2
+"""Each is a swap in two processes. SHIPD_SWAPS=10000 pytest -k thousand_swaps tests/e2e: ten thousand of them."""
+SECONDS = max(60.0, 0.3 * PUSHES)
+"""Until it is given up. Two idle cores need a small part of it."""
 
 
+@pytest.mark.timeout(60 + SECONDS)
 def test_a_thousand_swaps_under_eight_readers_each(start_daemon: StartDaemon, serve: Serve) -> None:
     """Real pushes to two processes, one in each mode; every answer is compared to the bit with what its version must
     answer."""

@@ -708,30 +708,29 @@ def break_swaps(monkeypatch: pytest.MonkeyPatch, mode: str, *, times: int) -> li
             if not left:
                 return write(self, mapping)
             left.pop()
-            live, self._live = self._live, self._live[:3]
-            views, self._views[mapping] = self._image_views(mapping), self._image_views(mapping)[:3]
+            singles, self._singles = self._singles, self._singles[:3]
+            sources = self._sources_of(mapping)
+            self._sources[mapping] = sources._replace(views=sources.views[:3], parts=[])
             try:
                 write(self, mapping)
             finally:
-                self._live, self._views[mapping] = live, views
+                self._singles, self._sources[mapping] = singles, sources
             raise MemoryError("in the middle")
 
         monkeypatch.setattr(CopySwap, "_write", write_half)
         return left
     import shipd.serving.flip
 
-    bind = shipd.serving.flip.bind
-    calls = 0
+    rebind = shipd.serving.flip.rebind
 
-    def bind_some(live: torch.Tensor, replacement: torch.Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        if left and calls % 3 == 0:
-            left.pop()
-            raise MemoryError("in the middle")
-        bind(live, replacement)
+    def rebind_some(lives: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        if not left:
+            return rebind(lives, values)
+        left.pop()
+        rebind(lives[:2], values[:2])
+        raise MemoryError("in the middle")
 
-    monkeypatch.setattr("shipd.serving.flip.bind", bind_some)
+    monkeypatch.setattr("shipd.serving.flip.rebind", rebind_some)
     return left
 
 

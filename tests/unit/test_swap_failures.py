@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -6,13 +7,13 @@ from torch import nn
 
 from shipd.errors import AttachError, StageFailed, SwapFailed
 from shipd.images.memory import Access, ImageMapping
-from shipd.serving import bits, flip
+from shipd.serving import bits, flip, scatter
 from shipd.serving.gate import Gate
 from shipd.serving.swap import Torn
 from shipd.serving.version import Version
 from tests.support.swapping import encoder, perturbed, properties, raws, rigs
 
-MODES = ("copy", "flip")
+MODES = ("copy", "direct", "flip")
 DEADLINE = 60.0
 
 
@@ -25,62 +26,156 @@ def rig():
 # Failures -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adopted", [True, False])
-def test_a_copy_that_fails_at_any_tensor_is_undone(adopted, rig, monkeypatch):
+def crowd():
+    """An encoder with many small tensors of two sizes beside it, evenly spaced in the image and not."""
     model = encoder()
-    one = rig(model, "copy")
+    for number in range(40):
+        model.register_buffer(f"even_{number:02}", torch.full((3,), float(number), dtype=torch.float64))
+        model.register_buffer(f"odd_{number:02}", torch.full((20 if number % 7 else 40,), float(number)))
+    return model
+
+
+def changed(before, model):
+    """Names of the tensors that are not what they were."""
+    return {name for name, content in raws(model).items() if content != before[name]}
+
+
+def watch_undo(swapper, model, before, monkeypatch):
+    """What had been overwritten when undoing began, one number for each time."""
+    counts: list[int] = []
+    undo = swapper._undo
+
+    def count():
+        counts.append(len(changed(before, model)))
+        undo()
+
+    monkeypatch.setattr(swapper, "_undo", count)
+    return counts
+
+
+@pytest.mark.parametrize("mode", ["copy", "direct"])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_copy_that_fails_at_any_single_tensor_is_undone(mode, adopted, rig, monkeypatch):
+    """The tensors before it have been overwritten by then, by torch's one call."""
+    model = crowd()
+    one = rig(model, mode)
     if adopted:
         one.adopt()
     before = raws(model)
     mapping = one.image_of(perturbed(model, 1.0))
-    real = torch._foreach_copy_
-    calls = []
-    for failing in range(len(bits.primary_rows(one.layout)) + 1):
-
-        def break_off(targets, sources, at=failing):
-            calls.append(len(targets))
-            if len(calls) > 1:
-                return real(targets, sources)
-            if at:
-                real(targets[:at], sources[:at])
-            raise RuntimeError("injected")
-
-        calls.clear()
+    one.swapper.stage(mapping)
+    singles = len(one.swapper._singles)
+    assert 10 < singles < len(bits.primary_rows(one.layout))
+    counts = watch_undo(one.swapper, model, before, monkeypatch)
+    sources = one.swapper._sources_of(mapping)
+    for failing in range(singles):
+        views = list(sources.views)
+        views[failing] = torch.zeros(12345, dtype=torch.int32)
+        one.swapper._sources[mapping] = sources._replace(views=views)
         one.swapper.stage(mapping)
-        monkeypatch.setattr(torch, "_foreach_copy_", break_off)
-        with pytest.raises(SwapFailed, match=r"old version serves.*injected"):
+        with pytest.raises(SwapFailed, match=r"old version serves.*12345"):
             one.swapper.apply()
-        monkeypatch.undo()
-        assert raws(model) == before
-        assert len(calls) == 2
+        assert not changed(before, model)
+    # More of them each time; a tied weight is two names, and an integer tensor is the same in both versions.
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1] >= singles - 2) == (0, True)
+    one.swapper._sources[mapping] = sources
     one.swapper.stage(mapping)
     one.swapper.apply()
-    assert raws(model) != before
+    assert len(changed(before, model)) > singles
 
 
-def test_a_flip_that_fails_at_any_tensor_is_undone(rig, monkeypatch):
-    model = encoder()
+@pytest.mark.parametrize("mode", ["copy", "direct"])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_copy_that_fails_at_any_of_many_small_tensors_is_undone(mode, adopted, rig, monkeypatch):
+    model = crowd()
+    one = rig(model, mode)
+    if adopted:
+        one.adopt()
+    before = raws(model)
+    mapping = one.image_of(perturbed(model, 1.0))
+    one.swapper.stage(mapping)
+    singles = len(one.swapper._singles)
+    parts = one.swapper._sources_of(mapping).parts
+    assert {part.source_index is None for part in parts} == {True, False}
+    counts = watch_undo(one.swapper, model, before, monkeypatch)
+    total = sum(len(part.index) for part in parts)
+    assert singles + total == len(one.swapper._live)
+    real = scatter.copy_parts
+    for failing in range(total + 1):
+
+        def break_off(parts, at=failing):
+            for part in parts:
+                some = slice(0, min(at, len(part.index)))
+                source = part.source[some] if part.source_index is None else part.source[part.source_index[some]]
+                part.target[part.index[some]] = source
+                at -= len(part.index[some])
+                if not at:
+                    scatter.copy_parts = real
+                    raise MemoryError("injected")
+
+        one.swapper.stage(mapping)
+        monkeypatch.setattr(scatter, "copy_parts", break_off)
+        with pytest.raises(SwapFailed, match=r"old version serves.*injected"):
+            one.swapper.apply()
+        assert not changed(before, model)
+    assert [count - counts[0] for count in counts] == list(range(total + 1))
+    one.swapper.stage(mapping)
+    one.swapper.apply()
+    assert len(changed(before, model)) > total
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_flip_that_fails_at_any_tensor_is_undone(inference, rig, monkeypatch):
+    with torch.inference_mode(inference):
+        model = encoder()
     one = rig(model, "flip")
     before = raws(model)
     addresses = [p.data_ptr() for p in model.parameters()]
-    real = flip.bind
-    for failing in range(len(list(model.parameters()))):
-        calls: list[torch.Tensor] = []
+    moved: list[int] = []
+    undo = flip.Bindings.undo
 
-        def break_off(live, replacement, calls=calls, at=failing):
-            calls.append(live)
-            if len(calls) == at + 1:
-                raise RuntimeError("injected")
-            real(live, replacement)
+    def count(self):
+        moved.append(sum(p.data_ptr() != a for p, a in zip(model.parameters(), addresses, strict=True)))
+        undo(self)
 
+    monkeypatch.setattr(flip.Bindings, "undo", count)
+    total = len(addresses)
+    for failing in range(total):
         one.swapper.stage(one.image_of(perturbed(model, 1.0)))
-        monkeypatch.setattr(flip, "bind", break_off)
-        with pytest.raises(SwapFailed, match=r"old version serves.*injected"):
+        bindings = one.swapper._staged[1]
+        if inference:
+            live, old, _ = bindings.inference[failing]
+            bindings.inference[failing] = (live, old, None)
+        else:
+            # Not a tensor: binding refuses it, when those before it are bound.
+            bindings.news[failing] = None
+        with pytest.raises(SwapFailed, match=r"old version serves.*Error"):
             one.swapper.apply()
-        monkeypatch.undo()
         assert raws(model) == before
         assert [p.data_ptr() for p in model.parameters()] == addresses
         assert one.tensors.changed() == []
+    assert moved == list(range(total))
+    # The hook knows the model, which would keep the image.
+    monkeypatch.undo()
+    one.to(perturbed(model, 1.0))
+    assert changed(before, model)
+
+
+def test_what_a_flip_replaces_is_freed_when_the_gate_is_open(rig):
+    model = nn.Linear(64, 64)
+    one = rig(model, "flip")
+    first = weakref.ref(model.weight.untyped_storage())
+    content = model.weight.detach().clone()
+    one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+    olds = one.swapper._staged[1].olds
+    one.swapper.apply()
+    assert one.swapper._replaced.olds is olds
+    assert any(torch.equal(old, content) for old in olds)
+    assert one.swapper.settle()
+    assert one.swapper._replaced is None
+    del olds
+    assert first() is None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -93,7 +188,7 @@ def test_what_cannot_be_undone_is_torn(mode, rig, monkeypatch):
     def fail(*_):
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode == "copy" else (flip, "bind")), fail)
+    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode != "flip" else (flip, "rebind")), fail)
     with pytest.raises(Torn, match="could not be undone"):
         one.swapper.apply()
 
@@ -109,7 +204,7 @@ def test_a_torn_model_is_fenced_before_anyone_holds(mode, rig, monkeypatch):
     def fail(*_):
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode == "copy" else (flip, "bind")), fail)
+    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode != "flip" else (flip, "rebind")), fail)
 
     def action():
         try:
@@ -164,15 +259,17 @@ def test_an_image_that_does_not_fit_cannot_be_staged(mode, rig):
     with pytest.raises(StageFailed, match="are needed"):
         one.swapper.stage(other.image_of())
     _, fd = one.slot()
-    wrong = Access.PRIVATE if mode == "copy" else Access.READ_ONLY
+    wrong = Access.READ_ONLY if mode == "flip" else Access.PRIVATE
     with pytest.raises(StageFailed, match="are needed"):
         one.swapper.stage(ImageMapping(fd, one.layout.size, wrong))
 
 
 def test_unknown_modes_are_refused(rig):
-    with pytest.raises(AttachError, match="unknown mode 'direct'"):
-        rig(nn.Linear(2, 2), "direct")
+    with pytest.raises(AttachError, match="unknown mode 'swift'; there are auto, copy, direct, flip"):
+        rig(nn.Linear(2, 2), "swift")
     assert rig(nn.Linear(2, 2), "auto").swapper.mode == "copy"
+    for mode in MODES:
+        assert rig(nn.Linear(2, 2), mode).swapper.mode == mode
 
 
 # Leases -------------------------------------------------------------------------------------------------------------

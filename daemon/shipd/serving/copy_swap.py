@@ -1,34 +1,49 @@
 """``copy`` on the CPU: the bytes of the live tensors are overwritten where they are; the image is the shadow.
 
+``direct`` is the same thing there: the image is copied into the live tensors in place, with the image before as the
+undo, and no third copy of the weights exists. What differs is on a device, see ``cuda`` and ``cuda_direct``.
+
 Addresses, Parameter objects, views of parameters, requires_grad and autograd's version counters stay as they are.
 """
 
 import weakref
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from shipd.errors import SwapFailed
 from shipd.images.memory import Access, ImageMapping
-from shipd.serving import bits
+from shipd.serving import bits, scatter
 from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image, never, read_digest
 from shipd.serving.tensors import ModelTensors
 from shipproto.layout import Layout
 
 
-class CopySwap:
-    """``copy``, see Swapper."""
+class _Sources(NamedTuple):
+    """An image as it is copied from: small tensors of which there are many, and views of the others."""
 
-    mode = "copy"
+    parts: list[scatter.Part]
+    views: list[Tensor]
+
+
+class CopySwap:
+    """``copy``, or ``direct``; see Swapper."""
+
     access = Access.READ_ONLY
 
-    def __init__(self, tensors: ModelTensors, layout: Layout) -> None:
+    def __init__(self, tensors: ModelTensors, layout: Layout, mode: str = "copy") -> None:
+        self.mode = mode
         self.tensors = tensors
         self.layout = layout
         self._rows = bits.primary_rows(layout)
         self._live = [bits.integers(tensors.live[row]) for row in self._rows]
+        self._scatter = scatter.Scatter(layout, self._rows, self._live)
+        singly = [at for at, taken in enumerate(self._scatter.taken) if not taken]
+        self._single_rows = [self._rows[at] for at in singly]
+        self._singles = [self._live[at] for at in singly]
         # Slots are used again and again, and 20,000 views take 30 ms.
-        self._views: weakref.WeakKeyDictionary[ImageMapping, list[Tensor]] = weakref.WeakKeyDictionary()
+        self._sources: weakref.WeakKeyDictionary[ImageMapping, _Sources] = weakref.WeakKeyDictionary()
         self._current: ImageMapping | None = None
         self._staged: ImageMapping | None = None
         self._saved: list[Tensor] = []
@@ -56,7 +71,7 @@ class CopySwap:
         self._prepare(mapping)
         if self._current is None and not self._saved:
             # The model came with weights of its own, which no image has: this once, an undo is worth its memory.
-            self._saved = [view.clone() for view in self._live]
+            self._saved = self._save()
         self._staged = mapping
 
     def discard(self) -> None:
@@ -98,7 +113,7 @@ class CopySwap:
 
     def forget(self, mapping: ImageMapping) -> None:
         """See Swapper."""
-        self._views.pop(mapping, None)
+        self._sources.pop(mapping, None)
         if self._staged is mapping:
             self.discard()
         if self._current is mapping:
@@ -110,31 +125,42 @@ class CopySwap:
 
     def close(self) -> None:
         """See Swapper."""
-        self._views.clear()
-        self._live = []
+        self._sources.clear()
+        self._live = self._singles = []
+        self._scatter = scatter.Scatter(self.layout, [], [])
         self._saved = []
         self._current = self._staged = None
 
     def _prepare(self, mapping: ImageMapping) -> None:
-        self._image_views(mapping)
+        """Everything for ``_write`` that takes time and touches nothing live."""
+        self._sources_of(mapping)
 
-    def _image_views(self, mapping: ImageMapping) -> list[Tensor]:
-        views = self._views.get(mapping)
-        if views is None:
-            views = bits.image_integers(bits.flat_bytes(mapping.raw), self.layout, self._rows)
-            self._views[mapping] = views
-        return views
+    def _sources_of(self, mapping: ImageMapping) -> _Sources:
+        sources = self._sources.get(mapping)
+        if sources is None:
+            views = bits.image_integers(bits.flat_bytes(mapping.raw), self.layout, self._single_rows)
+            sources = self._sources[mapping] = _Sources(self._scatter.parts(mapping), views)
+        return sources
 
     def _make_ready(self, mapping: ImageMapping) -> None:
         """What can fail before anything live is touched."""
 
     def _write(self, mapping: ImageMapping) -> None:
         """Overwrite the live tensors with the version in ``mapping``."""
-        bits.copy_all(self._live, self._image_views(mapping))
+        sources = self._sources_of(mapping)
+        bits.copy_all(self._singles, sources.views)
+        scatter.copy_parts(sources.parts)
+
+    def _save(self) -> list[Tensor]:
+        """A copy of what is live, for ``_restore``."""
+        return [view.clone() for view in self._live]
+
+    def _restore(self, saved: list[Tensor]) -> None:
+        bits.copy_all(self._live, saved)
 
     def _undo(self) -> None:
         """Overwrite the live tensors with the version before."""
         if self._current is not None:
             self._write(self._current)
         else:
-            bits.copy_all(self._live, self._saved)
+            self._restore(self._saved)

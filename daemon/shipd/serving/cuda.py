@@ -2,7 +2,8 @@
 
     image (host, page-locked) --side stream, chunk by chunk--> shadow --inside the closed gate--> live tensors
 
-Belongs here: everything that talks to CUDA. Addresses of live tensors stay, so CUDA graphs stay valid.
+Belongs here: what all swaps on CUDA have in common (page-locking, and getting bytes to the device), and ``copy``.
+Addresses of live tensors stay, so CUDA graphs stay valid.
 
 Page-locking belongs to this process and its CUDA context, so each process locks its own mapping, and only a shared one:
 locking a private mapping would copy every page. Where it is refused, a small page-locked ring carries the bytes.
@@ -41,12 +42,15 @@ def spans(layout: Layout, chunks: Iterable[tuple[int, int]], slice_size: int) ->
     for first, stop in chunks:
         if first >= stop:
             continue
-        start = layout.chunk(first)[0]
-        end = sum(layout.chunk(stop - 1))
-        while start < end:
-            cut = min(end, (start // slice_size + 1) * slice_size)
-            yield start, cut
-            start = cut
+        yield from cuts(layout.chunk(first)[0], sum(layout.chunk(stop - 1)), slice_size)
+
+
+def cuts(start: int, end: int, slice_size: int) -> Iterator[tuple[int, int]]:
+    """The bytes from ``start`` to ``end`` of the image, cut at every multiple of ``slice_size``."""
+    while start < end:
+        cut = min(end, (start // slice_size + 1) * slice_size)
+        yield start, cut
+        start = cut
 
 
 def _pinned(size: int) -> Tensor:
@@ -74,34 +78,37 @@ class _Ring:
             sent.record(stream)
 
 
-class CudaCopySwap(CopySwap):
-    """``copy`` for a model on one CUDA device.
+class NoRoom(AttachError):
+    """The device has no room for what a way of swapping needs there."""
+
+
+class CudaSwap(CopySwap):
+    """What ``copy`` and ``direct`` have in common for a model on one CUDA device.
 
     page_locked   whether images are page-locked; None before the first was tried
     """
 
-    def __init__(self, tensors: ModelTensors, layout: Layout) -> None:
-        super().__init__(tensors, layout)
+    def __init__(self, tensors: ModelTensors, layout: Layout, mode: str) -> None:
+        super().__init__(tensors, layout, mode)
         self.device = tensors.device
         self.page_locked: bool | None = None
         self._stream = torch.cuda.Stream(self.device)
-        try:
-            with self._on_stream():
-                self._shadow = torch.zeros(layout.size, dtype=torch.uint8, device=self.device)
-        except torch.cuda.OutOfMemoryError as error:
-            free, total = torch.cuda.mem_get_info(self.device)
-            raise AttachError(
-                f"mode copy needs a shadow of {layout.size} bytes on {self.device}; {free} of {total} are free: {error}"
-            ) from error
-        shadows = bits.image_integers(self._shadow, layout, self._rows)
-        self._groups = _group(self._live, shadows)
-        # What the shadow holds: which image, and which of its chunks.
-        self._source: ImageMapping | None = None
-        self._present = bytearray(layout.chunks)
         # Addresses of the slices of each mapping that are page-locked, which happens on another thread.
         self._locked: dict[ImageMapping, list[int]] = {}
         self._locking = threading.Lock()
         self._ring: _Ring | None = None
+
+    def _reserve(self, size: int, purpose: str) -> Tensor:
+        """``size`` zero bytes on the device. Raises NoRoom."""
+        try:
+            with self._on_stream():
+                return torch.zeros(size, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise NoRoom(
+                f"mode {self.mode} needs {purpose} of {size} bytes on {self.device}; {free} of {total} are free: "
+                f"{error}"
+            ) from error
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -150,6 +157,61 @@ class CudaCopySwap(CopySwap):
                 if int(torch.cuda.cudart().cudaHostUnregister(addresses.pop())) != 0:
                     self._clear_error()
 
+    def _get_ring(self) -> None:
+        """Have a ring where page-locking was refused."""
+        if self.page_locked is False and self._ring is None:
+            self._ring = _Ring()
+
+    def _transfer(self, target: Tensor, source: Tensor) -> None:
+        """Send bytes of an image to the device on the current stream. They must not cross from slice to slice."""
+        if self._ring is None:
+            target.copy_(source, non_blocking=True)
+        else:
+            self._ring.send(target, source, self._stream)
+
+    def _undo(self) -> None:
+        # What did not fail of the failed copy may still be under way, on another stream.
+        torch.cuda.synchronize(self.device)
+        if self._current is not None:
+            self._make_ready(self._current)
+        super()._undo()
+        torch.cuda.synchronize(self.device)
+
+    def forget(self, mapping: ImageMapping) -> None:
+        """See Swapper."""
+        super().forget(mapping)
+        self._stream.synchronize()
+        with self._locking:
+            self._unlock(self._locked.pop(mapping, []))
+
+    def digest(self) -> bytes:
+        """See Swapper."""
+        torch.cuda.synchronize(self.device)
+        return super().digest()
+
+    def close(self) -> None:
+        """See Swapper."""
+        self._stream.synchronize()
+        with self._locking:
+            for addresses in self._locked.values():
+                self._unlock(addresses)
+            self._locked.clear()
+        super().close()
+        self._ring = None
+
+
+class CudaCopySwap(CudaSwap):
+    """``copy`` for a model on one CUDA device. Raises NoRoom where the device has none for the shadow."""
+
+    def __init__(self, tensors: ModelTensors, layout: Layout) -> None:
+        super().__init__(tensors, layout, "copy")
+        self._shadow = self._reserve(layout.size, "a shadow")
+        shadows = bits.image_integers(self._shadow, layout, self._rows)
+        self._groups = group(self._live, shadows)
+        # What the shadow holds: which image, and which of its chunks.
+        self._source: ImageMapping | None = None
+        self._present = bytearray(layout.chunks)
+
     def fill(self, image: memoryview) -> None:
         """See Swapper."""
         check_unchanged(self.tensors)
@@ -179,15 +241,10 @@ class CudaCopySwap(CopySwap):
 
     def _send(self, mapping: ImageMapping, ranges: Sequence[tuple[int, int]]) -> None:
         image = bits.flat_bytes(mapping.raw)
-        if self.page_locked is False and self._ring is None:
-            self._ring = _Ring()
+        self._get_ring()
         with self._on_stream():
             for start, stop in spans(self.layout, ranges, LOCK_SLICE):
-                source, target = image[start:stop], self._shadow[start:stop]
-                if self._ring is None:
-                    target.copy_(source, non_blocking=True)
-                else:
-                    self._ring.send(target, source, self._stream)
+                self._transfer(self._shadow[start:stop], image[start:stop])
 
     def _prepare(self, mapping: ImageMapping) -> None:
         """Send what has not been sent yet, and wait until all of it is on the device."""
@@ -215,42 +272,21 @@ class CudaCopySwap(CopySwap):
         # Waited for inside the gate: later holds may use any stream, and what goes wrong must come out now.
         self._stream.synchronize()
 
-    def _undo(self) -> None:
-        # What did not fail of the failed copy may still be under way, on another stream.
-        torch.cuda.synchronize(self.device)
-        if self._current is not None:
-            self._make_ready(self._current)
-        super()._undo()
-        torch.cuda.synchronize(self.device)
-
     def forget(self, mapping: ImageMapping) -> None:
         """See Swapper."""
-        super().forget(mapping)
         if self._source is mapping:
             self._source = None
-        self._stream.synchronize()
-        with self._locking:
-            self._unlock(self._locked.pop(mapping, []))
-
-    def digest(self) -> bytes:
-        """See Swapper."""
-        torch.cuda.synchronize(self.device)
-        return super().digest()
+        super().forget(mapping)
 
     def close(self) -> None:
         """See Swapper."""
-        self._stream.synchronize()
-        with self._locking:
-            for addresses in self._locked.values():
-                self._unlock(addresses)
-            self._locked.clear()
         super().close()
         self._groups = []
-        self._source = self._ring = None
+        self._source = None
         self._shadow = torch.empty(0, dtype=torch.uint8)
 
 
-def _group(live: Sequence[Tensor], shadows: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+def group(live: Sequence[Tensor], shadows: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Pairs by dtype and contiguity: one tensor that does not fit makes many slow kernels of a call's one fast."""
     groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(live, shadows, strict=True):

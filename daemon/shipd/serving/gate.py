@@ -31,6 +31,7 @@ from typing import Final
 
 from shipd.errors import Fenced, SwapFailed
 from shipd.serving.slot import Lifetime, ReentrantLock, Slot
+from shipd.serving.turns import short_turns
 from shipd.serving.version import Version
 
 log = logging.getLogger("shipd.serving")
@@ -215,9 +216,10 @@ class Gate:
             longest = 0.0
             while True:
                 attempts += 1
-                closed_at = time.monotonic()
-                waited, holders = self._attempt(action, then, closed_at, min(deadline, closed_at + max_hold))
-                now = time.monotonic()
+                with short_turns():
+                    closed_at = time.monotonic()
+                    waited, holders = self._attempt(action, then, closed_at, min(deadline, closed_at + max_hold))
+                    now = time.monotonic()
                 longest = max(longest, now - closed_at)
                 if holders is None:
                     return Pause(longest, waited, attempts)

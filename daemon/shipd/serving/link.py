@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -21,7 +21,7 @@ from shipd.images.memory import ImageMapping
 from shipd.serving.version import Version
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import Lane, Waker
-from shipproto.connection import MessageArrived
+from shipproto.connection import Event, MessageArrived
 from shipproto.errors import MalformedMessage, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.limits import LEAF_SIZE, MAX_IMAGE_BYTES, MAX_TEXT
@@ -159,6 +159,8 @@ class Link:
         self._current: int | None = None
         self._staged: tuple[int, Version] | None = None
         self._releasing: list[int] = []
+        # Whether there has been a swap since the follower settled.
+        self._unsettled = False
         self._attached = threading.Event()
         self._refusal: BaseException | None = None
         self._stopping = False
@@ -269,12 +271,10 @@ class Link:
             except Stalled:
                 # Nothing to do, which is the usual state of a session.
                 events = iter(())
-            try:
-                for event in events:
-                    if isinstance(event, MessageArrived):
-                        self._handle(lane, event.message, event.body)
-            except ProtocolError as error:
-                raise peer_error(error, str(self._socket)) from error
+            self._handle_all(lane, events)
+            if self._unsettled:
+                # The daemon waits for SWAPPED, which must not wait for the old version's memory to be freed.
+                self._handle_all(lane, lane.pump())
             self._release_settled(lane)
 
     def _end_session(self) -> None:
@@ -315,6 +315,14 @@ class Link:
             except RuntimeError:
                 # CUDA says so when a context is broken; there is nothing left to keep it from.
                 log.exception("an image could not be let go of", extra={"model": self._model})
+
+    def _handle_all(self, lane: Lane, events: Iterator[Event]) -> None:
+        try:
+            for event in events:
+                if isinstance(event, MessageArrived):
+                    self._handle(lane, event.message, event.body)
+        except ProtocolError as error:
+            raise peer_error(error, str(self._socket)) from error
 
     def _handle(self, lane: Lane, message: Message, body: Buffer) -> None:
         if isinstance(message, Images):
@@ -446,6 +454,7 @@ class Link:
             )
             return
         self._staged = None
+        self._unsettled = True
         if self._current is not None and self._current != generation:
             self._releasing.append(self._current)
         self._current = generation
@@ -467,9 +476,10 @@ class Link:
             self._release(lane, message.generation)
 
     def _release_settled(self, lane: Lane) -> None:
-        if not self._releasing:
+        if not self._releasing and not self._unsettled:
             return
         self._follower.settle()
+        self._unsettled = False
         for generation in list(self._releasing):
             if not self._follower.reads(self._leased[generation][1]):
                 self._releasing.remove(generation)

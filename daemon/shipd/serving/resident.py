@@ -45,8 +45,11 @@ def attach(
 ) -> "Resident":
     """Have ``model``, which this process serves, follow the versions that are pushed as ``name`` on this host.
 
-    mode      "copy" overwrites the live tensors, whose addresses stay; "flip" (on the CPU) binds them to the next
-              version's memory instead, which takes no time but moves them; "auto" is copy
+    mode      "copy" overwrites the live tensors, whose addresses stay; "direct" does so as well, but on CUDA without a
+              shadow of the weights on the device: from host to device while nothing is served, which takes longer;
+              "flip" (on the CPU) binds them to the next version's memory instead, which takes no time but moves them;
+              "auto" is copy, or direct where the device has no room for the shadow. ``Resident.mode`` and
+              ``shipctl status`` say what it has become
     max_hold  seconds that new holds may be kept waiting by a swap that itself waits for a long hold
     hooks     whether each forward of the model is a hold of its own; without, only ``hold()`` is
     timeout   seconds for attaching

@@ -5,6 +5,7 @@ The life of a version: ``arrived`` while its bytes are coming, ``stage`` when al
 live is touched before ``apply``, and ``apply`` is all or nothing.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
@@ -16,9 +17,11 @@ from shipd.serving.staging import Torn
 from shipd.serving.tensors import ModelTensors
 from shipproto.layout import Layout
 
+log = logging.getLogger("shipd.serving")
+
 __all__ = ("MODES", "Swapper", "Torn", "make_swapper")
 
-MODES: Final = ("auto", "copy", "flip")
+MODES: Final = ("auto", "copy", "direct", "flip")
 
 
 class Swapper(Protocol):
@@ -86,13 +89,31 @@ class Swapper(Protocol):
 
 
 def make_swapper(tensors: ModelTensors, layout: Layout, mode: str = "auto") -> Swapper:
-    """The swapper for a model. ``auto`` is ``copy``, which keeps every address. Raises AttachError."""
+    """The swapper for a model. Raises AttachError.
+
+    ``auto`` is ``copy``, and ``direct`` where the device has no room for a shadow: both keep every address.
+    """
     if mode not in MODES:
         raise AttachError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     if tensors.device.type == "cuda":
-        if mode == "flip":
-            raise AttachError("mode flip is for models on the CPU; use copy")
-        from shipd.serving.cuda import CudaCopySwap
+        return _make_cuda_swapper(tensors, layout, mode)
+    if mode == "flip":
+        return FlipSwap(tensors, layout)
+    # In memory the image is the shadow, and the two are one.
+    return CopySwap(tensors, layout, "direct" if mode == "direct" else "copy")
 
-        return CudaCopySwap(tensors, layout)
-    return FlipSwap(tensors, layout) if mode == "flip" else CopySwap(tensors, layout)
+
+def _make_cuda_swapper(tensors: ModelTensors, layout: Layout, mode: str) -> Swapper:
+    if mode == "flip":
+        raise AttachError("mode flip is for models on the CPU; use copy or direct")
+    from shipd.serving.cuda import CudaCopySwap, NoRoom
+    from shipd.serving.cuda_direct import CudaDirectSwap
+
+    if mode != "direct":
+        try:
+            return CudaCopySwap(tensors, layout)
+        except NoRoom as error:
+            if mode == "copy":
+                raise
+            log.warning("no room for a shadow on the device: swapping in mode direct", extra={"why": str(error)})
+    return CudaDirectSwap(tensors, layout)
