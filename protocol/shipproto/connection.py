@@ -32,7 +32,7 @@ from shipproto.errors import (
 )
 from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude, encode_frame
 from shipproto.handshake import Handshake, Step
-from shipproto.headers import check_body, decode_header, encode_header
+from shipproto.headers import check_body, decode_header, encode_data_header, encode_header
 from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
 from shipproto.messages import BY_TYPE, Abort, Auth, Body, Data, Hello, Message, Nack, Ping
 
@@ -400,7 +400,7 @@ class Connection:
     def send_data(self, chunk: int, content: memoryview) -> None:
         """Queue a chunk. ``content`` is not copied and must not change until it has been written."""
         sequence = self._sequence
-        head = encode_frame(Data.TYPE, 0, sequence, encode_header(Data(chunk=chunk)), content)
+        head = encode_frame(Data.TYPE, 0, sequence, encode_data_header(chunk), content)
         self._sequence += 1
         self._chunk_of[sequence] = chunk
         self._output += (head, content)

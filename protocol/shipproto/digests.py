@@ -17,7 +17,10 @@ import xxhash
 from shipproto.layout import Layout
 from shipproto.limits import DIGEST_SIZE
 
-EMPTY: Final = xxhash.xxh3_128_digest(b"")
+leaf_digest: Final = xxhash.xxh3_128_digest
+"""The digest of one leaf's bytes. Lets go of the GIL."""
+
+EMPTY: Final = leaf_digest(b"")
 
 
 class LeafDigests:
@@ -56,14 +59,17 @@ class LeafDigests:
         whose digest was known already and is another now: its bytes have changed.
         """
         if chunk < self.layout.large_chunks:
-            return self._note(chunk, chunk + 1, xxhash.xxh3_128_digest(content))
+            return self.note(chunk, chunk + 1, leaf_digest(content))
         first, last = self.layout.packed_leaves(chunk)
         # Nothing here is Python code for each tensor: that would cost more than to digest it.
         parts = map(content.__getitem__, self.layout.packed_places(chunk))
-        return self._note(first, last, b"".join(map(xxhash.xxh3_128_digest, parts)))
+        return self.note(first, last, b"".join(map(leaf_digest, parts)))
 
-    def _note(self, first: int, last: int, digests: bytes) -> int | None:
-        """Remember the digests of leaves [first, last). The row of the first that was known and is another now."""
+    def note(self, first: int, last: int, digests: bytes) -> int | None:
+        """Remember the digests of leaves [first, last), one after the other.
+
+        None, or the row of the first tensor whose digest was known already and is another now: its bytes have changed.
+        """
         place = self._flat[first * DIGEST_SIZE : last * DIGEST_SIZE]
         changed = None
         if self._known.find(1, first, last) >= 0 and place != digests:

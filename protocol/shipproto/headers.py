@@ -19,6 +19,7 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
     message.TYPE: msgspec.msgpack.Decoder(message) for message in MESSAGES
 }
+_DATA_KEY: Final = b"\x81\xa5chunk"
 _OPTIONAL_16: Final = {Abort.TYPE: "transfer", Attach.TYPE: "digest", DigestIs.TYPE: "digest"}
 """Fields of 16 bytes or of none."""
 _fields: Final = {message.TYPE: frozenset(message.__struct_fields__) for message in MESSAGES}
@@ -27,6 +28,11 @@ _fields: Final = {message.TYPE: frozenset(message.__struct_fields__) for message
 def encode_header(message: Message) -> bytes:
     """The canonical header of a message."""
     return _encoder.encode(message)
+
+
+def encode_data_header(chunk: int) -> bytes:
+    """The same of DATA, a frame of which is sent for every half megabyte: its only key, and the number."""
+    return _DATA_KEY + _encoder.encode(chunk)
 
 
 def decode_header(kind: int, raw: bytes | bytearray | memoryview) -> Message:

@@ -121,6 +121,18 @@ class RangeSet:
         self._count -= 1
         return number
 
+    def pop_run(self, most: int, below: int) -> range:
+        """Remove and return numbers that follow each other from the smallest on: at most ``most``, and only such as are
+        all smaller than ``below`` or none of them; empty where there are none."""
+        if not self._starts:
+            return range(0)
+        start = self._starts[0]
+        stop = min(self._stops[0], start + most)
+        if start < below:
+            stop = min(stop, below)
+        self.discard(start, stop)
+        return range(start, stop)
+
     def missing(self, total: int) -> "RangeSet":
         """The complement within ``[0, total)``."""
         gaps = RangeSet()

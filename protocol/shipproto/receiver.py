@@ -150,6 +150,11 @@ class Receiver:
         return self.layout is not None and len(self.held) == self.layout.chunks
 
     @property
+    def finishing(self) -> bool:
+        """Whether the sender has said that everything wanted was sent."""
+        return self._finish is not None
+
+    @property
     def attended(self) -> bool:
         """Whether the sender is connected."""
         return self._connection is not None

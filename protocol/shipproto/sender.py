@@ -170,6 +170,11 @@ class Sender:
         return self.state in ENDED
 
     @property
+    def sending(self) -> bool:
+        """Whether chunks are waiting to be handed out."""
+        return self.state in (SenderState.SENDING, SenderState.FINISHING) and bool(self._pending)
+
+    @property
     def skipped(self) -> list[str]:
         """Offered tensors that the receiver's structure has no place for and that were not sent."""
         offered = self.offered.names
@@ -206,23 +211,21 @@ class Sender:
         if self.state not in (SenderState.SENDING, SenderState.FINISHING):
             return None
         if self._pending:
-            return SendChunk(self._pop_pending())
+            return SendChunk(self.next_chunks(1)[0])
         if self.state is SenderState.SENDING and not self._out:
             if not self.digests.complete:
                 return DigestChunk(self._next_unknown())
             self._finish()
         return None
 
-    def next_chunk(self) -> int | None:
-        """A chunk to send on a lane, or None: then nothing is to be sent at the moment."""
-        if self.state in (SenderState.SENDING, SenderState.FINISHING) and self._pending:
-            return self._pop_pending()
-        return None
-
-    def _pop_pending(self) -> int:
-        chunk = self._pending.pop_first()
-        self._out.add(chunk)
-        return chunk
+    def next_chunks(self, most: int) -> range:
+        """Chunks to send, on the transfer's own connection or a lane, that follow each other and are all of large
+        tensors or all packed. None of them: then nothing is to be sent at the moment."""
+        if self.state not in (SenderState.SENDING, SenderState.FINISHING):
+            return range(0)
+        chunks = self._pending.pop_run(most, self.layout.large_chunks)
+        self._out.update(chunks)
+        return chunks
 
     def _next_unknown(self) -> int:
         for chunk in self._unknown:
@@ -232,25 +235,36 @@ class Sender:
         self._unknown = iter(range(self.layout.chunks))
         return self._next_unknown()
 
-    def send_chunk(self, chunk: int, content: memoryview, lane: Connection | None = None) -> None:
-        """Digest a chunk and queue its frame, on the transfer's own connection or a lane. On any thread, each for the
-        chunks that were handed out to it. Raises TransferError if a tensor's bytes have changed."""
+    def send_chunk(self, chunk: int, content: memoryview) -> None:
+        """Digest a chunk and queue its frame. Raises TransferError if a tensor's bytes have changed."""
         self.digest_chunk(chunk, content)
-        self.send_digested(chunk, content, lane)
+        self._require().send_data(chunk, content)
+        self.sent(range(chunk, chunk + 1))
 
     def digest_chunk(self, chunk: int, content: memoryview) -> None:
-        """Digest a chunk, whether it travels or not. Raises TransferError if a tensor's bytes have changed."""
-        row = self.digests.record(chunk, content)
-        if row is not None:
-            name = self.layout.structure.names[row]
+        """Digest a chunk, whether it travels or not. On any thread, each for the chunks that were handed out to it.
+
+        Raises TransferError if a tensor's bytes have changed.
+        """
+        self._check_unchanged(self.digests.record(chunk, content))
+
+    def digested(self, chunks: range, digests: list[bytes]) -> None:
+        """Take the ``leaf_digest`` of each of these chunks, all of large tensors. On any thread, as ``digest_chunk``.
+
+        Raises TransferError if a tensor's bytes have changed.
+        """
+        self._check_unchanged(self.digests.note(chunks.start, chunks.stop, b"".join(digests)))
+
+    def sent(self, chunks: range) -> None:
+        """Chunks that were handed out have been digested, and are queued on some connection. On any thread."""
+        self._out.difference_update(chunks)
+
+    def _check_unchanged(self, changed: int | None) -> None:
+        if changed is not None:
+            name = self.layout.structure.names[changed]
             raise TransferError(
                 AbortCode.TENSOR_CHANGED, f"tensor {name!r} changed while it was being sent", tensor=name
             )
-
-    def send_digested(self, chunk: int, content: memoryview, lane: Connection | None = None) -> None:
-        """Queue the frame of a chunk that has been digested: the second half of ``send_chunk``."""
-        (lane or self._require()).send_data(chunk, content)
-        self._out.discard(chunk)
 
     def commit(self) -> None:
         """The version is staged: have it swapped in."""

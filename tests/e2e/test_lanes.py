@@ -67,7 +67,7 @@ def until_lanes_carried(proxy, count):
 
 def test_every_connection_carries_chunks_and_none_twice(daemon, proxy, new):
     with shared(proxy, new) as running:
-        until_lanes_carried(proxy, 10)
+        until_lanes_carried(proxy, 6)
     receipt = running.result()
     assert proxy.connections == 4
     assert proxy.count(DATA) == CHUNKS

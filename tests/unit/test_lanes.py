@@ -56,7 +56,10 @@ class Lane:
             self.pair.outcomes += there.receive(self.right, event)
 
     def send(self, chunk: int) -> None:
-        self.pair.sender.send_chunk(chunk, self.pair.content(chunk), self.left)
+        content = self.pair.content(chunk)
+        self.pair.sender.digest_chunk(chunk, content)
+        self.left.send_data(chunk, content)
+        self.pair.sender.sent(range(chunk, chunk + 1))
 
 
 def receiving(lanes: int = 4) -> Pair:
@@ -67,8 +70,7 @@ def receiving(lanes: int = 4) -> Pair:
 
 
 def next_chunk(pair: Pair) -> int:
-    chunk = pair.sender.next_chunk()
-    assert chunk is not None
+    (chunk,) = pair.sender.next_chunks(1)
     return chunk
 
 
@@ -82,8 +84,8 @@ def test_chunks_travel_on_every_connection_and_make_one_version() -> None:
     lanes = [Lane(pair, number) for number in (1, 2, 3)]
     assert all(lane.joined for lane in lanes)
     used = 0
-    while (chunk := pair.sender.next_chunk()) is not None:
-        lanes[used % 3].send(chunk)
+    while chunks := pair.sender.next_chunks(1):
+        lanes[used % 3].send(chunks[0])
         used += 1
         if isinstance(step := pair.sender.next_step(), SendChunk):
             pair.sender.send_chunk(step.chunk, pair.content(step.chunk))
@@ -266,10 +268,10 @@ def test_a_refusal_is_raised_and_another_transfers_answer_is_none() -> None:
 
 def test_lanes_have_no_say_once_nothing_is_to_be_sent() -> None:
     pair = Pair()
-    assert pair.sender.next_chunk() is None, "nothing is wanted yet"
+    assert not pair.sender.next_chunks(8), "nothing is wanted yet"
     pair.accept()
     pair.send_all()
-    assert pair.sender.next_chunk() is None
+    assert not pair.sender.next_chunks(8)
     connection: Connection = pair.right
     pair.there.parted(connection)
     pair.finish_from_anywhere()

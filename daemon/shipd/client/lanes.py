@@ -2,6 +2,9 @@
 
     one connection --a window of time--> its rate --worth another?--> twice as many --faster?--> and so on
 
+Where cores are the limit and not the link, chunks leave the transfer's own connection as soon as that shows: the daemon
+reads it on its event loop, and a lane on a thread that does nothing else.
+
 A lane that the receiver does not take, or that cannot be opened, is none: the push goes on without it. One that breaks
 after it has carried anything ends the connection of the transfer, as if that had broken: what is not held travels
 again.
@@ -11,14 +14,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from shipd.client.chunks import ChunkReader
+from shipd.client.sending import RUN, send_chunks
 from shipd.errors import Interrupted, ShipError
 from shipd.transfer.lane import Lane, Waker
 from shipd.transfer.times import Times
+from shipproto.connection import Event
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.messages import Ping
 from shipproto.sender import Sender
@@ -34,9 +40,15 @@ _WORTH_SECONDS: Final = 0.5
 _FASTER: Final = 1.1
 """How much faster twice as many lanes must be to be kept."""
 
-_CORE_RATE: Final = 500e6
-"""Bytes a second above which it is a lane's cores that limit it (one does 1 to 3 GB/s), and below which it is the link,
-where more connections cost next to nothing."""
+_CORE_RATE: Final = 250e6
+"""Bytes a second above which it is a lane's cores that limit it (one does 1 to 3 GB/s, and less where others use it
+too), and below which it is the link, where more connections cost next to nothing."""
+
+_APART_AFTER: Final = 16 * 1024 * 1024
+"""Bytes by which the rate is known well enough to tell cores from links."""
+
+_APART_WORTH: Final = 64 * 1024 * 1024
+"""Bytes that must remain for it to pay."""
 
 _IDLE_SECONDS: Final = 0.05
 """How often a lane without work looks for some."""
@@ -59,11 +71,18 @@ class Tuner:
     cores: int
     lanes: int = 1
     settled: bool = False
+    apart: bool = False
+    """Whether chunks travel on lanes alone, as many as ``lanes`` says."""
+    _began: float | None = None
     _best: tuple[float, int] = (0.0, 1)
     _since: tuple[float, int] | None = field(default=None)
 
     def observe(self, now: float, sent: int, remaining: int) -> int:
-        """``sent`` bytes have been written by ``now``, and so many remain; the lanes to use from now on."""
+        """``sent`` bytes have been written by ``now``, and so many remain; the connections to send on from now on."""
+        if self._began is None:
+            self._began = now
+        if not self.apart and not self.settled and self.limit > 1 and sent >= _APART_AFTER:
+            self.apart = remaining >= _APART_WORTH and sent > _CORE_RATE * (now - self._began)
         if self.settled or self.limit == 1:
             return self.lanes
         if self._since is None:
@@ -88,22 +107,6 @@ class Tuner:
         return self.lanes
 
 
-def send_chunk(sender: Sender, reader: ChunkReader, chunk: int, lane: Lane) -> None:
-    """Read, digest and queue one chunk, and count what each took. On the lane's thread."""
-    started = time.monotonic()
-    content = reader.read(chunk)
-    have = time.monotonic()
-    sender.digest_chunk(chunk, content)
-    digested = time.monotonic()
-    sender.send_digested(chunk, content, lane.connection)
-    if reader.lends(content):
-        lane.lend(content)
-    times = lane.times
-    times.read += have - started
-    times.digest += digested - have
-    times.check += time.monotonic() - digested
-
-
 class Outlet:
     """One lane of a push, from its opening to its end, on a thread of its own."""
 
@@ -116,6 +119,8 @@ class Outlet:
         self.times = Times()
         self._pool = pool
         self.used = False
+        self.ready = False
+        """Whether the receiver takes chunks on it; it may have ended since."""
         self._waited = 0.0
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {number}", daemon=True)
@@ -137,8 +142,10 @@ class Outlet:
                 self._pool.sender.join(lane.connection, self.number)
                 while not self._take(lane, self._pool.stall):
                     pass
+                self.ready = True
                 self._send(lane)
             finally:
+                self.ready = False
                 lane.close()
                 self.bytes_sent, self.frames_resent = lane.bytes_sent, lane.connection.frames_resent
                 self.times = lane.times
@@ -154,32 +161,32 @@ class Outlet:
     def _send(self, lane: Lane) -> None:
         pool = self._pool
         reader = pool.make_reader()
+        drain = partial(lane.drain, pool.stall)
         pinged = time.monotonic()
         while True:
-            chunk = None
-            if self.number < pool.wanted:
+            chunks = range(0)
+            if pool.has_turn(self.number):
                 with pool.lock:
-                    chunk = pool.sender.next_chunk()
-            if chunk is None:
+                    chunks = pool.sender.next_chunks(RUN)
+            if not chunks:
                 if time.monotonic() - pinged > 1.0:
                     pinged = time.monotonic()
                     lane.connection.send(Ping())
                 self._take(lane, _IDLE_SECONDS, idle=True)
                 continue
             self.used = True
-            send_chunk(pool.sender, reader, chunk, lane)
             before = lane.times.wait
-            events = lane.drain(pool.stall)
+            events = send_chunks(pool.sender, reader, lane, chunks, drain)
             # Without work a lane waits as well, which is nobody's time.
             self._waited += lane.times.wait - before
-            for event in events:
-                with pool.lock:
-                    pool.sender.receive_on_lane(event)
+            self._hear(lane, (*events, *lane.pump()))
             self.bytes_sent = lane.bytes_sent
 
     def _take(self, lane: Lane, seconds: float, *, idle: bool = False) -> bool:
         """Wait for what the receiver says. Whether it has taken the lane."""
-        events = lane.pump(seconds) if idle else lane.exchange(time.monotonic() + seconds)
+        return self._hear(lane, lane.pump(seconds) if idle else lane.exchange(time.monotonic() + seconds))
+
+    def _hear(self, lane: Lane, events: Iterable[Event]) -> bool:
         joined = False
         for event in events:
             try:
@@ -193,7 +200,7 @@ class Outlet:
 class Outlets:
     """All lanes of one push over one connection, beside that connection itself.
 
-    sender       the transfer; ``lock`` is held for every call of it but ``send_chunk`` and ``digest_chunk``
+    sender       the transfer; ``lock`` is held for every call of it that does not say otherwise
     open         opens an established connection to the same receiver, which a Waker interrupts
     make_reader  a reader of chunks for one thread
     stall        seconds that the receiver may take no bytes
@@ -214,17 +221,28 @@ class Outlets:
         self.make_reader = make_reader
         self.stall = stall
         self.wanted = 1
-        """How many connections send, the transfer's own included."""
+        """How many connections send."""
+        self.apart = False
+        """Whether the transfer's own is none of them, once there is another."""
         self._outlets: list[Outlet] = []
 
     def __bool__(self) -> bool:
         return bool(self._outlets)
 
-    def want(self, lanes: int) -> None:
+    def want(self, lanes: int, *, apart: bool = False) -> None:
         """Send on so many connections from now on. Lanes that are opened stay, and idle where they are too many."""
-        self.wanted = lanes
-        while len(self._outlets) < lanes - 1:
+        self.wanted, self.apart = lanes, apart
+        while len(self._outlets) < lanes - (not apart):
             self._outlets.append(Outlet(len(self._outlets) + 1, self))
+
+    @property
+    def carry(self) -> bool:
+        """Whether lanes carry all that is to be sent."""
+        return self.apart and any(outlet.ready for outlet in self._outlets)
+
+    def has_turn(self, number: int) -> bool:
+        """Whether the lane of this number is to send."""
+        return number < self.wanted + self.apart
 
     def check(self) -> None:
         """Raise what a lane broke with."""

@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from shipd.address import Address
 from shipd.checkpoints.source import Source
 from shipd.client.chunks import ChunkReader
-from shipd.client.lanes import Outlets, Tuner, send_chunk, usable_cores
+from shipd.client.lanes import Outlets, Tuner, usable_cores
 from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
+from shipd.client.sending import RUN, send_chunks
 from shipd.errors import (
     ConnectError,
     Interrupted,
@@ -38,7 +40,7 @@ _CONNECT_SECONDS: Final = 10.0
 _BACKOFF: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses between attempts to reconnect; the last one repeats."""
 _PING_SECONDS: Final = 1.0
-_LOOK_SECONDS: Final = 0.1
+_LOOK_SECONDS: Final = 0.02
 """How often the lanes are looked after by a push that waits for the receiver."""
 _LAST_LOOK_SECONDS: Final = 0.002
 """The same, where all that is left is under way on lanes."""
@@ -236,10 +238,11 @@ class Push:
                 reader = ChunkReader(sender, self._source)
                 reader.check_ties()
             outlets.check()
-            with self._lock:
-                step = sender.next_step()
-            if isinstance(step, SendChunk):
+            if sender.sending:
                 self._tune(tuner, lane, outlets)
+            with self._lock:
+                step = None if outlets.carry and sender.sending else sender.next_step()
+            if isinstance(step, SendChunk):
                 self._send_run(lane, outlets, reader, step.chunk, deadline)
             elif isinstance(step, DigestChunk):
                 sender.digest_chunk(step.chunk, reader.read(step.chunk))
@@ -265,24 +268,23 @@ class Push:
             raise PeerError(f"{lane.peer} broke the protocol: it committed what was not sent", peer=lane.peer)
         return sender.committed
 
-    def _send_run(self, lane: Lane, outlets: Outlets, reader: ChunkReader, chunk: int | None, deadline: float) -> None:
-        """Send ``chunk`` and those that follow it for a moment, with as little beside it as can be."""
+    def _send_run(self, lane: Lane, outlets: Outlets, reader: ChunkReader, first: int, deadline: float) -> None:
+        """Send chunk ``first`` and those that follow it for a moment, with as little beside it as can be."""
         now = time.monotonic()
         until = now + _RUN_SECONDS
         if self._first_data is None:
             self._first_data = now
             self._agree_seconds = now - self._offered_at
             self._waited_before = lane.times.wait
-        while chunk is not None:
-            send_chunk(self._sender, reader, chunk, lane)
-            # Until the kernel has it all: the next chunk may be gathered into the same memory.
-            watch = outlets.check if outlets else None
-            if events := lane.drain(self._options.stall, until=deadline, watch=watch):
-                self._take(events)
-            if time.monotonic() > until:
+        watch = outlets.check if outlets else None
+        drain = partial(lane.drain, self._options.stall, until=deadline, watch=watch)
+        chunks = range(first, first + 1)
+        while chunks:
+            self._take((*send_chunks(self._sender, reader, lane, chunks, drain), *lane.pump()))
+            if time.monotonic() > until or outlets.carry:
                 return
             with self._lock:
-                chunk = self._sender.next_chunk()
+                chunks = self._sender.next_chunks(RUN)
 
     def _tuner(self) -> Tuner:
         """Local sockets and paths that break take one connection; what was asked for is not tried but done."""
@@ -299,15 +301,15 @@ class Push:
         tuner.limit = min(tuner.limit, self._sender.lanes)
         sent = lane.bytes_sent + outlets.bytes_sent
         lanes = tuner.observe(time.monotonic(), sent, self._sender.layout.wire_bytes - sent)
-        outlets.want(min(lanes, tuner.limit))
+        outlets.want(min(lanes, tuner.limit - tuner.apart), apart=tuner.apart)
 
     def _wait(self, lane: Lane, outlets: Outlets, deadline: float) -> None:
         """For what the receiver says next, and meanwhile for lanes that are still sending."""
         if not outlets:
             self._take(lane.exchange(self._wait_until(lane, deadline)))
             return
-        sending = self._sender.state is SenderState.SENDING
-        self._take(lane.pump(_LAST_LOOK_SECONDS if sending else _LOOK_SECONDS))
+        last = self._sender.state is SenderState.SENDING and not self._sender.sending
+        self._take(lane.pump(_LAST_LOOK_SECONDS if last else _LOOK_SECONDS))
         now = time.monotonic()
         if now > self._wait_until(lane, deadline):
             raise Stalled(f"{lane.peer} has not answered in time", peer=lane.peer)

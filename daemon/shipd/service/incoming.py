@@ -24,7 +24,7 @@ from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
 from shipd.units import format_bytes
-from shipproto.connection import Connection, Event
+from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
 from shipproto.limits import MAX_TEXT
@@ -82,7 +82,7 @@ class Incoming:
         self.stage_seconds: float | None = None
         """How long the serving processes took to make ready; None where there are none, or it has not come to that."""
         self._host = host
-        self._lanes = Lanes(self.receiver, self._on_event, host.lane_ended)
+        self._lanes = Lanes(self.receiver, self._on_event, self.flush, host.lane_ended)
         self._times = Times()
         """What the work of connections that have been replaced took."""
         self._verify_seconds = 0.0
@@ -152,6 +152,9 @@ class Incoming:
     def on_event(self, peer: Peer, event: Event) -> None:
         """Take an event of one of the sender's connections. Raises ProtocolError."""
         self._on_event(peer.connection, event)
+        if isinstance(event, MessageArrived):
+            # FINISH, perhaps: what lanes have kept to themselves may be all that was missing.
+            self._lanes.take()
 
     def _on_event(self, connection: Connection, event: Event) -> None:
         for outcome in self.receiver.receive(connection, event):

@@ -3,14 +3,18 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from shipd.transfer.inlet import Inlet
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
-from shipproto.connection import Connection, Event
+from shipproto.connection import ChunkArrived, Connection, Event
 from shipproto.errors import ProtocolError
 from shipproto.messages import Join, Message
 from shipproto.receiver import Receiver
+
+_LOOK_SECONDS: Final = 0.01
+"""How often to look what lanes have brought."""
 
 
 def _no_body(_message: Message, _size: int) -> bool:
@@ -22,6 +26,7 @@ class Lanes:
     """Belongs to the loop, but for ``_deliver``.
 
     on_event  takes what a lane has brought, in its order
+    flush     writes what came of that to the sender
     ended     is told of each lane that is gone how many bytes it took and how many frames it resent
     """
 
@@ -29,10 +34,12 @@ class Lanes:
         self,
         receiver: Receiver,
         on_event: Callable[[Connection, Event], None],
+        flush: Callable[[], None],
         ended: Callable[[int, int], None],
     ) -> None:
         self._receiver = receiver
         self._on_event = on_event
+        self._flush = flush
         self._tell_end = ended
         self._loop = asyncio.get_running_loop()
         self._inlets: dict[Inlet, tuple[int, int]] = {}
@@ -41,6 +48,7 @@ class Lanes:
         """What the work of lanes that have ended took."""
         self._arrived: deque[tuple[Inlet, Event | None]] = deque()
         self._scheduled = False
+        self._looking: asyncio.TimerHandle | None = None
 
     def join(self, peer: StreamPeer, join: Join, stall: float) -> None:
         """Receive chunks on this connection too, on a thread. Raises TransferError where that is not wanted."""
@@ -56,6 +64,8 @@ class Lanes:
         )
         self._inlets[inlet] = peer.connection.bytes_received, peer.connection.frames_resent
         inlet.start()
+        if self._looking is None:
+            self._look()
 
     def times(self) -> Times:
         """What the work of all of them has taken so far."""
@@ -68,17 +78,28 @@ class Lanes:
         """End every lane; what they have brought until then counts. Afterwards nothing writes to the image for them."""
         for inlet in list(self._inlets):
             inlet.stop()
-        self._take()
+        self.take()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     def _deliver(self, inlet: Inlet, event: Event | None) -> None:
-        """On a lane's thread. One wake-up of the loop serves whatever arrives before it has come."""
+        """On a lane's thread. Chunks wait for the next look, since waking the loop costs much where both share a core;
+        but not once the sender has said that this was all."""
         self._arrived.append((inlet, event))
-        if not self._scheduled:
+        if not self._scheduled and (self._receiver.finishing or not isinstance(event, ChunkArrived)):
             self._scheduled = True
-            self._loop.call_soon_threadsafe(self._take)
+            self._loop.call_soon_threadsafe(self.take)
 
-    def _take(self) -> None:
+    def _look(self) -> None:
+        self.take()
+        self._looking = self._loop.call_later(_LOOK_SECONDS, self._look) if self._inlets else None
+
+    def take(self) -> None:
+        """Take what lanes have brought by now."""
         self._scheduled = False
+        if not self._arrived:
+            return
         while self._arrived:
             inlet, event = self._arrived.popleft()
             if event is None:
@@ -88,6 +109,7 @@ class Lanes:
                     self._on_event(inlet.connection, event)
                 except ProtocolError:
                     self._part(inlet)
+        self._flush()
 
     def _part(self, inlet: Inlet) -> None:
         counted = self._inlets.pop(inlet, None)

@@ -1,21 +1,30 @@
 """The receiving end of a lane: a further connection of a transfer, on a thread of its own.
 
-What arrives lands in the image, and is checked and digested, on this thread; only the events go to the loop. So lanes
-use as many cores as there are, while the transfer's books stay on one thread.
+What arrives lands in the image, and is checked and digested, on this thread; only the events go to the loop, and not
+one by one. So lanes use as many cores as there are, while the transfer's books stay on one thread and the loop stays
+free.
+
+The socket blocks: a thread that sleeps in recv(2) is woken once for what arrives in a burst, where one that polls is
+woken for each piece of it. What ends the wait from outside is shutdown(2).
 """
 
+import contextlib
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
-from shipd.errors import Interrupted, ShipError
-from shipd.transfer.lane import Lane, Waker
 from shipd.transfer.times import Times
 from shipproto.connection import ChunkArrived, Connection, Event
+from shipproto.errors import ProtocolError
 
 log = logging.getLogger("shipd.transfer")
+
+_LEAST_TIMEOUT: Final = 0.001
+"""Seconds; to the kernel, zero would be none at all."""
 
 
 class Inlet:
@@ -35,17 +44,19 @@ class Inlet:
         deliver: Callable[["Inlet", Event | None], None],
     ) -> None:
         self.connection = connection
-        self._stall = stall
+        self.times = Times()
+        self._peer = peer
         self._digest = digest
         self._deliver = deliver
-        self._waker = Waker()
-        self._lane = Lane(sock, peer, connection=connection, waker=self._waker)
+        self._stopping = False
+        self._sock = sock
+        # Not a timeout of Python's, with which it polls before it receives.
+        sock.settimeout(None)
+        seconds, rest = divmod(max(stall, _LEAST_TIMEOUT), 1)
+        timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {peer}", daemon=True)
-
-    @property
-    def times(self) -> Times:
-        """What its work took."""
-        return self._lane.times
 
     def start(self) -> None:
         """Begin to receive."""
@@ -53,25 +64,55 @@ class Inlet:
 
     def stop(self) -> None:
         """End, within the time that half a megabyte takes. When this returns nothing writes to the image any more."""
-        self._waker.wake()
+        self._stopping = True
+        # The thread closes it when it has ended, or has done so.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        self._waker.close()
 
     def _run(self) -> None:
+        why = ""
         try:
-            while True:
-                for event in self._lane.exchange(time.monotonic() + self._stall):
-                    if isinstance(event, ChunkArrived):
-                        started = time.monotonic()
-                        self._digest(event)
-                        self.times.digest += time.monotonic() - started
-                    self._deliver(self, event)
-        except Interrupted:
-            pass
-        except ShipError as error:
-            log.debug("a lane has ended", extra={"peer": self._lane.peer, "why": str(error)})
+            self._write()
+            while self._receive():
+                pass
+        except BlockingIOError:
+            why = "nothing came, or went, in time"
+        except (OSError, ProtocolError) as error:
+            why = str(error)
         except Exception:
-            log.exception("a lane failed unexpectedly", extra={"peer": self._lane.peer})
+            log.exception("a lane failed unexpectedly", extra={"peer": self._peer})
         finally:
-            self._lane.close()
+            if why and not self._stopping:
+                log.info("a lane has ended", extra={"peer": self._peer, "why": why})
+            self._sock.close()
             self._deliver(self, None)
+
+    def _receive(self) -> bool:
+        """Take what comes next. False at the end of the stream."""
+        connection, times = self.connection, self.times
+        view = connection.get_buffer()
+        began, worked = time.monotonic(), time.thread_time()
+        count = self._sock.recv_into(view)
+        received, working = time.monotonic(), time.thread_time() - worked
+        # The rest of the time this thread slept.
+        times.receive += working
+        times.wait += received - began - working
+        if not count or self._stopping:
+            return False
+        connection.buffer_updated(count)
+        now = time.monotonic()
+        times.check += now - received
+        if connection.has_events:
+            for event in connection.events():
+                if isinstance(event, ChunkArrived):
+                    self._digest(event)
+                self._deliver(self, event)
+            times.digest += time.monotonic() - now
+        if connection.has_output:
+            self._write()
+        return True
+
+    def _write(self) -> None:
+        for piece in self.connection.take_output():
+            self._sock.sendall(piece)

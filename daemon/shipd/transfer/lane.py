@@ -199,7 +199,7 @@ class Lane:
         started = time.monotonic() if self._outgoing else 0.0
         while self._outgoing:
             try:
-                sent, pieces = self._send()
+                sent = self._send()
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
@@ -207,44 +207,68 @@ class Lane:
                 self._broken = error
                 self._outgoing.clear()
                 break
-            self.bytes_sent += sent
-            self.last_written = time.monotonic()
+            self._wrote(sent)
             self.times.write += self.last_written - started
             started = self.last_written
-            for piece in pieces:
-                if sent < len(piece):
-                    rest = memoryview(piece)[sent:]
-                    if piece is self._lent:
-                        self._lent = rest
-                    self._outgoing[0] = rest
-                    break
-                sent -= len(piece)
-                self._outgoing.popleft()
         interest = select.POLLIN | (select.POLLOUT if self._outgoing else 0)
         if interest != self._interest:
             self._poll.modify(self._sock, interest)
             self._interest = interest
 
-    def lend(self, content: memoryview) -> None:
-        """``content``, which is queued, keeps what is in it until the transfer is over: its pages may be sent as they
-        are and need not be copied."""
-        if self._pages.worth(len(content)):
-            self._lent = content
+    def transmit(self, content: memoryview) -> bool:
+        """Write what is queued, of which ``content`` comes last. Whether all of it is written; if not, ``drain``.
 
-    def _send(self) -> tuple[int, list[Buffer]]:
-        """Send from the front of the queue; how many bytes were taken, and the pieces whose beginning they are."""
+        ``content`` must keep what is in it until the transfer is over: its pages are sent as they are and not copied,
+        where that is possible.
+        """
+        if self._outgoing or not self._pages.worth(len(content)):
+            return False
+        pieces = self.connection.take_output()
+        before = pieces[:-1]
+        whole = len(content) + sum(map(len, before))
+        sent = 0
+        if whole - len(content) <= MOST_BEFORE:
+            try:
+                sent = self._pages.send(before, content)
+            except OSError:
+                # The socket takes nothing at the moment, or is lost: whoever writes next finds out which.
+                sent = 0
+            if sent == whole:
+                self.bytes_sent += sent
+                self.last_written = time.monotonic()
+                return True
+        self._outgoing.extend(pieces)
+        self._lent = content if self._pages.usable else None
+        self._wrote(sent)
+        return False
+
+    def _send(self) -> int:
+        """Send from the front of the queue; how many bytes were taken."""
         pieces: list[Buffer] = []
         for piece in itertools.islice(self._outgoing, 64):
             if piece is self._lent:
                 if sum(map(len, pieces)) <= MOST_BEFORE:
-                    sent = self._pages.send(pieces, self._lent)
-                    pieces.append(piece)
-                    if sent:
-                        return sent, pieces
+                    if sent := self._pages.send(pieces, self._lent):
+                        return sent
                     self._lent = None
+                    pieces.append(piece)
                 break
             pieces.append(piece)
-        return self._sock.sendmsg(pieces), pieces
+        return self._sock.sendmsg(pieces)
+
+    def _wrote(self, sent: int) -> None:
+        """So many bytes from the front of the queue have been taken."""
+        self.bytes_sent += sent
+        self.last_written = time.monotonic()
+        while sent:
+            piece = self._outgoing.popleft()
+            if sent < len(piece):
+                rest = memoryview(piece)[sent:]
+                if piece is self._lent:
+                    self._lent = rest
+                self._outgoing.appendleft(rest)
+                return
+            sent -= len(piece)
 
     def _step(self, timeout: float) -> bool:
         """Wait for the socket. True when bytes arrived, False when it is only writable or time is up."""

@@ -1,0 +1,71 @@
+"""The way of chunks from their source into the kernel: the innermost loop of a push, on whichever thread sends.
+
+Between two chunks of half a megabyte nothing of what Python needs is left in the core's caches, so every object that
+is touched here costs more than it seems to: this is why runs of chunks go through one function, and why it looks as it
+does.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from shipd.client.chunks import ChunkReader
+from shipd.transfer.lane import Lane
+from shipproto.connection import Event
+from shipproto.digests import leaf_digest
+from shipproto.sender import Sender
+
+RUN: Final = 8
+"""Chunks that are sent between two looks at what the receiver says: 4 MiB."""
+
+
+def send_chunks(
+    sender: Sender, reader: ChunkReader, lane: Lane, chunks: range, drain: Callable[[], list[Event]]
+) -> list[Event]:
+    """Read, digest, frame and write a run of chunks that were handed out for ``lane``; what arrived meanwhile.
+
+    ``drain`` waits until what is queued on the lane is written. What the work took is added to the lane's times.
+    Raises TransferError if a tensor's bytes have changed, and what ``drain`` raises.
+    """
+    clock, read, queue, transmit, lends = (
+        time.monotonic,
+        reader.read,
+        lane.connection.send_data,
+        lane.transmit,
+        reader.lends,
+    )
+    large = chunks.start < sender.layout.large_chunks
+    digests: list[bytes] = []
+    events: list[Event] = []
+    reading = digesting = checking = writing = 0.0
+    now = clock()
+    for chunk in chunks:
+        content = read(chunk)
+        have = clock()
+        if large:
+            digests.append(leaf_digest(content))
+        else:
+            sender.digest_chunk(chunk, content)
+        digested = clock()
+        queue(chunk, content)
+        framed = clock()
+        # What is not lent may be a buffer that the next chunk is read into: until then the kernel must have it all.
+        if lends(content) and transmit(content):
+            then = clock()
+            writing += then - framed
+        else:
+            events += drain()
+            then = clock()
+        reading += have - now
+        digesting += digested - have
+        checking += framed - digested
+        now = then
+    if large:
+        sender.digested(chunks, digests)
+    sender.sent(chunks)
+    times = lane.times
+    times.read += reading
+    times.digest += digesting
+    times.check += checking
+    times.write += writing
+    return events
