@@ -397,10 +397,11 @@ class Connection:
             raise LocalError(f"{type(message).__name__} before the handshake is done")
         self._emit(message, body)
 
-    def send_data(self, chunk: int, content: memoryview) -> None:
-        """Queue a chunk. ``content`` is not copied and must not change until it has been written."""
+    def send_data(self, chunk: int, content: memoryview, crc: int | None = None) -> None:
+        """Queue a chunk. ``content`` is not copied and must not change until it has been written; ``crc`` is its
+        CRC32C, where that is known already."""
         sequence = self._sequence
-        head = encode_frame(Data.TYPE, 0, sequence, encode_data_header(chunk), content)
+        head = encode_frame(Data.TYPE, 0, sequence, encode_data_header(chunk), content, crc)
         self._sequence += 1
         self._chunk_of[sequence] = chunk
         self._output += (head, content)

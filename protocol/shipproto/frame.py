@@ -47,13 +47,20 @@ class Prelude(NamedTuple):
     payload_crc: int
 
 
-def encode_frame(kind: int, flags: int, sequence: int, header: bytes, payload: Buffer) -> bytes:
-    """Prelude and header, ready to be followed by ``payload`` itself: the payload is read, never copied."""
+def encode_frame(
+    kind: int, flags: int, sequence: int, header: bytes, payload: Buffer, payload_crc: int | None = None
+) -> bytes:
+    """Prelude and header, ready to be followed by ``payload`` itself: the payload is read, never copied.
+
+    ``payload_crc`` is its CRC32C, where that is known already.
+    """
     if len(header) > MAX_HEADER or len(payload) > MAX_PAYLOAD:
         raise LimitExceeded(f"a frame of {len(header)} + {len(payload)} bytes; at most {MAX_HEADER} + {MAX_PAYLOAD}")
-    checked = _PRELUDE.pack(
-        MAGIC, kind, flags, len(header), len(payload), crc32c(header), sequence, crc32c(payload), 0
-    )[:_CHECKED]
+    if payload_crc is None:
+        payload_crc = crc32c(payload)
+    checked = _PRELUDE.pack(MAGIC, kind, flags, len(header), len(payload), crc32c(header), sequence, payload_crc, 0)[
+        :_CHECKED
+    ]
     return b"".join((checked, crc32c(checked).to_bytes(4, "big"), header))
 
 

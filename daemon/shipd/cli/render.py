@@ -14,7 +14,9 @@ from shipproto.status import ModelStatus, Status, Verification
 
 _RECEIVER = ("receiver_receive", "receiver_check", "receiver_digest")
 _WORDS = {
-    "check": "CRC32C",
+    "digest": "checks",
+    "check": "frames",
+    "write": "send",
     "wait": "wait for room",
     "receiver_receive": "receive",
     "receiver_check": "CRC32C",

@@ -12,7 +12,7 @@ from typing import Final
 from shipd.client.chunks import ChunkReader
 from shipd.transfer.lane import Lane
 from shipproto.connection import Event
-from shipproto.digests import leaf_digest
+from shipproto.digests import digest_and_crc
 from shipproto.sender import Sender
 
 RUN: Final = 8
@@ -42,12 +42,14 @@ def send_chunks(
     for chunk in chunks:
         content = read(chunk)
         have = clock()
+        crc = None
         if large:
-            digests.append(leaf_digest(content))
+            digest, crc = digest_and_crc(content)
+            digests.append(digest)
         else:
             sender.digest_chunk(chunk, content)
         digested = clock()
-        queue(chunk, content)
+        queue(chunk, content, crc)
         framed = clock()
         # What is not lent may be a buffer that the next chunk is read into: until then the kernel must have it all.
         if lends(content) and transmit(content):

@@ -8,8 +8,8 @@ class Times:
     """Seconds of one side, over its connections; on several threads they may add up to more than passed.
 
     read      getting chunks out of the source
-    digest    xxh3 of chunks
-    check     CRC32C of frames, and their parsing or spelling
+    digest    xxh3 of chunks; at the sender, with the CRC32C of large tensors' chunks
+    check     CRC32C of frames otherwise, and their parsing or spelling
     write     handing bytes to the kernel
     receive   taking bytes from the kernel
     wait      until the kernel takes or has bytes
