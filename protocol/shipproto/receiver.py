@@ -16,7 +16,6 @@ Further connections, the lanes, may bring chunks as well, each on a thread of it
 connection claims it first, and that is the one thing here that may happen on any thread.
 """
 
-import enum
 from collections.abc import Mapping
 from functools import partial
 from typing import Final
@@ -64,6 +63,7 @@ from shipproto.outcomes import (
 )
 from shipproto.rangeset import RangeSet
 from shipproto.sender import read_abort, send_abort
+from shipproto.states import RECEIVER_ENDED, ReceiverState
 from shipproto.structure import Structure
 
 _PROGRESS_CHUNKS: Final = 32
@@ -71,24 +71,6 @@ _PROGRESS_CHUNKS: Final = 32
 
 _DETAILS_KEPT: Final = 100
 """Of what was wrong, for a sender that comes back."""
-
-
-class ReceiverState(enum.Enum):
-    """Where the transfer stands."""
-
-    OFFERED = enum.auto()
-    STRUCTURE = enum.auto()
-    RECEIVING = enum.auto()
-    VERIFYING = enum.auto()
-    STAGING = enum.auto()
-    STAGED = enum.auto()
-    COMMITTING = enum.auto()
-    COMMITTED = enum.auto()
-    ABORTED = enum.auto()
-
-
-RECEIVER_ENDED: Final = frozenset({ReceiverState.COMMITTED, ReceiverState.ABORTED})
-
 
 _Handler = str
 _TRANSITIONS: Final[Mapping[tuple[ReceiverState, type[Message]], tuple[_Handler, ReceiverState | None]]] = {

@@ -13,7 +13,6 @@ where it stands. The machine does no I/O and reads no tensor: the shell asks for
 the chunk and hands it to ``send_chunk``.
 """
 
-import enum
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
@@ -47,22 +46,8 @@ from shipproto.messages import (
 )
 from shipproto.names import harmless
 from shipproto.rangeset import RangeSet
+from shipproto.states import SENDER_ENDED, SenderState
 from shipproto.structure import Structure, alike, rows_in
-
-
-class SenderState(enum.Enum):
-    """Where the transfer stands, as far as the sender knows."""
-
-    OFFERED = enum.auto()
-    SENDING = enum.auto()
-    FINISHING = enum.auto()
-    STAGED = enum.auto()
-    COMMITTING = enum.auto()
-    COMMITTED = enum.auto()
-    ABORTED = enum.auto()
-
-
-ENDED: Final = frozenset({SenderState.COMMITTED, SenderState.ABORTED})
 
 
 class SendChunk(NamedTuple):
@@ -97,9 +82,9 @@ _TRANSITIONS: Final[Mapping[tuple[SenderState, type[Message]], tuple[_Handler, S
     **{
         (state, StructureIs): ("_on_late_structure", None)
         for state in SenderState
-        if state not in ENDED and state is not SenderState.OFFERED
+        if state not in SENDER_ENDED and state is not SenderState.OFFERED
     },
-    **{(state, Abort): ("_on_abort", SenderState.ABORTED) for state in SenderState if state not in ENDED},
+    **{(state, Abort): ("_on_abort", SenderState.ABORTED) for state in SenderState if state not in SENDER_ENDED},
 }
 """What is allowed when: the handler, and the state that follows (None: the handler decides)."""
 
@@ -167,7 +152,7 @@ class Sender:
     @property
     def ended(self) -> bool:
         """Whether the transfer is over, one way or the other."""
-        return self.state in ENDED
+        return self.state in SENDER_ENDED
 
     @property
     def sending(self) -> bool:

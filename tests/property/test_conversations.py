@@ -13,7 +13,7 @@ from shipproto.digests import digest_image
 from shipproto.errors import AbortCode
 from shipproto.layout import Layout
 from shipproto.limits import MAX_CHUNK_ATTEMPTS
-from shipproto.sender import SenderState
+from shipproto.states import SenderState
 from tests.property.strategies import LEAF, examples, models, untied
 from tests.support import naive
 from tests.support.link import Fault, Installed, Push, Receiving, Sending, check_committed

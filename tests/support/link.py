@@ -18,7 +18,8 @@ from typing import Final, Literal
 
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import ProtocolError
-from shipproto.sender import Sender, SenderState
+from shipproto.sender import Sender
+from shipproto.states import SenderState
 from tests.support import naive
 from tests.support.models import build, contents, read_image
 from tests.support.shells import Installed, Receiving, Sending

@@ -6,11 +6,9 @@ from shipproto.messages import (
     Committed,
     Offer,
 )
-from shipproto.receiver import (
-    Receiver,
-    ReceiverState,
-)
-from shipproto.sender import SendChunk, Sender, SenderState
+from shipproto.receiver import Receiver
+from shipproto.sender import SendChunk, Sender
+from shipproto.states import ReceiverState, SenderState
 from tests.support import naive
 from tests.support.link import handshaken, output_of
 from tests.support.models import SMALL, build, contents, make_image

@@ -15,8 +15,9 @@ from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer
 from shipproto.outcomes import CommitRequested, ReadyToVerify, ReceiverEvent, StructureArrived
-from shipproto.receiver import Receiver, ReceiverState
-from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
+from shipproto.receiver import Receiver
+from shipproto.sender import DigestChunk, SendChunk, Sender
+from shipproto.states import ReceiverState, SenderState
 from shipproto.structure import Structure
 from tests.support.models import make_image, read_image
 

@@ -14,8 +14,9 @@ from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferEr
 from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer, Staged, StructureIs
 from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, StructureArrived
-from shipproto.receiver import Receiver, ReceiverState
-from shipproto.sender import DigestChunk, SenderState
+from shipproto.receiver import Receiver
+from shipproto.sender import DigestChunk
+from shipproto.states import ReceiverState, SenderState
 from tests.support import naive
 from tests.support.link import Fault, Receiving, Sending, check_committed, feed, handshaken, output_of, simple_push
 from tests.support.models import SMALL, build, contents, floats, leaves_of, make_image

@@ -8,8 +8,8 @@ from shipproto.errors import AbortCode, LocalError, TransferError
 from shipproto.messages import Abort, Committed, Want
 from shipproto.outcomes import ChunkHeld, StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.receiver import ReceiverState
-from shipproto.sender import DigestChunk, SendChunk, SenderState, send_abort
+from shipproto.sender import DigestChunk, SendChunk, send_abort
+from shipproto.states import ReceiverState, SenderState
 from tests.support import naive
 from tests.support.link import feed, handshaken, output_of
 from tests.support.models import SMALL, leaves_of

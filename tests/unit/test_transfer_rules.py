@@ -23,8 +23,9 @@ from shipproto.messages import (
 )
 from shipproto.outcomes import StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.receiver import Receiver, ReceiverState
-from shipproto.sender import SendChunk, SenderState, read_abort, send_abort
+from shipproto.receiver import Receiver
+from shipproto.sender import SendChunk, read_abort, send_abort
+from shipproto.states import ReceiverState, SenderState
 from shipproto.structure import Structure
 from tests.support import naive
 from tests.support.golden.messages import MESSAGES as GOLDEN

@@ -34,7 +34,8 @@ from shipproto.connection import Event
 from shipproto.errors import AbortCode, ProtocolError, TransferError
 from shipproto.limits import MAX_LANES, TRANSFER_ID_SIZE
 from shipproto.messages import Committed, Ping
-from shipproto.sender import DigestChunk, SendChunk, Sender, SenderState
+from shipproto.sender import DigestChunk, SendChunk, Sender
+from shipproto.states import SenderState
 
 _CONNECT_SECONDS: Final = 10.0
 _BACKOFF: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)

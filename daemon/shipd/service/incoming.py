@@ -31,7 +31,8 @@ from shipproto.limits import MAX_TEXT
 from shipproto.messages import Committed, Join, Offer
 from shipproto.names import harmless
 from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, StructureArrived, TransferAborted
-from shipproto.receiver import Receiver, ReceiverState
+from shipproto.receiver import Receiver
+from shipproto.states import ReceiverState
 from shipproto.status import FailedPush
 from shipproto.structure import Structure
 
