@@ -161,6 +161,29 @@ def test_flip_refuses_what_it_would_part(rig):
     rig(model, "copy")
 
 
+def test_reading_back_while_another_thread_cleans_up_after_a_flip(rig, monkeypatch):
+    model = encoder()
+    one = rig(model, "flip")
+    one.to(perturbed(model, 1.0))
+    remember = one.tensors.remember
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(DEADLINE)
+        remember()
+
+    monkeypatch.setattr(one.tensors, "remember", slowly)
+    settling = Worker(one.swapper.settle)
+    try:
+        assert begun.wait(DEADLINE)
+        assert one.swapper.digest() == digest_image(one.layout, one.image_of().view).version_digest()
+    finally:
+        go_on.set()
+        settling.finish()
+
+
 def test_batch_norm_trains_on_a_flipped_image(rig):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     one = rig(model, "flip")

@@ -19,6 +19,7 @@ from shipd.serving.slot import Slot
 from shipd.serving.staging import Torn
 from shipd.serving.swap import Swapper, make_swapper
 from shipd.serving.tensors import ModelTensors
+from shipd.serving.turns import short_turns
 from shipd.serving.version import Version
 from shipproto.layout import Layout
 from shipproto.names import check_label
@@ -86,9 +87,10 @@ class Resident:
         self, model: nn.Module, name: str, socket: Path, *, mode: str, max_hold: float, hooks: bool, timeout: float
     ) -> None:
         self.name = name
-        tensors = ModelTensors(model)
         self._gate = Gate(_UNATTACHED, calls=find_calls)
-        swapper = make_swapper(tensors, Layout(tensors.structure), mode)
+        with short_turns():
+            tensors = ModelTensors(model)
+            swapper = make_swapper(tensors, Layout(tensors.structure), mode)
         self.mode = swapper.mode
         self._callbacks: list[Callable[[Version], object]] = []
         self._follower = _ModelFollower(self._gate, swapper, max_hold, self._callbacks)
