@@ -14,6 +14,7 @@ from shipd.errors import AttachError
 from shipd.serving import bits
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
+from shipd.serving.tensors import ModelTensors
 from shipd.serving.version import Version
 from shipproto.digests import digest_image
 from tests.support.gates import Worker
@@ -165,16 +166,16 @@ def test_reading_back_while_another_thread_cleans_up_after_a_flip(rig, monkeypat
     model = encoder()
     one = rig(model, "flip")
     one.to(perturbed(model, 1.0))
-    remember = one.tensors.remember
+    remember = ModelTensors.remember
     begun, go_on = threading.Event(), threading.Event()
 
-    def slowly():
+    def slowly(tensors):
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert go_on.wait(DEADLINE)
-        remember()
+        remember(tensors)
 
-    monkeypatch.setattr(one.tensors, "remember", slowly)
+    monkeypatch.setattr(ModelTensors, "remember", slowly)
     settling = Worker(one.swapper.settle)
     try:
         assert begun.wait(DEADLINE)

@@ -1,10 +1,10 @@
 """Whose turn it is: keeping what happens inside a closed gate, or calls torch for every tensor, from waiting for other
 Python threads.
 
-A thread that computes in Python keeps the GIL for a whole switch interval, 5 ms, each time that the swapping thread
-has let go of it: more than a swap takes, and 20 s for 10,000 views. A shorter interval meanwhile bounds each such wait.
-A longer one would keep others from taking the GIL away, but whoever had asked already would get it once more, and then for as
-long as the interval has become.
+A thread that computes in Python keeps the GIL for a whole switch interval, 5 ms, each time that the swapping thread has
+let go of it: more than a swap takes, and 20 s for 10,000 views. A shorter interval meanwhile bounds each such wait. A
+longer one would keep others from taking the GIL away, but whoever had asked already would get it once more, and then
+for as long as the interval has become.
 """
 
 import contextlib
