@@ -12,9 +12,10 @@ from torch import nn
 
 from shipd.errors import AttachError, Fenced, IntegrityError, ShipError
 from shipd.images.memory import Access, ImageMapping
+from shipd.serving.follower import SwapTimes
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
-from shipd.serving.link import Link, SwapTimes
+from shipd.serving.link import Link
 from shipd.serving.slot import Slot
 from shipd.serving.staging import Torn
 from shipd.serving.swap import Swapper, make_swapper
@@ -200,7 +201,7 @@ class Resident:
 
 
 class _ModelFollower:
-    """What the link does to the model: see ``link.Follower``. All but ``digest`` on the link's thread."""
+    """What the link does to the model: see ``follower.Follower``. All but ``digest`` on the link's thread."""
 
     def __init__(
         self, gate: Gate, swapper: Swapper, max_hold: float, callbacks: list[Callable[[Version], object]]
