@@ -81,6 +81,9 @@ class CopySwap:
         self._staged = None
         self._saved = []
 
+    def approach(self) -> None:
+        """See Swapper. What the images hold does not fit into a cache."""
+
     def apply(self) -> None:
         """See Swapper."""
         staged = self._staged

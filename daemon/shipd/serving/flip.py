@@ -27,6 +27,10 @@ _set_data: Final[Callable[[Tensor, Tensor], None]] = vars(torch._C.TensorBase)["
 """``tensor.data = value`` as a function."""
 
 
+_BLOCK: Final = 256
+"""Tensors that are touched in one call, during which no other thread can have the GIL: 0.1 to 0.3 ms."""
+
+
 class Bindings:
     """Live tensors, what each is bound to, and what it is going to be bound to."""
 
@@ -46,8 +50,21 @@ class Bindings:
             self.olds.append(live.data)
             self.news.append(new)
 
+    def touch(self) -> None:
+        """Read what ``apply`` will read, so that less of it comes from memory then."""
+        for start in range(0, len(self.lives), _BLOCK):
+            some = slice(start, start + _BLOCK)
+            deque(map(Tensor.data_ptr, self.lives[some]), maxlen=0)
+            deque(map(Tensor.data_ptr, self.news[some]), maxlen=0)
+
     def apply(self) -> None:
-        """Bind all of them. May fail anywhere."""
+        """Bind all of them. May fail anywhere.
+
+        Each takes 0.23 µs where all that is read is in the cache, and 0.65 µs and more where it is not. With 10,000
+        tensors it is not, touched before or not: what torch keeps of the live ones, of the new ones and of the
+        storages of both, some 1 KB a tensor, is 10 MB. So their pause is 6 ms at the very least, and 10 to 12 ms on a
+        machine that does other things as well.
+        """
         rebind(self.lives, self.news)
         for live, _, new in self.inference:
             bind(live, new)
@@ -123,6 +140,11 @@ class FlipSwap:
     def discard(self) -> None:
         """See Swapper."""
         self._staged = None
+
+    def approach(self) -> None:
+        """See Swapper."""
+        if self._staged is not None:
+            self._staged[1].touch()
 
     def apply(self) -> None:
         """See Swapper."""

@@ -263,6 +263,7 @@ class _ModelFollower:
             self._torn = None
             return version
 
+        self._swapper.approach()
         pause = self._gate.swap(act, commit_timeout=timeout, max_hold=self._max_hold, then=self._call_back)
         return SwapTimes(pause.pause_seconds, pause.wait_seconds, copy_seconds)
 
