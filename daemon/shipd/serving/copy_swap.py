@@ -17,6 +17,7 @@ from shipd.images.memory import Access, ImageMapping
 from shipd.serving import bits, scatter
 from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image, never, read_digest
 from shipd.serving.tensors import ModelTensors
+from shipd.serving.turns import short_turns
 from shipproto.layout import Layout
 
 
@@ -71,13 +72,17 @@ class CopySwap:
         self._prepare(mapping)
         if self._current is None and not self._saved:
             # The model came with weights of its own, which no image has: this once, an undo is worth its memory.
-            self._saved = self._save()
+            with short_turns():
+                self._saved = self._save()
         self._staged = mapping
 
     def discard(self) -> None:
         """See Swapper."""
         self._staged = None
         self._saved = []
+
+    def approach(self) -> None:
+        """See Swapper. What the images hold does not fit into a cache."""
 
     def apply(self) -> None:
         """See Swapper."""
@@ -138,7 +143,8 @@ class CopySwap:
     def _sources_of(self, mapping: ImageMapping) -> _Sources:
         sources = self._sources.get(mapping)
         if sources is None:
-            views = bits.image_integers(bits.flat_bytes(mapping.raw), self.layout, self._single_rows)
+            with short_turns():
+                views = bits.image_integers(bits.flat_bytes(mapping.raw), self.layout, self._single_rows)
             sources = self._sources[mapping] = _Sources(self._scatter.parts(mapping), views)
         return sources
 

@@ -20,10 +20,15 @@ from shipd.images.memory import Access, ImageMapping
 from shipd.serving import bits
 from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image, never, read_digest
 from shipd.serving.tensors import ModelTensors
+from shipd.serving.turns import short_turns
 from shipproto.layout import Layout
 
 _set_data: Final[Callable[[Tensor, Tensor], None]] = vars(torch._C.TensorBase)["data"].__set__  # noqa: SLF001
 """``tensor.data = value`` as a function."""
+
+
+_BLOCK: Final = 256
+"""Tensors that are touched in one call, during which no other thread can have the GIL: 0.1 to 0.3 ms."""
 
 
 class Bindings:
@@ -45,8 +50,21 @@ class Bindings:
             self.olds.append(live.data)
             self.news.append(new)
 
+    def touch(self) -> None:
+        """Read what ``apply`` will read, so that less of it comes from memory then."""
+        for start in range(0, len(self.lives), _BLOCK):
+            some = slice(start, start + _BLOCK)
+            deque(map(Tensor.data_ptr, self.lives[some]), maxlen=0)
+            deque(map(Tensor.data_ptr, self.news[some]), maxlen=0)
+
     def apply(self) -> None:
-        """Bind all of them. May fail anywhere."""
+        """Bind all of them. May fail anywhere.
+
+        Each takes 0.23 µs where all that is read is in the cache, and 0.65 µs and more where it is not. With 10,000
+        tensors it is not, touched before or not: what torch keeps of the live ones, of the new ones and of the
+        storages of both, some 1 KB a tensor, is 10 MB. So their pause is 6 ms at the very least, and 10 to 12 ms on a
+        machine that does other things as well.
+        """
         rebind(self.lives, self.news)
         for live, _, new in self.inference:
             bind(live, new)
@@ -105,32 +123,28 @@ class FlipSwap:
         # Every tensor gets a storage of its own, as in any model, and each storage refers to this memoryview and to
         # nothing else of the mapping: when it is gone, nothing can read the image any more.
         anchor = mapping.raw
+        primary, offsets = self.layout.structure.primary.tolist(), self.layout.offsets.tolist()
+        # One object may stand under several names; and several objects may share one memory.
+        lives = {id(live): (primary[row], live) for row, live in enumerate(self.tensors.live) if live.numel()}
         replacements: dict[int, Tensor] = {}
         bindings = Bindings()
-        primary = self.layout.structure.primary.tolist()
-        seen: set[int] = set()
-        for row, live in enumerate(self.tensors.live):
-            # One object may stand under several names; and several objects may share one memory.
-            if not live.numel() or id(live) in seen:
-                continue
-            seen.add(id(live))
-            root = primary[row]
-            if root not in replacements:
-                replacements[root] = self._replacement(anchor, root, live)
-            bindings.add(live, replacements[root])
+        with short_turns():
+            # All of them before anything else: what apply() reads then lies close together.
+            for root, live in lives.values():
+                if root not in replacements:
+                    replacements[root] = _replacement(anchor, offsets[root], live)
+            for root, live in lives.values():
+                bindings.add(live, replacements[root])
         self._staged = (mapping, bindings, weakref.ref(anchor))
-
-    def _replacement(self, anchor: memoryview, row: int, live: Tensor) -> Tensor:
-        """The staged value of a tensor, with the strides of the live one."""
-        count, offset = int(self.layout.structure.nbytes[row]), int(self.layout.offsets[row])
-        content = torch.frombuffer(anchor, dtype=torch.uint8, count=count, offset=offset)
-        value = content.view(live.dtype).view(live.shape)
-        # Other strides need another order of bytes, and so memory of their own.
-        return value if live.is_contiguous() else _copied(value, live)
 
     def discard(self) -> None:
         """See Swapper."""
         self._staged = None
+
+    def approach(self) -> None:
+        """See Swapper."""
+        if self._staged is not None:
+            self._staged[1].touch()
 
     def apply(self) -> None:
         """See Swapper."""
@@ -178,10 +192,11 @@ class FlipSwap:
         self._moved = True
 
     def _remember(self) -> None:
-        # Not in apply(): with many tensors it would lengthen the pause.
+        # Not in apply(): with many tensors it would lengthen the pause. Done first and noted then: whoever reads the
+        # tensors back meanwhile, on another thread, must not take it for done.
         if self._moved:
-            self._moved = False
             self.tensors.remember()
+            self._moved = False
 
     def forget(self, mapping: ImageMapping) -> None:
         """See Swapper."""
@@ -199,6 +214,16 @@ class FlipSwap:
         self._staged = self._replaced = None
         self._current = None
         self._retired = []
+
+
+def _replacement(image: memoryview, offset: int, live: Tensor) -> Tensor:
+    """The next version of ``live``, which lies at ``offset`` in an image, with the strides of the live one."""
+    # view() lets go of the GIL, and frombuffer() does not.
+    value = torch.frombuffer(image, dtype=live.dtype, count=live.numel(), offset=offset)
+    if live.dim() != 1:
+        value = value.view(live.shape)
+    # Other strides need another order of bytes, and so memory of their own.
+    return value if live.is_contiguous() else _copied(value, live)
 
 
 def _copied(value: Tensor, like: Tensor) -> Tensor:

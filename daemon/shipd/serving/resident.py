@@ -12,13 +12,15 @@ from torch import nn
 
 from shipd.errors import AttachError, Fenced, IntegrityError, ShipError
 from shipd.images.memory import Access, ImageMapping
+from shipd.serving.follower import SwapTimes
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
-from shipd.serving.link import Link, SwapTimes
+from shipd.serving.link import Link
 from shipd.serving.slot import Slot
 from shipd.serving.staging import Torn
 from shipd.serving.swap import Swapper, make_swapper
 from shipd.serving.tensors import ModelTensors
+from shipd.serving.turns import short_turns
 from shipd.serving.version import Version
 from shipproto.layout import Layout
 from shipproto.names import check_label
@@ -86,9 +88,10 @@ class Resident:
         self, model: nn.Module, name: str, socket: Path, *, mode: str, max_hold: float, hooks: bool, timeout: float
     ) -> None:
         self.name = name
-        tensors = ModelTensors(model)
         self._gate = Gate(_UNATTACHED, calls=find_calls)
-        swapper = make_swapper(tensors, Layout(tensors.structure), mode)
+        with short_turns():
+            tensors = ModelTensors(model)
+            swapper = make_swapper(tensors, Layout(tensors.structure), mode)
         self.mode = swapper.mode
         self._callbacks: list[Callable[[Version], object]] = []
         self._follower = _ModelFollower(self._gate, swapper, max_hold, self._callbacks)
@@ -198,7 +201,7 @@ class Resident:
 
 
 class _ModelFollower:
-    """What the link does to the model: see ``link.Follower``. All but ``digest`` on the link's thread."""
+    """What the link does to the model: see ``follower.Follower``. All but ``digest`` on the link's thread."""
 
     def __init__(
         self, gate: Gate, swapper: Swapper, max_hold: float, callbacks: list[Callable[[Version], object]]
@@ -260,6 +263,7 @@ class _ModelFollower:
             self._torn = None
             return version
 
+        self._swapper.approach()
         pause = self._gate.swap(act, commit_timeout=timeout, max_hold=self._max_hold, then=self._call_back)
         return SwapTimes(pause.pause_seconds, pause.wait_seconds, copy_seconds)
 

@@ -1,7 +1,7 @@
 """How a version gets into a resident model: what every way of swapping offers, and which one a model gets.
 
 The life of a version: ``arrived`` while its bytes are coming, ``stage`` when all of them are there and verified,
-``apply`` inside the closed gate, ``settle`` when the gate is open again; or ``discard`` instead of ``apply``. Nothing
+``approach``, then ``apply`` inside the closed gate, ``settle`` when the gate is open again; or ``discard`` instead of ``apply``. Nothing
 live is touched before ``apply``, and ``apply`` is all or nothing.
 """
 
@@ -60,6 +60,9 @@ class Swapper(Protocol):
     def discard(self) -> None:
         """What was staged, or has arrived, is not going to be applied. Must come before anything else arrives in the
         same mapping."""
+
+    def approach(self) -> None:
+        """``apply`` comes next. The gate is still open: touch nothing live, and only for speed."""
 
     def apply(self) -> None:
         """Make the staged version live. The caller keeps the gate closed.
