@@ -32,7 +32,7 @@ MOONCAKE := mooncake-transfer-engine-non-cuda
 .DELETE_ON_ERROR:
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
-.PHONY: help venv demo test bench lint clean
+.PHONY: help venv demo test bench load swaps lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,12 @@ test: $(TEST)  ## the whole suite, the demo included
 
 bench: $(BENCH)  ## shipd beside a raw socket, gloo, torchft and Mooncake (under ten minutes)
 	@$(RUN) -m tests.benchmarks $(ARGS)
+
+load: $(TEST)  ## five minutes of four models x four processes, with everything killed at random
+	$(RUN) -m tests.load --seconds 300 $(ARGS)
+
+swaps: $(TEST)  ## ten thousand swaps under eight readers (make test does a thousand)
+	SHIPD_SWAPS=10000 $(RUN) -m pytest -k thousand_swaps tests/e2e/test_swapping.py $(ARGS)
 
 lint: $(LINT)  ## ruff, mypy --strict, import-linter
 	$(RUN) -m ruff check .

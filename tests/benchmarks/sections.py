@@ -3,7 +3,6 @@
 A new benchmark is a module with ``measure(rounds)`` (see tests.benchmarks.rows) and a line in SECTIONS.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -55,20 +54,16 @@ def in_process_of_its_own(module: str, deadline: float = 300.0) -> Callable[[Run
     return run
 
 
-SECTIONS: Final = tuple(
-    section
-    for section in (
-        Section(
-            "side-by-side",
-            "One gigabyte, one version to one host",
-            lambda run: side_by_side.measure(run.rounds, run.contenders, run.total, run.say),
-        ),
-        Section("small", "Many small tensors", lambda run: small_tensors.measure(run.rounds)),
-        Section("pause", "The pause of a swap", in_process_of_its_own("tests.benchmarks.pause")),
-        Section("hold", "What a hold costs", in_process_of_its_own("tests.benchmarks.hold")),
-        Section("memory", "The daemon under a large push", lambda run: daemon_memory.measure(run.rounds)),
-        Section("inference", "Inference meanwhile", lambda run: inference.measure(run.rounds)),
-        Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say)),
-    )
-    if section.name not in ("pause", "hold") or importlib.util.find_spec(f"tests.benchmarks.{section.name}")
+SECTIONS: Final = (
+    Section(
+        "side-by-side",
+        "One gigabyte, one version to one host",
+        lambda run: side_by_side.measure(run.rounds, run.contenders, run.total, run.say),
+    ),
+    Section("small", "Many small tensors", lambda run: small_tensors.measure(run.rounds)),
+    Section("pause", "The pause of a swap", in_process_of_its_own("tests.benchmarks.pause")),
+    Section("hold", "What a hold costs", in_process_of_its_own("tests.benchmarks.hold")),
+    Section("memory", "The daemon under a large push", lambda run: daemon_memory.measure(run.rounds)),
+    Section("inference", "Inference meanwhile", lambda run: inference.measure(run.rounds)),
+    Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say)),
 )
