@@ -183,15 +183,23 @@ class Connection:
             wanted = PRELUDE_SIZE + self._prelude.header_length
         return self._head[self._have : max(wanted, self._have + 1)]
 
+    def get_buffers(self) -> list[memoryview]:
+        """The same for a scattering read: what is left of a payload, and where the next frame begins."""
+        if self._payload is None:
+            return [self.get_buffer()]
+        return [self._payload[self._received :], self._head[: PRELUDE_SIZE + _READ_AHEAD]]
+
     def buffer_updated(self, count: int) -> None:
-        """``count`` bytes have been received into the last ``get_buffer``. Raises ProtocolError."""
+        """``count`` bytes have been received into the last ``get_buffer`` or ``get_buffers``. Raises ProtocolError."""
         if self._failed is not None:
             raise self._failed
         self.bytes_received += count
         try:
             if self._payload is not None:
-                self._take_payload(count)
-            else:
+                rest = len(self._payload) - self._received
+                self._take_payload(min(count, rest))
+                count -= rest
+            if count > 0:
                 self._have += count
                 self._take_head()
         except ProtocolError as error:

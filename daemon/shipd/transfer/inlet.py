@@ -91,9 +91,9 @@ class Inlet:
     def _receive(self) -> bool:
         """Take what comes next. False at the end of the stream."""
         connection, times = self.connection, self.times
-        view = connection.get_buffer()
+        views = connection.get_buffers()
         began, worked = time.monotonic(), time.thread_time()
-        count = self._sock.recv_into(view)
+        count = self._sock.recvmsg_into(views)[0]
         received, working = time.monotonic(), time.thread_time() - worked
         # The rest of the time this thread slept.
         times.receive += working
