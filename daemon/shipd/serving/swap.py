@@ -1,8 +1,8 @@
 """How a version gets into a resident model: what every way of swapping offers, and which one a model gets.
 
 The life of a version: ``arrived`` while its bytes are coming, ``stage`` when all of them are there and verified,
-``approach``, then ``apply`` inside the closed gate, ``settle`` when the gate is open again; or ``discard`` instead of ``apply``. Nothing
-live is touched before ``apply``, and ``apply`` is all or nothing.
+``approach``, then ``apply`` inside the closed gate, ``settle`` when the gate is open again; or ``discard`` instead of
+``apply``. Nothing live is touched before ``apply``, and ``apply`` is all or nothing.
 """
 
 import logging
