@@ -29,8 +29,8 @@ __all__ = [
     "check_committed", "feed", "flip", "handshaken", "nonce", "output_of", "pieces", "simple_push",
 ]  # fmt: skip
 
-Chop = Literal["whole", "split", "bytes"]
-CHOPS: Final[tuple[Chop, ...]] = ("whole", "split", "bytes")
+Chop = Literal["whole", "split", "bytes", "scattered"]
+CHOPS: Final[tuple[Chop, ...]] = ("whole", "split", "bytes", "scattered")
 
 
 @dataclass
@@ -59,12 +59,24 @@ def feed(connection: Connection, data: bytes | bytearray, *, chop: Chop = "whole
     events: list[Event] = []
     try:
         for piece in pieces(bytes(data), chop, random.Random(seed)):
-            connection.receive(piece)
+            (scatter if chop == "scattered" else Connection.receive)(connection, piece)
             events += connection.events()
     except ProtocolError as error:
         events += connection.events()
         return Fed(events, error, output_of(connection))
     return Fed(events, None, output_of(connection))
+
+
+def scatter(connection: Connection, data: bytes) -> None:
+    """Receive as a scattering read does: into a payload's rest and the next frame's head at once."""
+    left = memoryview(data)
+    while left:
+        count = 0
+        for view in connection.get_buffers():
+            size = min(len(view), len(left))
+            view[:size] = left[:size]
+            left, count = left[size:], count + size
+        connection.buffer_updated(count)
 
 
 def output_of(connection: Connection) -> bytes:
