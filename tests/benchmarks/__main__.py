@@ -1,6 +1,6 @@
 """The command line: ``python -m tests.benchmarks``, best by ``make bench``.
 
-    python -m tests.benchmarks                   everything; results.json and the pictures are written anew
+    python -m tests.benchmarks                   everything but growth; replaced in results.json and the pictures
     python -m tests.benchmarks small memory      these only, and only these are replaced in results.json
     python -m tests.benchmarks raw shipd         these of the side by side only; printed, not kept
     python -m tests.benchmarks growth --full     the whole grid
@@ -61,7 +61,9 @@ def _measure(chosen: argparse.Namespace) -> None:
     wanted = [
         section
         for section in SECTIONS
-        if not chosen.names or section.name in chosen.names or (contenders and section.name == "side-by-side")
+        if (not chosen.names and not section.by_name)
+        or section.name in chosen.names
+        or (contenders and section.name == "side-by-side")
     ]
     if any(section.name == "side-by-side" for section in wanted) and (not contenders or "torchft" in str(contenders)):
         # It takes as long to import as torch.
@@ -79,8 +81,7 @@ def _measure(chosen: argparse.Namespace) -> None:
     if partial and not chosen.keep:
         say("not kept: fewer rounds, rows or bytes than a whole run")
         return
-    results = report.load() if chosen.names else {"sections": {}}
-    merged = {**results["sections"], **found}
+    merged = {**report.load()["sections"], **found}
     ordered = {section.name: merged[section.name] for section in SECTIONS if section.name in merged}
     report.save({"sections": ordered})
     try:

@@ -57,7 +57,6 @@ class Case:
 
 CASES: Final = (
     Case("copy-1g", "copy, 1 GiB in 64 tensors", "copy", 64, 16 * MIB, 1.3, 1.1),
-    Case("copy-64k", "copy, 4,000 tensors of 64 KiB", "copy", 4_000, 64 * 1024, None, None),
     Case("copy-4k", "copy, 20,000 tensors of 4 KiB", "copy", 20_000, 4096, None, None),
     Case("flip-100", "flip, 100 tensors", "flip", 100, 4096, 0.005, 0.002),
     Case("flip-1000", "flip, 1,000 tensors", "flip", 1_000, 4096, 0.005, 0.002),

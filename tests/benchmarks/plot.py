@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from tests.benchmarks.report import HERE
 from tests.benchmarks.rows import Row, as_row
+from tests.benchmarks.side_by_side import RAW
 
 SIDE_BY_SIDE: Final = HERE / "side-by-side.svg"
 GROWTH: Final = HERE / "growth.svg"
@@ -46,7 +47,7 @@ def draw(results: Mapping[str, Any]) -> list[Path]:
 def _side_by_side(rows: Sequence[Row]) -> None:
     from matplotlib import pyplot as plt
 
-    shown = [row for row in rows if row.ratio is not None and row.name != "whole push"]
+    shown = [row for row in rows if row.ratio is not None and row.reference == RAW]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(shown) + 1))
     positions = range(len(shown))[::-1]
     for at, row in zip(positions, shown, strict=True):

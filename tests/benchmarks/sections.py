@@ -37,6 +37,8 @@ class Section:
     name: str
     title: str
     run: Callable[[Run], list[Row]]
+    by_name: bool = False
+    """Whether it runs only where it is named."""
 
 
 def in_process_of_its_own(module: str, deadline: float = 300.0) -> Callable[[Run], list[Row]]:
@@ -65,5 +67,5 @@ SECTIONS: Final = (
     Section("hold", "What a hold costs", in_process_of_its_own("tests.benchmarks.hold")),
     Section("memory", "The daemon under a large push", lambda run: daemon_memory.measure(run.rounds)),
     Section("inference", "Inference meanwhile", lambda run: inference.measure(run.rounds)),
-    Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say)),
+    Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say), by_name=True),
 )

@@ -164,15 +164,15 @@ def test_ratios_are_taken_in_each_round_against_the_raw_transfer_beside_it():
     assert wire.verdict == "missed"
     assert rows[RAW, RAW].value == pytest.approx(4.0)
     # 3 / 2, 3 / 2 and 3 / 2.5
-    against = rows["whole push", GLOO_BOTH]
+    against = rows[PUSH, GLOO_BOTH]
     assert against.ratio == pytest.approx(1.5)
     assert against.spread == pytest.approx((1.2, 1.5))
     assert against.verdict == "floor"
     assert rows[GLOO_BOTH, RAW].elsewhere["unpinned"] == pytest.approx((1 / 0.9, 0.2 / 0.9))
     assert rows[MOONCAKE, RAW].skipped == "no lib"
     # What was not measured is compared with nothing.
-    assert ("whole push", GLOO_COPY) not in rows
-    assert ("whole push", HTTP) not in rows
+    assert (PUSH, GLOO_COPY) not in rows
+    assert (WIRE, HTTP) not in rows
 
 
 def test_the_lag_that_99_of_100_stayed_below():
