@@ -54,16 +54,13 @@ def render_profile(profile: Profile, receipt: Receipt) -> str:
     named = (profile.open, profile.connect, profile.agree, profile.wire, profile.verify, profile.stage, profile.commit)
     lanes = "1 connection" if profile.lanes == 1 else f"{profile.lanes} connections"
     rate = format_bytes(receipt.bytes_sent / profile.wire) + "/s" if profile.wire else "nothing sent"
-    idle = max(
-        0.0, profile.wire * profile.lanes - _sum(profile, "receiver_receive", "receiver_check", "receiver_digest")
-    )
     stages = (
         ("open", profile.open, "the checkpoint"),
         ("connect", profile.connect, "and shake hands"),
         ("agree", profile.agree, "on structure and chunks"),
         ("wire", profile.wire, f"{rate} over {lanes}"),
         ("  sender", None, _split(profile, ("read", "digest", "check", "write", "wait"))),
-        ("  receiver", None, f"{_split(profile, _RECEIVER)}, wait {format_seconds(idle)}"),
+        ("  receiver", None, _split(profile, _RECEIVER)),
         ("verify", profile.verify, "digests compared"),
         ("stage", profile.stage, "serving processes made ready"),
         ("commit", profile.commit, _pause(profile, receipt)),
@@ -76,10 +73,6 @@ def render_profile(profile: Profile, receipt: Receipt) -> str:
             time_and_share = f"{format_seconds(seconds)} {100 * seconds / max(profile.total, 1e-9):4.0f} %"
         lines.append(f"  {name:<11}{time_and_share:>15}   {what}")
     return "\n".join(lines)
-
-
-def _sum(profile: Profile, *names: str) -> float:
-    return sum(float(getattr(profile, name)) for name in names)
 
 
 def _split(profile: Profile, names: tuple[str, ...]) -> str:

@@ -115,10 +115,8 @@ class Push:
         self._frames_resent = 0
         self._times = Times()
         self._lanes = 1
-        self._current = Times()
-        """Of the connection that there is."""
         self._open_seconds = self._connect_seconds = self._agree_seconds = 0.0
-        self._waited_before = self._wire_wait = 0.0
+        self._wire_wait = 0.0
         self._offered_at = self._held_at = self._committing_at = 0.0
         self._first_data: float | None = None
         self._all_held: float | None = None
@@ -189,7 +187,6 @@ class Push:
         self._spare = None
         self._established = True
         self._connect_seconds += lane.open_seconds
-        self._current = lane.times
         lane.use(self._interruptible)
         self._reached = True
         # A commit that was asked for on an earlier connection may have happened, whatever is answered on this one.
@@ -276,12 +273,14 @@ class Push:
         if self._first_data is None:
             self._first_data = now
             self._agree_seconds = now - self._offered_at
-            self._waited_before = lane.times.wait
         watch = outlets.check if outlets else None
         drain = partial(lane.drain, self._options.stall, until=deadline, watch=watch)
         chunks = range(first, first + 1)
         while chunks:
-            self._take((*send_chunks(self._sender, reader, lane, chunks, drain), *lane.pump()))
+            waited = lane.times.wait
+            events = send_chunks(self._sender, reader, lane, chunks, drain)
+            self._wire_wait += lane.times.wait - waited
+            self._take((*events, *lane.pump()))
             if time.monotonic() > until or outlets.carry:
                 return
             with self._lock:
@@ -330,7 +329,6 @@ class Push:
             self._held_at = time.monotonic()
         if self._all_held is None and self._first_data is not None and self._sender.held == self._sender.layout.chunks:
             self._all_held = time.monotonic()
-            self._wire_wait = max(0.0, self._current.wait - self._waited_before)
 
     def _keep_alive(self, lane: Lane) -> None:
         """Nothing to send is no reason for the daemon to take this side for dead. It reports twice a second."""
