@@ -320,6 +320,15 @@ def test_who_is_being_answered_keeps_its_place(serving):
     assert get(serving.port, "/fine").status == 200
 
 
+def test_who_stays_when_answered_gives_way(serving):
+    with contextlib.ExitStack() as stack:
+        staying = [stack.enter_context(connected(serving, REQUEST)) for _ in range(MAX_CONNECTIONS)]
+        for sock in staying:
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            assert get(serving.port, "/fine").status == 200
+
+
 def test_whoever_leaves_is_not_answered(serving):
     begun, ended = threading.Event(), threading.Event()
 

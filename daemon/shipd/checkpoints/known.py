@@ -13,7 +13,7 @@ _MOST: Final = 4
 """Structures that are kept, for as many models pushed in turns."""
 
 _MOST_TENSORS: Final = 1 << 17
-"""Tensors of a structure that is kept: each costs some 300 bytes."""
+"""Tensors of all that are kept: each costs some 300 bytes, 40 MB in all."""
 
 
 class _Known(NamedTuple):
@@ -65,4 +65,9 @@ def structure_of(
 
 def _remember(latest: _Known) -> None:
     with _lock:
-        _known[:] = [latest, *(known for known in _known if known.structure is not latest.structure)][:_MOST]
+        kept, tensors = [], 0
+        for known in [latest, *(known for known in _known if known.structure is not latest.structure)][:_MOST]:
+            tensors += len(known.names)
+            if tensors <= _MOST_TENSORS:
+                kept.append(known)
+        _known[:] = kept

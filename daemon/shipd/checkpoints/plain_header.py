@@ -29,7 +29,7 @@ _METADATA_FIELD: Final = re.compile(rb'"__metadata__"[ ]*:[ ]*')
 
 _CONTROLS: Final = bytes(range(0x20))
 
-_KEPT: Final = 16 * 1024 * 1024
+_KEPT: Final = 4 * 1024 * 1024
 """Bytes of a header that is remembered, at most."""
 
 

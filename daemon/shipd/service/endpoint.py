@@ -1,7 +1,8 @@
 """A small HTTP/1.1 server on the daemon's own loop: GET and HEAD of a few fixed paths, one request a connection.
 
 h11 parses. What is here bounds what a client may cost: bytes of a request, seconds of a connection, connections. A
-client that sends nothing, or slowly, or does not read its answer, keeps nobody else from being answered.
+client that sends nothing, or slowly, or stays when it has been answered, keeps nobody else from being answered; only as
+many as there are places, all being answered at once, keep a newcomer out.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import http
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, cast
 
 import h11
@@ -85,7 +87,10 @@ class Endpoint:
         """A client has connected."""
         self._exchanges[exchange] = None
         if len(self._exchanges) > MAX_CONNECTIONS:
-            victim = next((other for other in self._exchanges if not other.asked), exchange)
+            # Whoever has not asked, longest first; then whoever has its answer and does not go; else the newcomer.
+            others = [other for other in self._exchanges if other is not exchange]
+            idle = (other for other in others if not other.asked)
+            victim = next(chain(idle, (other for other in others if other.answered)), exchange)
             self.closed(victim)
             victim.abort()
 
@@ -106,7 +111,8 @@ class Exchange(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._answered = False
+        self.answered = False
+        """Whether the whole answer has been written."""
         self._heard_out = False
         """The client has nothing more to say."""
         self._ignored = 0
@@ -138,7 +144,7 @@ class Exchange(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._heard_out = True
         # A client may close its side of the connection as soon as it has asked.
-        return self.asked and not self._answered
+        return self.asked and not self.answered
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  nobody is left to be told
         self._endpoint.closed(self)
@@ -183,7 +189,7 @@ class Exchange(asyncio.Protocol):
         pieces = [self._http.send(response)]
         if not head:
             pieces.append(self._http.send(h11.Data(reply.body)))
-        self._answered = True
+        self.answered = True
         self._transport.write(b"".join(piece for piece in pieces if piece))
         if self._heard_out:
             self._transport.close()

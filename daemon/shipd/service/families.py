@@ -196,10 +196,10 @@ class Families:
     # --- connections ---------------------------------------------------------------------------------------
 
     def _connections(self) -> Iterator[Metric]:
-        now = _gauge("shipd_connections", "Connections that are open.", "transport")
+        now = _gauge("shipd_connections", "Connections that are open, but for the lanes of pushes.", "transport")
         opened = CounterMetricFamily("shipd_connections_opened", "Connections accepted.", labels=("transport",))
         received = CounterMetricFamily(
-            "shipd_received_bytes", "Bytes received, of whatever kind.", labels=("transport",)
+            "shipd_received_bytes", "Bytes received, of whatever kind; a lane's when it ends.", labels=("transport",)
         )
         resent = CounterMetricFamily(
             "shipd_frames_resent", "Frames sent again because the peer asked for them.", labels=("transport",)

@@ -98,6 +98,9 @@ class UnixPeer:
         if self.closed:
             return
         self.flush()
+        if self._sock.fileno() < 0:
+            # It was found dead just now: nobody would ever close the duplicates.
+            return
         self.connection.send(message)
         pieces = self.connection.take_output()
         self._queue(pieces[0], tuple(os.dup(fd) for fd in fds))
@@ -147,7 +150,9 @@ class UnixPeer:
                 for event in self.connection.events():
                     self._on_event(self, event)
                     if isinstance(event, ChunkArrived):
-                        self.times.digest += time.monotonic() - checked
+                        digested = time.monotonic()
+                        self.times.digest += digested - checked
+                        checked = digested
                 if self.closed:
                     return
                 if self.backlog > _HIGH_WATER:
