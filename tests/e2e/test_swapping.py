@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 import shipd
+from shipd.serving.copy_swap import CopySwap
 from tests.conftest import StartDaemon
 from tests.support import naive
 from tests.support.naive import Tensor
 from tests.support.processes import Background, Finished, push, shipctl
 from tests.support.proxy import DATA, Proxy, until
-from tests.support.serving_process import Attach, Exact, Serve, ask, fingerprint, question, right_answer, state
+from tests.support.serving_process import CROWD, Attach, Exact, Serve, ask, fingerprint, question, right_answer, state
 
 pytest_plugins = ["tests.support.serving_process"]
 
@@ -234,7 +235,7 @@ class Slow(Exact):
         assert self.go_on.wait(20)
         for layer in itertools.islice(self.layers, 1, None):
             numbers = torch.remainder(layer(numbers), 61) - 30
-        return numbers + self.shift
+        return self.last(numbers)
 
 
 @both
@@ -516,6 +517,10 @@ def test_direct_in_memory_is_a_copy_under_its_own_name(start_daemon: StartDaemon
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode="direct")
+    # Of both ways of copying: one by one, and many small ones at once.
+    swapper = resident._follower._swapper
+    assert isinstance(swapper, CopySwap)
+    assert sum(swapper._scatter.taken) == len(CROWD) < len(swapper._scatter.taken)
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     for number in (1, 2, 3):
         receipt = push(address(daemon), state(number), label=f"v{number}")

@@ -15,11 +15,16 @@ from tests.support.naive import Tensor
 WIDTH = 256
 LAYERS = 8
 """2 MiB in five chunks."""
+CROWD = 40
+"""Small tensors, of two sizes in turn: so many that a swap writes those of one size all at once."""
 
 _CYCLE = 1000
 
+_SMALL = [(3, 50)[at % 2] for at in range(CROWD)]
+
 ROWS: tuple[Tensor, ...] = (
     Tensor("count", "int64", (3,)),
+    *(Tensor(f"crowd.{at}", "float32", (length,)) for at, length in enumerate(_SMALL)),
     *(Tensor(f"layers.{at}.bias", "float32", (WIDTH,)) for at in range(LAYERS)),
     *(Tensor(f"layers.{at}.weight", "float32", (WIDTH, WIDTH)) for at in range(LAYERS)),
     Tensor("scale", "bfloat16", (5,)),
@@ -38,12 +43,15 @@ class Striped(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
         self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
         self.count: torch.Tensor
+        self.crowd = nn.ParameterList(torch.zeros(length) for length in _SMALL)
         self.register_buffer("scale", torch.zeros(5, dtype=torch.bfloat16))
         self.load_state_dict(state(version))
         self.eval().requires_grad_(False)
 
     def forward(self, ones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([layer(ones) for layer in self.layers]), self.count.clone()
+        # As if each were a row's bias, so that the sums of a version are the same number everywhere.
+        crowd = torch.cat(list(self.crowd)) * (WIDTH + 1)
+        return torch.cat([*(layer(ones) for layer in self.layers), crowd]), self.count.clone()
 
 
 QUESTION = torch.ones(WIDTH)
@@ -59,6 +67,8 @@ def state(version: int) -> dict[str, torch.Tensor]:
     for at in range(LAYERS):
         made[f"layers.{at}.weight"] = torch.full((WIDTH, WIDTH), number)
         made[f"layers.{at}.bias"] = torch.full((WIDTH,), number)
+    for at, length in enumerate(_SMALL):
+        made[f"crowd.{at}"] = torch.full((length,), number)
     return made
 
 

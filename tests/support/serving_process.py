@@ -44,7 +44,10 @@ from tests.support.processes import DEADLINE, Process
 # --- versions --------------------------------------------------------------------------------------------------------
 
 SHAPES: Final = {"small": (16, 3), "wide": (512, 6)}
-"""Width and depth: 4 KB in one chunk, and 6 MB in 13."""
+"""Width and depth: 8 KB in one chunk, and 6 MB in 13."""
+
+CROWD: Final = (3, 20) * 20
+"""Lengths of small tensors beside the layers. Of each there are so many that a swap writes them all at once."""
 
 
 class Exact(nn.Module):
@@ -59,13 +62,18 @@ class Exact(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.register_buffer("shift", torch.zeros(width, dtype=torch.int64))
         self.shift: torch.Tensor
+        self.crowd = nn.ParameterList(torch.zeros(length) for length in CROWD)
         self.load_state_dict(state(version, kind))
         self.eval().requires_grad_(False)
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             numbers = torch.remainder(layer(numbers), 61) - 30
-        return numbers + self.shift
+        return self.last(numbers)
+
+    def last(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The answer: what the last layer gave, and every number that is in no layer."""
+        return torch.cat([(numbers + self.shift).flatten(), *self.crowd])
 
     def layer(self, at: int) -> nn.Linear:
         """One of them, with its type."""
@@ -86,6 +94,8 @@ def state(version: int, kind: str = "small") -> dict[str, torch.Tensor]:
     for at in range(depth):
         made[f"layers.{at}.weight"] = whole(width, width).float()
         made[f"layers.{at}.bias"] = whole(width).float()
+    for at, length in enumerate(CROWD):
+        made[f"crowd.{at}"] = whole(length).float()
     return made
 
 

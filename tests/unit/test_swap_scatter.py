@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from shipd.errors import StageFailed, SwapFailed
 from shipd.images.memory import ImageMapping, create_memfd, open_read_only
 from shipd.serving import bits, scatter
 from shipd.serving.scatter import Scatter, copy_parts
+from shipd.serving.swap import Torn
 from shipproto.layout import Layout
 from shipproto.structure import Structure, TensorSpec
 from tests.support.swapping import perturbed, raws, rigs
@@ -155,3 +157,68 @@ def test_ten_thousand_small_tensors_are_one_call(rig, monkeypatch):
     one.swapper.apply()
     monkeypatch.undo()
     assert not set(before.items()) & set(raws(model).items())
+
+
+def crowd():
+    """Tensors that are scattered into, and one that is not."""
+    model = nn.Module()
+    for number in range(40):
+        model.register_buffer(f"small_{number:02}", torch.full((20,), float(number)))
+    model.register_buffer("single", torch.zeros(7))
+    return model
+
+
+def refuse_to_copy(parts):
+    """In the place of ``copy_parts``: what a wrong address would do to the heap is not to be tried."""
+    raise AssertionError("written")
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_memory_that_torch_has_replaced_is_not_written(adopted, rig, monkeypatch):
+    """The storages have other memory now, and what they had before has been freed."""
+    model = crowd()
+    one = rig(model, "copy")
+    if adopted:
+        one.adopt()
+    one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+    before = raws(model)
+    monkeypatch.setattr(scatter, "copy_parts", refuse_to_copy)
+    model.share_memory()
+    with pytest.raises(SwapFailed, match=r"did not begin; the old version serves.*share_memory"):
+        one.swapper.apply()
+    assert raws(model) == before
+    with pytest.raises(StageFailed, match="changed after it was attached"):
+        one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_memory_that_torch_replaces_during_a_swap_leaves_it_torn(adopted, rig, monkeypatch):
+    model = crowd()
+    one = rig(model, "copy")
+    if adopted:
+        one.adopt()
+    one.swapper.stage(one.image_of(perturbed(model, 1.0)))
+
+    def move(*_):
+        model.share_memory()
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(bits, "copy_all", move)
+    monkeypatch.setattr(scatter, "copy_parts", refuse_to_copy)
+    with pytest.raises(Torn, match=r"injected.*could not be undone.*share_memory"):
+        one.swapper.apply()
+    # It refers to the model, which must not be there any more when leaks are looked for.
+    monkeypatch.undo()
+
+
+def test_tensors_that_torch_copies_may_get_other_memory(rig):
+    """Its views follow the storages."""
+    model = nn.Linear(40, 30)
+    one = rig(model, "copy")
+    one.adopt()
+    assert not any(one.swapper._scatter.taken)
+    state = perturbed(model, 1.0)
+    one.swapper.stage(one.image_of(state))
+    model.share_memory()
+    one.swapper.apply()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import threading
+import time
 
 import pytest
 
@@ -66,9 +67,35 @@ def test_two_at_once_in_either_order(first, usual):
     workers = [Worker(functools.partial(work, index)) for index in range(2)]
     inside.wait(DEADLINE)
     assert sys.getswitchinterval() == pytest.approx(TURN)
-    for index in (first, 1 - first):
-        leave[index].set()
-        workers[index].finish()
+    leave[first].set()
+    workers[first].finish()
+    assert sys.getswitchinterval() == pytest.approx(TURN)
+    leave[1 - first].set()
+    workers[1 - first].finish()
+    assert sys.getswitchinterval() == usual
+
+
+def test_an_interrupt_on_the_way_in_does_not_leave_it_short(usual, monkeypatch):
+    def interrupt(_seconds):
+        assert sys.getswitchinterval() == pytest.approx(TURN)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt), short_turns():
+        pytest.fail("not interrupted")
+    monkeypatch.undo()
+    assert sys.getswitchinterval() == usual
+
+    real = sys.setswitchinterval
+
+    def set_and_interrupt(seconds):
+        real(seconds)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "setswitchinterval", set_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), short_turns():
+        pytest.fail("not interrupted")
     assert sys.getswitchinterval() == usual
 
 

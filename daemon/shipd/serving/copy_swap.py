@@ -148,8 +148,9 @@ class CopySwap:
             sources = self._sources[mapping] = _Sources(self._scatter.parts(mapping), views)
         return sources
 
-    def _make_ready(self, mapping: ImageMapping) -> None:
+    def _make_ready(self, mapping: ImageMapping) -> None:  # noqa: ARG002  it is where it is read from
         """What can fail before anything live is touched."""
+        self._scatter.check()
 
     def _write(self, mapping: ImageMapping) -> None:
         """Overwrite the live tensors with the version in ``mapping``."""
@@ -166,6 +167,7 @@ class CopySwap:
 
     def _undo(self) -> None:
         """Overwrite the live tensors with the version before."""
+        self._scatter.check()
         if self._current is not None:
             self._write(self._current)
         else:

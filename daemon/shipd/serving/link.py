@@ -226,6 +226,10 @@ class Link:
                 lane.close(flush=True)
             if self._staged is not None:
                 self._follower.unstage()
+            if self._unsettled:
+                # Or what was replaced would be kept until the daemon is back.
+                self._follower.settle()
+                self._unsettled = False
         except Exception:
             log.exception("the session could not be ended as it should", extra={"model": self._model})
         finally:

@@ -87,6 +87,7 @@ class Scatter:
         # Sizes, with the addresses and the places in the image of the tensors that have them.
         self._groups: list[tuple[int, _Indices, _Indices]] = []
         self._owner: list[Tensor] = []
+        self._addresses: list[int] = []
         sizes = layout.structure.nbytes[rows]
         for size in np.unique(sizes[(sizes > 0) & (sizes <= SMALL)]).tolist():
             those = [at for at in np.flatnonzero(sizes == size).tolist() if _is_plain(live[at])]
@@ -95,11 +96,25 @@ class Scatter:
             for at in those:
                 self.taken[at] = True
                 self._owner.append(live[at])
-            addresses = np.array([live[at].data_ptr() for at in those], dtype=np.int64)
+            found = [live[at].data_ptr() for at in those]
+            self._addresses += found
+            addresses = np.array(found, dtype=np.int64)
             places = layout.offsets[[rows[at] for at in those]]
             # In the order of the image, which the next version is read in.
             order = np.argsort(places)
             self._groups.append((size, addresses[order], places[order]))
+
+    def check(self) -> None:
+        """Raise RuntimeError where a tensor is not in the memory any more in which ``parts`` would write it.
+
+        torch takes other memory for a storage without anybody replacing a tensor: ``model.share_memory()``, or a
+        tensor that is put on a queue of torch.multiprocessing. What it was in before has been freed.
+        """
+        if list(map(Tensor.data_ptr, self._owner)) != self._addresses:
+            raise RuntimeError(
+                "tensors have moved to other memory since the model was attached, by share_memory() or "
+                "torch.multiprocessing perhaps; attach the model after that"
+            )
 
     def parts(self, mapping: ImageMapping) -> list[Part]:
         """What to copy from an image."""

@@ -10,6 +10,7 @@ for as long as the interval has become.
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -20,40 +21,63 @@ TURN: Final = 0.0002
 _NAP: Final = 0.00005
 """Seconds of sleep that certainly give the GIL away."""
 
-_usual: list[float] = []
-"""Intervals to come back to, of those who are inside ``short_turns``."""
+_STEP: Final = 0.000002
+"""The interpreter keeps whole microseconds, and rounds."""
+
+
+class _Turns:
+    """Who is inside ``short_turns``, and the interval to come back to when the last one leaves."""
+
+    def __init__(self) -> None:
+        # A signal handler may come in between, on the thread that has it.
+        self._lock = threading.RLock()
+        self._inside: set[object] = set()
+        self._usual: float | None = None
+
+    def enter(self, who: object) -> None:
+        with self._lock:
+            self._inside.add(who)
+            usual = sys.getswitchinterval()
+            if usual > TURN + _STEP:
+                self._usual = usual
+                sys.setswitchinterval(TURN)
+
+    def leave(self, who: object) -> None:
+        """Also right where ``enter`` was interrupted, or never came to anything."""
+        with self._lock:
+            self._inside.discard(who)
+            if not self._inside:
+                self._put_back()
+
+    def after_fork_in_child(self) -> None:
+        """The threads that would have left exist in the parent only. The forking one finds it done."""
+        self._lock = threading.RLock()
+        self._inside.clear()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        # Unless somebody else has set it meanwhile.
+        if self._usual is not None and abs(sys.getswitchinterval() - TURN) < _STEP:
+            sys.setswitchinterval(self._usual)
+        self._usual = None
+
+
+_turns: Final = _Turns()
+os.register_at_fork(after_in_child=_turns.after_fork_in_child)
 
 
 @contextlib.contextmanager
 def short_turns() -> Iterator[None]:
     """Have everybody's turns last ``TURN`` seconds, and begin with one of one's own.
 
-    The interval belongs to the interpreter, so it is put back exactly, unless somebody else has set it meanwhile.
+    The interval belongs to the interpreter: the last one to leave puts it back exactly, unless somebody else has set
+    it meanwhile.
     """
-    usual = sys.getswitchinterval()
-    if usual <= TURN:
-        yield
-        return
-    _usual.append(usual)
-    sys.setswitchinterval(TURN)
-    # Not TURN: it is kept in whole microseconds, and rounded.
-    short = sys.getswitchinterval()
+    who = object()
     try:
+        _turns.enter(who)
         # Whoever waits for the GIL takes it away an interval after it was last handed over: that moment is to be now.
         time.sleep(_NAP)
         yield
     finally:
-        if sys.getswitchinterval() == short:
-            sys.setswitchinterval(usual)
-        with contextlib.suppress(ValueError):
-            _usual.remove(usual)
-
-
-def _after_fork_in_child() -> None:
-    # The threads that would have put it back exist in the parent only. The forking one finds it done.
-    if _usual:
-        sys.setswitchinterval(_usual[0])
-    _usual.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+        _turns.leave(who)
