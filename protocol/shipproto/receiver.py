@@ -151,15 +151,10 @@ class Receiver:
     # --- connections ---------------------------------------------------------------------------------------
 
     def connected(self, connection: Connection, offer: Offer) -> None:
-        """The sender (again) offers this transfer, on this connection. Answers where it can.
-
-        Raises TransferError if the offer is not the one that the transfer began with.
-        """
-        same = (offer.model, offer.structure) == (self.offer.model, self.offer.structure)
-        if not same or (self.label and offer.label not in ("", self.label)):
-            raise TransferError(AbortCode.PROTOCOL, "the transfer's id was offered before with other content")
-        # One connection at a time: what another one still brings is not waited for, and lands nowhere.
-        self._let_go()
+        """The sender (again) offers this transfer on this connection. Answers if it can; raises as ``check_offer``."""
+        self.check_offer(offer)
+        # What earlier ones still bring is not waited for, and lands nowhere.
+        self._let_go(lanes=True)
         self._connection = connection
         if self.state is ReceiverState.RECEIVING:
             # The sender starts over: it will say again that it is done.
@@ -177,10 +172,16 @@ class Receiver:
         else:
             self.report(self._stage)
 
+    def check_offer(self, offer: Offer) -> None:
+        """Raises TransferError if ``offer`` is not the one that the transfer began with."""
+        same = (offer.model, offer.structure) == (self.offer.model, self.offer.structure)
+        if not same or (self.label and offer.label not in ("", self.label)):
+            raise TransferError(AbortCode.PROTOCOL, "the transfer's id was offered before with other content")
+
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone, and with it the chunk that was arriving on it."""
         if self._connection is connection:
-            self._let_go()
+            self._let_go(lanes=True)
             self._connection = None
 
     def joined(self, connection: Connection, join: Join) -> None:
@@ -201,9 +202,13 @@ class Receiver:
         connection.withdraw()
         self._give_up_claims(connection)
 
-    def digest_chunk(self, event: ChunkArrived) -> None:
-        """Digest a chunk where it has arrived, before ``receive`` is told. On any thread, each for its own chunks."""
-        self.digests.record(event.chunk, event.content)
+    def take_on_thread(self, connection: Connection, event: Event) -> None:
+        """What has to be done of a lane's event on its thread, before its NACK leaves and ``receive`` is told."""
+        if isinstance(event, ChunkArrived):
+            self.digests.record(event.chunk, event.content)
+        elif isinstance(event, ChunkDamaged) and event.chunk is not None:
+            # It may come again at once, on any connection.
+            self._claims.damaged(event.chunk, connection)
 
     def receive(self, connection: Connection, event: Event) -> list[ReceiverEvent]:
         """Take an event of one of the transfer's connections; of the lanes and the latest other one.
@@ -217,7 +222,7 @@ class Receiver:
             return self._arrived(connection, event)
         if isinstance(event, ChunkDamaged):
             self.chunks_damaged += 1
-            if event.chunk is not None:
+            if event.chunk is not None and not lane:
                 self._claims.damaged(event.chunk, connection)
         elif isinstance(event, MessageArrived) and lane:
             raise UnexpectedMessage(f"{type(event.message).__name__} on a lane")
@@ -434,11 +439,12 @@ class Receiver:
         start, expected = layout.chunk(chunk)
         if size != expected:
             raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
-        if self.state is not ReceiverState.RECEIVING or self._image is None:
+        image = self._image
+        if self.state is not ReceiverState.RECEIVING or image is None:
             return None
         if connection is not self._connection and connection not in self._lanes.values():
             return None
-        return self._image[start : start + size] if self._claims.claim(chunk, connection) else None
+        return image[start : start + size] if self._claims.claim(chunk, connection) else None
 
     def _arrived(self, connection: Connection, event: ChunkArrived) -> list[ReceiverEvent]:
         if not self._claims.hold(event.chunk, connection):
@@ -470,13 +476,11 @@ class Receiver:
         if structure.digest != self.offer.structure:
             connection.send(StructureIs(transfer=self.transfer), structure.encoded)
 
-    def _let_go(self) -> None:
-        """Nothing that any connection still brings lands in the image."""
-        for connection in (self._connection, *self._lanes.values()):
+    def _let_go(self, *, lanes: bool) -> None:
+        """Nothing that connections still bring lands in the image; of lanes, once their threads have ended."""
+        for connection in (self._connection, *(self._lanes.values() if lanes else ())):
             if connection is not None:
-                connection.withdraw()
-                self._give_up_claims(connection)
-        self._lanes = {}
+                self.parted(connection)
 
     def _give_up_claims(self, connection: Connection) -> None:
         for chunk in self._claims.give_up(connection):
@@ -485,7 +489,7 @@ class Receiver:
 
     def _close(self) -> None:
         """Let go of the image: its memory may be reused."""
-        self._let_go()
+        self._let_go(lanes=False)
         self._image = None
         self._claims = Claims()
 

@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import errno
+import threading
 
 import pytest
 import torch
 
 import shipd
+import shipd.client.lanes
 import shipd.client.push
+from shipd.transfer.inlet import Inlet
 from tests.support import checkpoints, naive
 from tests.support.checkpoints import assert_installed
 from tests.support.hostile import attacker, offer
@@ -219,6 +223,27 @@ def test_a_daemon_that_stops_ends_its_lanes(start_daemon, new):
         assert proxy.count(COMMITTED, Way.TO_SENDER) == 0
 
 
+def test_many_damaged_frames_on_lanes_cost_those_frames_and_no_time(daemon, proxy, monkeypatch):
+    """Found in review: what was asked for on a lane could come before the loop had heard that it was damaged."""
+    for nth in range(1, 24, 3):
+        proxy.flip("payload", connection=1, nth=nth)
+        proxy.flip("payload", connection=2, nth=nth)
+    version = checkpoints.large(40)
+    receipt = push(proxy.address, checkpoints.as_state_dict(version), lanes=3, stall=60)
+    assert receipt.digest == version.digest
+    assert proxy.connections == 3, "nothing stood still until the connections were opened anew"
+
+
+def test_a_sender_without_descriptors_for_lanes_does_without(daemon, new, monkeypatch):
+    def none_left(_self):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(shipd.client.lanes, "Waker", type("Waker", (), {"__init__": none_left}))
+    receipt = push(f"127.0.0.1:{daemon.port}", new, label="new", lanes=4)
+    assert receipt.profile.lanes == 1
+    assert_installed(daemon, NEW, label="new")
+
+
 # --- lanes that nobody asked for -------------------------------------------------------------------------------------
 
 ROWS = tuple(naive.Tensor(f"t{at}", "uint8", (naive.LEAF,)) for at in range(4))
@@ -310,3 +335,70 @@ def _taken(daemon):
 def _held(daemon):
     incoming = _incoming(daemon)
     return len(incoming.receiver.held) if incoming is not None else 0
+
+
+def test_what_is_sent_again_at_once_is_taken_although_the_loop_is_busy(start_daemon):
+    daemon = start_daemon()
+    with _receiving(daemon), _lane(daemon) as lane:
+        lane.expect("Joined")
+        busy, goes_on = threading.Event(), threading.Event()
+        daemon._loop.call_soon_threadsafe(busy.set)
+        daemon._loop.call_soon_threadsafe(goes_on.wait, 20)
+        assert busy.wait(20)
+        content = content_of(ROWS[0].name, naive.LEAF)
+        lane.send("Data", {"chunk": 0}, content, payload_crc=1)
+        lane.expect("Nack")
+        lane.send("Data", {"chunk": 0}, content)
+        lane.send("Ping", {"reply": True})
+        lane.expect("Ping")
+        goes_on.set()
+        until(lambda: _held(daemon) == 1, "the chunk to be held")
+
+
+def test_a_daemon_without_threads_for_lanes_does_without(start_daemon, monkeypatch, new):
+    daemon = start_daemon(resume_window=0.5)
+
+    def none_left(inlet):
+        inlet._sock.close()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Inlet, "start", none_left)
+    with _receiving(daemon), _lane(daemon) as lane:
+        lane.drain()
+        monkeypatch.undo()
+        with _lane(daemon) as again:
+            again.expect("Joined")
+    until(lambda: _incoming(daemon) is None, "the transfer to be given up")
+    assert push(f"127.0.0.1:{daemon.port}", new, label="new").digest == NEW.digest
+
+
+def test_a_wrong_offer_of_a_known_transfer_ends_no_lane(start_daemon):
+    daemon = start_daemon()
+    with _receiving(daemon), _lane(daemon) as lane:
+        lane.expect("Joined")
+        wrong = offer(b"another structure", 4, 4 * naive.LEAF, model="model")
+        with attacker(daemon.port).greet().send("Offer", wrong) as intruder:
+            intruder.expect("Abort")
+        lane.send("Data", {"chunk": 0}, content_of(ROWS[0].name, naive.LEAF))
+        until(lambda: _held(daemon) == 1, "the chunk to be held")
+
+
+def test_a_large_body_on_a_lane_costs_that_lane(start_daemon):
+    daemon = start_daemon()
+    with _receiving(daemon), _lane(daemon) as lane:
+        lane.expect("Joined")
+        with contextlib.suppress(ConnectionError):
+            lane.message("StructureIs", {"transfer": TRANSFER}, bytes(2 * naive.LEAF))
+        lane.drain()
+        until(lambda: not _taken(daemon), "the lane to be given up")
+
+
+def test_over_the_unix_socket_one_connection_is_offered(start_daemon):
+    daemon = start_daemon()
+    structure = encode_structure(ROWS)
+    with (
+        attacker(daemon.config.socket).greet().send("Offer", offer(structure, 4, 4 * naive.LEAF, model="model")) as peer
+    ):
+        peer.expect("StructureWanted")
+        peer.message("StructureIs", {"transfer": TRANSFER}, structure)
+        assert "lanes" not in naive.unpack(peer.expect("Want").header)

@@ -51,8 +51,7 @@ class Lane:
             if isinstance(event, MessageArrived) and isinstance(event.message, Join):
                 there.joined(self.right, event.message)
                 continue
-            if isinstance(event, ChunkArrived):
-                there.digest_chunk(event)
+            there.take_on_thread(self.right, event)
             self.pair.outcomes += there.receive(self.right, event)
 
     def send(self, chunk: int) -> None:
@@ -161,7 +160,7 @@ def test_what_was_digested_and_not_told_before_a_lane_went_is_digested_anew() ->
     lane.right.receive(output_of(lane.left))
     (event,) = lane.right.events()
     assert isinstance(event, ChunkArrived)
-    pair.there.digest_chunk(event)
+    pair.there.take_on_thread(lane.right, event)
     pair.there.parted(lane.right)
     assert pair.there.receive(lane.right, event) == [], "nobody listens to it any more"
     pair.connect()

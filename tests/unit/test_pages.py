@@ -147,6 +147,17 @@ def test_a_push_where_the_system_will_not_have_it_copies(monkeypatch, daemon) ->
     assert_installed(daemon, version)
 
 
+def test_a_push_without_a_descriptor_for_the_pipe_copies(monkeypatch, daemon) -> None:
+    """Found in review: the error was taken for one of the connection, and a frame was lost with it."""
+
+    def none_left(_flags: int) -> tuple[int, int]:
+        raise OSError(errno.ENFILE, "file table overflow")
+
+    monkeypatch.setattr(pages.os, "pipe2", none_left)
+    version = checkpoints.medium(3)
+    assert push(f"127.0.0.1:{daemon.port}", checkpoints.as_state_dict(version)).digest == version.digest
+
+
 def test_little_is_copied() -> None:
     with Line() as line:
         assert not line.sender.worth(4096)

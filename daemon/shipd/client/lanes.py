@@ -21,8 +21,8 @@ from typing import Final
 
 from shipd.client.chunks import ChunkReader
 from shipd.client.sending import RUN, send_chunks
-from shipd.errors import Interrupted, ShipError
-from shipd.transfer.lane import Lane, Waker
+from shipd.errors import Interrupted, ShipError, Stalled
+from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from shipd.transfer.times import Times
 from shipproto.connection import Event
 from shipproto.errors import ProtocolError, TransferError
@@ -124,7 +124,11 @@ class Outlet:
         self._waited = 0.0
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {number}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._waker.close()
+            raise
 
     def wake(self) -> None:
         """Have it end."""
@@ -146,12 +150,16 @@ class Outlet:
                 self._send(lane)
             finally:
                 self.ready = False
-                lane.close()
+                lane.close(discard=self._pool.discard)
                 self.bytes_sent, self.frames_resent = lane.bytes_sent, lane.connection.frames_resent
                 self.times = lane.times
                 self.times.wait = self._waited
         except Interrupted:
             pass
+        except Stalled as error:
+            # It is this path that carries nothing; what is not held goes over other connections.
+            if self.used:
+                self.error = ConnectionLost(str(error), peer=error.peer)
         except Exception as error:  # noqa: BLE001  raised again by the push, or told in the log
             if self.used or not isinstance(error, ShipError | TransferError):
                 self.error = error
@@ -225,6 +233,9 @@ class Outlets:
         self.apart = False
         """Whether the transfer's own is none of them, once there is another."""
         self._outlets: list[Outlet] = []
+        self._given_up = False
+        self.discard = False
+        """Whether lanes that end leave nothing on its way."""
 
     def __bool__(self) -> bool:
         return bool(self._outlets)
@@ -232,13 +243,18 @@ class Outlets:
     def want(self, lanes: int, *, apart: bool = False) -> None:
         """Send on so many connections from now on. Lanes that are opened stay, and idle where they are too many."""
         self.wanted, self.apart = lanes, apart
-        while len(self._outlets) < lanes - (not apart):
-            self._outlets.append(Outlet(len(self._outlets) + 1, self))
+        while len(self._outlets) < lanes - (not apart) and not self._given_up:
+            try:
+                self._outlets.append(Outlet(len(self._outlets) + 1, self))
+            except (OSError, RuntimeError) as error:
+                # No descriptors, or no threads: what there is must do.
+                self._given_up = True
+                log.info("going on without further connections", extra={"why": str(error)})
 
     @property
     def carry(self) -> bool:
         """Whether lanes carry all that is to be sent."""
-        return self.apart and any(outlet.ready for outlet in self._outlets)
+        return self.apart and any(outlet.ready and self.has_turn(outlet.number) for outlet in self._outlets)
 
     def has_turn(self, number: int) -> bool:
         """Whether the lane of this number is to send."""
@@ -272,8 +288,9 @@ class Outlets:
         """Frames that went again on any of them; known when they have been stopped."""
         return sum(outlet.frames_resent for outlet in self._outlets)
 
-    def stop(self) -> None:
-        """End all of them."""
+    def stop(self, *, discard: bool = False) -> None:
+        """End all of them; with ``discard`` as ``Lane.close`` says."""
+        self.discard = discard
         for outlet in self._outlets:
             outlet.wake()
         for outlet in self._outlets:

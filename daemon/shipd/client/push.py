@@ -195,7 +195,7 @@ class Push:
         outlets = Outlets(
             self._sender,
             self._lock,
-            open_lane=self._open,
+            open_lane=partial(self._open, lane.address),
             make_reader=lambda: ChunkReader(self._sender, self._source),
             stall=self._options.stall,
         )
@@ -212,8 +212,9 @@ class Push:
             self._sender.abort(TransferError(AbortCode.INTERRUPTED, "the sender was interrupted"))
             raise
         finally:
-            outlets.stop()
-            lane.close(flush=True)
+            missing = self._sender.held < self._sender.layout.chunks
+            outlets.stop(discard=missing)
+            lane.close(flush=True, discard=missing)
             self._bytes_sent += lane.bytes_sent - sent_before + outlets.bytes_sent
             self._frames_resent += lane.connection.frames_resent + outlets.frames_resent
             self._times.add(lane.times)
@@ -221,8 +222,9 @@ class Push:
             self._wire_wait += outlets.times().wait
             self._lanes = max(self._lanes, 1 + outlets.lanes)
 
-    def _open(self, waker: Waker) -> Lane:
-        return Lane.open(self._address, token=self._options.token, timeout=_CONNECT_SECONDS, waker=waker)
+    def _open(self, where: Address | None, waker: Waker) -> Lane:
+        """A lane, to the very daemon that the transfer's own connection leads to."""
+        return Lane.open(where or self._address, token=self._options.token, timeout=_CONNECT_SECONDS, waker=waker)
 
     def _converse(self, lane: Lane, outlets: Outlets, deadline: float) -> Committed:
         sender = self._sender

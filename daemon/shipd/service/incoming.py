@@ -117,6 +117,8 @@ class Incoming:
     def connected(self, peer: Peer, offer: Offer) -> None:
         """The sender is here, for the first time or again."""
         self._moved = asyncio.get_running_loop().time()
+        # Before anything is ended for it.
+        self.receiver.check_offer(offer)
         self._lanes.stop()
         self.receiver.connected(peer.connection, offer)
         previous, self.peer = self.peer, peer
@@ -216,7 +218,7 @@ class Incoming:
             self._slot = slot
             rollout = self._rollout = Rollout(self._host.config, self.model, pool, slot, self.receiver.transfer)
             rollout.left += evicted
-            self.receiver.accept(pool.layout, slot.memory.view, lanes=self._host.config.max_lanes)
+            self.receiver.accept(pool.layout, slot.memory.view, lanes=self._lane_limit())
             self.flush()
             await self._receive()
             self._refuse_conflict()
@@ -240,6 +242,10 @@ class Incoming:
         finally:
             reporter.cancel()
             self._clean_up()
+
+    def _lane_limit(self) -> int:
+        """Over the Unix socket, one connection is as fast as any number."""
+        return self._host.config.max_lanes if isinstance(self.peer, StreamPeer) else 1
 
     async def _settle_structure(self, offer: Offer) -> Layout:
         """The layout to receive in: the resident model's, where there is one."""
@@ -464,7 +470,13 @@ class Incoming:
     def _clean_up(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        self._lanes.stop()
+        try:
+            self._lanes.stop()
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Images and the model's place, whatever else went wrong."""
         slot, self._slot = self._slot, None
         if slot is not None:
             pool = self._pool or self.model.pool

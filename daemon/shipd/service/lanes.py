@@ -1,6 +1,7 @@
 """The lanes of one push: threads that receive into its image, and the way of what they bring onto the loop."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -9,17 +10,19 @@ from shipd.transfer.inlet import Inlet
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
 from shipproto.connection import ChunkArrived, Connection, Event
-from shipproto.errors import ProtocolError
-from shipproto.messages import Join, Message
+from shipproto.errors import ProtocolError, UnexpectedMessage
+from shipproto.messages import Data, Join, Message, Nack, Ping
 from shipproto.receiver import Receiver
+
+log = logging.getLogger("shipd.transfer")
 
 _LOOK_SECONDS: Final = 0.01
 """How often to look what lanes have brought."""
 
 
-def _no_body(_message: Message, _size: int) -> bool:
+def _no_body(message: Message, _size: int) -> bool:
     """No body is ever due on a lane."""
-    return False
+    raise UnexpectedMessage(f"{type(message).__name__} on a lane")
 
 
 class Lanes:
@@ -52,18 +55,27 @@ class Lanes:
 
     def join(self, peer: StreamPeer, join: Join, stall: float) -> None:
         """Receive chunks on this connection too, on a thread. Raises TransferError where that is not wanted."""
-        self._receiver.joined(peer.connection, join)
-        peer.connection.awaited = _no_body
-        inlet = Inlet(
-            peer.detach(),
-            peer.connection,
-            peer.name,
-            stall=stall,
-            digest=self._receiver.digest_chunk,
-            deliver=self._deliver,
-        )
-        self._inlets[inlet] = peer.connection.bytes_received, peer.connection.frames_resent
-        inlet.start()
+        connection = peer.connection
+        self._receiver.joined(connection, join)
+        connection.awaited = _no_body
+        connection.accepts = (Data, Nack, Ping)
+        counted = connection.bytes_received, connection.frames_resent
+        try:
+            inlet = Inlet(
+                peer.detach(),
+                connection,
+                peer.name,
+                stall=stall,
+                take=self._receiver.take_on_thread,
+                deliver=self._deliver,
+            )
+            inlet.start()
+        except (OSError, RuntimeError) as error:
+            self._receiver.parted(connection)
+            log.warning("a lane cannot be received", extra={"peer": peer.name, "why": str(error)})
+            peer.abort()
+            return
+        self._inlets[inlet] = counted
         if self._looking is None:
             self._look()
 

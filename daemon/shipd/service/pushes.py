@@ -76,7 +76,7 @@ class Pushes:
         """A further connection for a push: from here on a thread of that push reads it."""
         push = self._find(join.transfer)
         try:
-            if push is None or not isinstance(peer, StreamPeer) or peer in self._by_peer:
+            if push is None or not isinstance(peer, StreamPeer) or peer.detached or peer in self._by_peer:
                 raise TransferError(AbortCode.PROTOCOL, "this connection cannot be a lane of that transfer")
             push.joined(peer, join)
         except TransferError as error:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from shipd.transfer.times import Times
-from shipproto.connection import ChunkArrived, Connection, Event
+from shipproto.connection import Connection, Event
 from shipproto.errors import ProtocolError
 
 log = logging.getLogger("shipd.transfer")
@@ -28,8 +28,9 @@ _LEAST_TIMEOUT: Final = 0.001
 
 
 class Inlet:
-    """One lane. ``digest`` and ``deliver`` are called on its thread; ``deliver`` with None when it has ended.
+    """One lane. ``take`` and ``deliver`` are called on its thread; ``deliver`` with None when it has ended.
 
+    take   does what has to be done of an event at once, before anything is answered
     stall  seconds of silence after which the sender is taken for dead
     """
 
@@ -40,13 +41,13 @@ class Inlet:
         peer: str,
         *,
         stall: float,
-        digest: Callable[[ChunkArrived], None],
+        take: Callable[[Connection, Event], None],
         deliver: Callable[["Inlet", Event | None], None],
     ) -> None:
         self.connection = connection
         self.times = Times()
         self._peer = peer
-        self._digest = digest
+        self._take = take
         self._deliver = deliver
         self._stopping = False
         self._sock = sock
@@ -59,8 +60,12 @@ class Inlet:
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {peer}", daemon=True)
 
     def start(self) -> None:
-        """Begin to receive."""
-        self._thread.start()
+        """Begin to receive. Raises RuntimeError where there can be no further thread; the socket is closed then."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._sock.close()
+            raise
 
     def stop(self) -> None:
         """End, within the time that half a megabyte takes. When this returns nothing writes to the image any more."""
@@ -105,8 +110,7 @@ class Inlet:
         times.check += now - received
         if connection.has_events:
             for event in connection.events():
-                if isinstance(event, ChunkArrived):
-                    self._digest(event)
+                self._take(connection, event)
                 self._deliver(self, event)
             times.digest += time.monotonic() - now
         if connection.has_output:

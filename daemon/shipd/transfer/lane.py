@@ -11,6 +11,7 @@ import math
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -327,13 +328,18 @@ class Lane:
         if waker is not None:
             self._poll.register(waker, select.POLLIN)
 
-    def close(self, *, flush: bool = False) -> None:
-        """Close. With ``flush`` what is queued is written first, and the peer gets a second to read it."""
+    def close(self, *, flush: bool = False, discard: bool = False) -> None:
+        """Close. With ``flush`` what is queued is written first, and the peer gets a second to read it.
+
+        With ``discard`` the kernel sends nothing of lent memory any more: it may be used for something else now.
+        """
         if self._sock.fileno() < 0:
             return
         if flush and self.connection.established:
             self._say_goodbye()
         self._pages.close()
+        if discard and self._pages.used:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._sock.close()
         while self.fds:
             os.close(self.fds.popleft())
@@ -355,6 +361,14 @@ class Lane:
         except (ShipError, OSError):
             # It is gone already: nobody is left to say goodbye to.
             return
+
+    @property
+    def address(self) -> Address | None:
+        """Where it leads, as a number: for further connections to the same daemon. None for a Unix socket."""
+        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return None
+        host, port = self._sock.getpeername()[:2]
+        return Address(host, port)
 
     @property
     def idle(self) -> bool:

@@ -51,6 +51,8 @@ class PageSender:
 
     def __init__(self, sock: int) -> None:
         self.usable = _HERE
+        self.used = False
+        """Whether the kernel may hold references to memory that was sent."""
         self._sock = sock
         self._pipe: tuple[int, int] | None = None
         self._piece = _Piece()
@@ -71,22 +73,27 @@ class PageSender:
         What it has not taken must be what the next call is for. Raises BlockingIOError where it takes nothing at the
         moment, OSError where the connection is lost; returns 0 where pages cannot be sent, with ``usable`` False.
         """
-        try:
-            if not self._loaded:
+        if not self._loaded:
+            try:
                 self._take(before, content)
-            assert self._pipe is not None
+            except OSError:
+                # Whatever it is, it is not about the connection: no descriptors, no memory, not allowed.
+                return self._give_up()
+        assert self._pipe is not None
+        try:
             sent = os.splice(self._pipe[0], self._sock, self._loaded, flags=_NONBLOCK)
-        except BlockingIOError:
-            raise
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EFAULT, errno.EPERM, errno.ENOSYS, errno.ENOMEM, errno.EMFILE):
-                raise
-            # What lies in the pipe has not been sent, and goes with it.
-            self.close()
-            self.usable = False
-            return 0
+            if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOMEM):
+                return self._give_up()
+            raise
         self._loaded -= sent
         return sent
+
+    def _give_up(self) -> int:
+        """What lies in the pipe has not been sent, and goes with it."""
+        self.close()
+        self.usable = False
+        return 0
 
     def _take(self, before: list[Buffer], content: memoryview) -> None:
         if self._pipe is None:
@@ -101,8 +108,13 @@ class PageSender:
         piece.length = len(content)
         taken = int(_libc.vmsplice(self._pipe[1], ctypes.byref(piece), 1, _NONBLOCK))
         if taken <= 0:
-            raise OSError(ctypes.get_errno() or errno.EINVAL, "vmsplice")
+            error = ctypes.get_errno()
+            if error == errno.EAGAIN and self._loaded:
+                # A very small pipe: the pages follow when what goes before them has been sent.
+                return
+            raise OSError(error or errno.EINVAL, "vmsplice")
         self._loaded += taken
+        self.used = True
 
     def close(self) -> None:
         """Give the pipe back. Harmless twice."""

@@ -157,11 +157,14 @@ class StreamPeer(asyncio.BufferedProtocol):
             self._farewell = self._loop.call_later(_FAREWELL_SECONDS, self._transport.abort)
 
     def detach(self) -> socket.socket:
-        """Hand over the socket, and with it the connection: nothing of it happens on this loop any more."""
+        """Hand over the socket, and with it the connection: nothing of it happens on this loop any more.
+
+        Raises OSError where there is no descriptor left; then nothing has happened.
+        """
         assert self._transport is not None
-        self.detached = True
         # The transport closes its own descriptor, which ends a connection only with the last duplicate.
         sock = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+        self.detached = True
         self.abort()
         return sock
 
