@@ -153,7 +153,7 @@ def test_a_push_without_a_descriptor_for_the_pipe_copies(monkeypatch, daemon) ->
     def none_left(_flags: int) -> tuple[int, int]:
         raise OSError(errno.ENFILE, "file table overflow")
 
-    monkeypatch.setattr(pages.os, "pipe2", none_left)
+    monkeypatch.setattr(os, "pipe2", none_left)
     version = checkpoints.medium(3)
     assert push(f"127.0.0.1:{daemon.port}", checkpoints.as_state_dict(version)).digest == version.digest
 
