@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from typing import NoReturn
 
 import pytest
 import torch
@@ -424,6 +425,41 @@ def test_a_callback_may_detach_while_another_thread_does(start_daemon: StartDaem
         assert pushed.result().label == "v1"
     assert not resident.connected
     assert ask(model) == right_answer(1)
+
+
+def test_a_swap_is_settled_when_its_daemon_is_lost_at_once(
+    start_daemon: StartDaemon, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what it has replaced would be kept until there is a daemon again."""
+    daemon = start_daemon(models={})
+    model = Exact(0)
+    resident = attach(model, daemon, mode="flip")
+    link, follower = resident._link, resident._follower
+    with_a_session: list[bool] = []
+    settle = follower.settle
+
+    def watch() -> bool:
+        with_a_session.append(link._lane is not None)
+        return settle()
+
+    def lose(_version: shipd.Version) -> None:
+        def pump() -> NoReturn:
+            raise shipd.ConnectError("injected")
+
+        assert link._lane is not None
+        monkeypatch.setattr(link._lane, "pump", pump)
+
+    monkeypatch.setattr(follower, "settle", watch)
+    handle = resident.on_swap(lose)
+    # Whether the daemon counts this process is not what is asked here.
+    with contextlib.suppress(shipd.ShipError):
+        push(address(daemon), state(1), label="v1")
+    until(lambda: bool(with_a_session), "the swap is settled")
+    assert with_a_session[0] is False
+    handle.remove()
+    until(lambda: resident.connected, "the session is back")
+    assert ask(model) == right_answer(1)
+    monkeypatch.undo()
 
 
 # --- proof -----------------------------------------------------------------------------------------------------------
