@@ -82,6 +82,7 @@ def measure(rounds: int = 5) -> list[dict[str, Any]]:
             "ratio": value / lock,
             "floor": floor,
             "goal": None,
+            "bounds": "value",
             "rounds": rounds,
         }
 

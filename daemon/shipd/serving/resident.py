@@ -148,7 +148,7 @@ class Resident:
         """``with resident.hold() as version:`` (or ``async with``): no swap happens inside the block.
 
         Needed around whatever must see one version and is more than one forward: a generation of many, a direct
-        ``model.forward()``, other methods of the model. Costs less than a microsecond; nests; a thread that holds
+        ``model.forward()``, other methods of the model. Costs about a microsecond; nests; a thread that holds
         already never waits. Raises Fenced while the process is stale.
         """
         return self._gate.hold()
