@@ -406,6 +406,9 @@ class Program:
 
 def _serve(program: object) -> NoReturn:
     """Answer until the other end is gone. Never returns."""
+    # torch replaces its thread pool at the first use after a fork, and two threads that are first at once can find none
+    # ("Invalid thread pool!", two of five forks with four threads): here there is only one.
+    torch.set_num_threads(1)
     door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         door.connect(sys.argv[1])
