@@ -1,6 +1,6 @@
 """What every codec is: a pure way to say the bytes of a run of chunks in fewer, and to get them back bit for bit.
 
-A run is a contiguous range of an image (SPEC.md, section 13): tensors of one dtype, and the zeros between them. The base
+A run is a contiguous range of an image (SPEC.md, annex A): tensors of one dtype, and the zeros between them. The base
 is the same range of an older version. How each payload is laid out is normative, in SPEC.md; which codec is worth its
 time is not decided here.
 """

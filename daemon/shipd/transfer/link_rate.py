@@ -1,0 +1,64 @@
+"""What a connection's link carries, as the kernel knows it, and how much of it may be used.
+
+Linux measures the rate at which the peer acknowledges bytes, on every connection and without being asked; where there is
+no such thing (other systems, Unix sockets) nothing is known, and callers go by what they have seen themselves.
+"""
+
+import math
+import socket
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+_TCP_INFO_SIZE: Final = 192
+_RTT: Final = struct.Struct("=I")
+_RTT_AT: Final = 68
+_RATE: Final = struct.Struct("=Q")
+_RATE_AT: Final = 160
+_FLAGS_AT: Final = 7
+"""Offsets of tcpi_rtt, tcpi_delivery_rate and tcpi_delivery_rate_app_limited in struct tcp_info (linux/tcp.h): part of
+the kernel's interface to programs, which only ever grows at its end."""
+
+_SO_MAX_PACING_RATE: Final = 47
+"""asm-generic/socket.h; not in the socket module. TCP keeps to it by itself since Linux 4.13, whatever the queueing
+discipline."""
+
+_UNLIMITED: Final = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRate:
+    """``rate`` is bytes a second; ``at_least`` says that the sender had too little to send for the link to show more.
+    ``round_trip`` is seconds."""
+
+    rate: float
+    at_least: bool
+    round_trip: float
+
+
+def measure(sock: socket.socket) -> LinkRate | None:
+    """The rate of the latest bytes that the peer has acknowledged; None where nothing is known (yet)."""
+    if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    except OSError:
+        return None
+    if len(info) < _RATE_AT + _RATE.size:
+        return None
+    (rate,) = _RATE.unpack_from(info, _RATE_AT)
+    (round_trip,) = _RTT.unpack_from(info, _RTT_AT)
+    return LinkRate(float(rate), bool(info[_FLAGS_AT] & 1), round_trip / 1e6) if rate else None
+
+
+def pace(sock: socket.socket, rate: float) -> bool:
+    """Have the kernel send at most ``rate`` bytes a second on this connection, evenly. Whether it does."""
+    if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    value = _UNLIMITED if math.isinf(rate) else max(1, int(rate))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", value))
+    except OSError:
+        return False
+    return True
