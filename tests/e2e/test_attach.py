@@ -18,9 +18,10 @@ from shipd.serving.copy_swap import CopySwap
 from shipd.serving.flip import FlipSwap
 from shipproto.limits import MAX_PROCESSES
 from tests.conftest import StartDaemon
+from tests.support.exact import CROWD, Exact, ask, question, right_answer, state
 from tests.support.processes import Background, push, shipctl, status
 from tests.support.proxy import COMMIT, DATA, Proxy, until
-from tests.support.serving_process import CROWD, Attach, Exact, Serve, Told, ask, question, right_answer, state
+from tests.support.serving_process import Attach, Serve, Told
 
 pytest_plugins = ["tests.support.serving_process"]
 

@@ -18,11 +18,12 @@ from shipproto.errors import AbortCode
 from tests.conftest import StartDaemon
 from tests.support import checkpoints
 from tests.support.checkpoints import MIB
+from tests.support.exact import state
 from tests.support.hostile import attacker
 from tests.support.processes import Background, ShipdProcess, memory, push
 from tests.support.proxy import DATA, Proxy, until
 from tests.support.scraping import Scrape, get, raw, scrape
-from tests.support.serving_process import Serve, state
+from tests.support.serving_process import Serve
 
 pytest_plugins = ["tests.support.serving_process"]
 
