@@ -11,8 +11,9 @@ import shipd
 from shipd.service.session import Session
 from tests.conftest import StartDaemon
 from tests.support.exact import right_answer, state
+from tests.support.frames import COMMIT, COMMITTED, DATA, FINISH, OFFER, STAGED, Way
 from tests.support.processes import Background, Shipctl, ShipdProcess, push, shipctl, status
-from tests.support.proxy import COMMIT, COMMITTED, DATA, FINISH, OFFER, STAGED, Proxy, Way, until
+from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Serve, Serving, Told
 
 pytest_plugins = ["tests.support.serving_process"]

@@ -19,8 +19,9 @@ from shipd.serving.flip import FlipSwap
 from shipproto.limits import MAX_PROCESSES
 from tests.conftest import StartDaemon
 from tests.support.exact import CROWD, Exact, ask, question, right_answer, state
+from tests.support.frames import COMMIT, DATA
 from tests.support.processes import Background, push, shipctl, status
-from tests.support.proxy import COMMIT, DATA, Proxy, until
+from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve, Told
 
 pytest_plugins = ["tests.support.serving_process"]

@@ -18,9 +18,10 @@ import pytest
 import shipd
 from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
+from tests.support.frames import COMMITTED, HELLO, Way
 from tests.support.hostile import FakeDaemon, speaking
 from tests.support.processes import Process, Shipctl, environment, push, shipctl
-from tests.support.proxy import COMMITTED, HELLO, Proxy, Way, until
+from tests.support.proxy import Proxy, until
 
 
 def address_of(daemon: shipd.Daemon) -> str:

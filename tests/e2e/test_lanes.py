@@ -14,11 +14,12 @@ import shipd.client.push
 from shipd.transfer.inlet import Inlet
 from tests.support import checkpoints, naive
 from tests.support.checkpoints import assert_installed
+from tests.support.frames import COMMITTED, DATA, FINISH, Way
 from tests.support.hostile import attacker, offer
 from tests.support.models import content_of
 from tests.support.naive import encode_structure
 from tests.support.processes import Background, push
-from tests.support.proxy import COMMITTED, DATA, FINISH, Proxy, Way, until
+from tests.support.proxy import Proxy, until
 
 OLD = checkpoints.medium(0)
 NEW = checkpoints.medium(1)

@@ -19,9 +19,10 @@ from tests.conftest import StartDaemon
 from tests.support import checkpoints
 from tests.support.checkpoints import MIB
 from tests.support.exact import state
+from tests.support.frames import DATA
 from tests.support.hostile import attacker
 from tests.support.processes import Background, ShipdProcess, memory, push
-from tests.support.proxy import DATA, Proxy, until
+from tests.support.proxy import Proxy, until
 from tests.support.scraping import Scrape, get, raw, scrape
 from tests.support.serving_process import Serve
 

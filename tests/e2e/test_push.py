@@ -11,9 +11,10 @@ import pytest
 import shipd
 from tests.support import checkpoints
 from tests.support.checkpoints import Content, assert_installed
+from tests.support.frames import DATA, OFFER, STRUCTURE_IS, Way
 from tests.support.naive import Tensor
 from tests.support.processes import Background, Helper, memory, push, status
-from tests.support.proxy import DATA, OFFER, STRUCTURE_IS, Proxy, Way
+from tests.support.proxy import Proxy
 
 MIB = 1 << 20
 

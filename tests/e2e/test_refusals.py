@@ -13,6 +13,7 @@ import shipd
 import shipproto.handshake
 from tests.support import checkpoints, hostile, naive
 from tests.support.checkpoints import MIB, assert_installed
+from tests.support.frames import DATA, OFFER
 from tests.support.hostile import (
     ANSWERS,
     ATTACKS,
@@ -26,7 +27,7 @@ from tests.support.hostile import (
 )
 from tests.support.naive import hello, pack
 from tests.support.processes import Background, memory, push, shipctl, status
-from tests.support.proxy import DATA, OFFER, Proxy, until
+from tests.support.proxy import Proxy, until
 
 TOKEN = "correct horse battery staple"
 

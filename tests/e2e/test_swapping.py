@@ -18,9 +18,10 @@ from shipd.serving.copy_swap import CopySwap
 from tests.conftest import StartDaemon
 from tests.support import naive
 from tests.support.exact import CROWD, Exact, ask, fingerprint, question, right_answer, state
+from tests.support.frames import DATA
 from tests.support.naive import Tensor
 from tests.support.processes import Background, Finished, push, shipctl
-from tests.support.proxy import DATA, Proxy, until
+from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve
 
 pytest_plugins = ["tests.support.serving_process"]

@@ -19,8 +19,9 @@ from shipd.service.session import Session
 from shipd.serving.copy_swap import CopySwap
 from tests.conftest import StartDaemon
 from tests.support.exact import Exact, ask, question, right_answer, state
+from tests.support.frames import COMMIT, DATA, NACK, Way
 from tests.support.processes import Background, Shipctl, ShipdProcess, push, shipctl, status
-from tests.support.proxy import COMMIT, DATA, NACK, Proxy, Way, until
+from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve, Serving, Told
 
 pytest_plugins = ["tests.support.serving_process"]

@@ -17,8 +17,7 @@ from shipd.checkpoints import source
 from shipd.transfer.lane import Lane
 from tests.support import checkpoints
 from tests.support.checkpoints import LEAF, assert_installed
-from tests.support.processes import Background, Helper, Shipctl, push, status
-from tests.support.proxy import (
+from tests.support.frames import (
     COMMIT,
     COMMITTED,
     DATA,
@@ -28,15 +27,14 @@ from tests.support.proxy import (
     OFFER,
     PRELUDE,
     PROGRESS,
-    RECEIVE_BUFFER,
     STAGED,
     STRUCTURE_IS,
     STRUCTURE_WANTED,
     WANT,
-    Proxy,
     Way,
-    until,
 )
+from tests.support.processes import Background, Helper, Shipctl, push, status
+from tests.support.proxy import RECEIVE_BUFFER, Proxy, until
 
 OLD = checkpoints.medium(0)
 NEW = checkpoints.medium(1)
