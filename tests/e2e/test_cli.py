@@ -18,8 +18,8 @@ import pytest
 import shipd
 from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
+from tests.support.fake_daemon import FakeDaemon, speaking
 from tests.support.frames import COMMITTED, HELLO, Way
-from tests.support.hostile import FakeDaemon, speaking
 from tests.support.processes import Process, Shipctl, environment, push, shipctl
 from tests.support.proxy import Proxy, until
 

@@ -11,20 +11,12 @@ import pytest
 
 import shipd
 import shipproto.handshake
-from tests.support import checkpoints, hostile, naive
+from tests.support import attacks, checkpoints, hostile, naive
+from tests.support.attacks import ATTACKS, STRUCTURES
 from tests.support.checkpoints import MIB, assert_installed
+from tests.support.fake_daemon import ANSWERS, FakeDaemon, after_hello, speaking
 from tests.support.frames import DATA, OFFER
-from tests.support.hostile import (
-    ANSWERS,
-    ATTACKS,
-    STRUCTURES,
-    FakeDaemon,
-    after_hello,
-    attacker,
-    flood,
-    frame,
-    speaking,
-)
+from tests.support.hostile import attacker, flood, frame
 from tests.support.naive import hello, pack
 from tests.support.processes import Background, memory, push, shipctl, status
 from tests.support.proxy import Proxy, until
@@ -477,7 +469,7 @@ def test_attacks_over_the_unix_socket(target, medium, attack):
 def test_absurd_structures(target, medium, what):
     with healthy_push(target, medium):
         with attacker(target.port) as peer:
-            hostile._offer_structure(peer, STRUCTURES[what])
+            attacks.offer_structure(peer, STRUCTURES[what])
             peer.drain()
         until(lambda: len(target.server._peers) == 1, "the daemon has let go of the attacker")
     assert target.server.models["victim"].pool is None
@@ -485,7 +477,7 @@ def test_absurd_structures(target, medium, what):
 
 def test_more_tensors_than_there_may_be(target, medium):
     with healthy_push(target, medium), attacker(target.port) as peer:
-        hostile._offer_structure(peer, hostile.too_many_tensors(), tensors=1 << 20)
+        attacks.offer_structure(peer, attacks.too_many_tensors(), tensors=1 << 20)
         peer.drain()
 
 
