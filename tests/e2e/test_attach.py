@@ -20,18 +20,11 @@ from shipproto.limits import MAX_PROCESSES
 from tests.conftest import StartDaemon
 from tests.support.exact import CROWD, Exact, ask, question, right_answer, state
 from tests.support.frames import COMMIT, DATA
-from tests.support.processes import Background, push, shipctl, status
+from tests.support.processes import Background, address_of, push, shipctl, status
 from tests.support.proxy import Proxy, until
-from tests.support.serving_process import Attach, Serve, Told
+from tests.support.serving_process import Attach, Serve, Told, both
 
 pytest_plugins = ["tests.support.serving_process"]
-
-both = pytest.mark.parametrize("mode", ["copy", "flip"])
-
-
-def address(daemon: shipd.Daemon) -> str:
-    """What senders connect to."""
-    return f"127.0.0.1:{daemon.port}"
 
 
 def attaching(daemon: shipd.Daemon, name: str = "model") -> bool:
@@ -53,7 +46,7 @@ def test_the_first_process_brings_the_first_version(start_daemon: StartDaemon, a
     assert resident.digest == resident.verify()
     assert resident.version == shipd.Version("initial", resident.digest)
     assert ask(model) == right_answer(7)
-    (told,) = status(address(daemon)).models
+    (told,) = status(address_of(daemon)).models
     assert (told.name, told.label, told.digest, told.committed_at) == ("model", "initial", resident.digest, 0.0)
     (process,) = told.processes
     assert (process.state, process.mode, process.digest) == ("serving", mode, resident.digest)
@@ -66,7 +59,7 @@ def test_the_second_process_gets_the_version_of_the_first(start_daemon: StartDae
     second = serve(daemon.config.socket, version=2, mode="copy" if mode == "flip" else "flip")
     assert first.ask("answer") == second.ask("answer") == right_answer(1)
     assert first.ask("digest") == second.ask("digest") == second.ask("verify")
-    receipt = push(address(daemon), state(3), label="v3")
+    receipt = push(address_of(daemon), state(3), label="v3")
     assert receipt.swapped == 2
     for process in (first, second):
         assert process.ask("answer") == right_answer(3)
@@ -78,7 +71,7 @@ def test_a_committed_version_is_installed_before_attach_returns(
     start_daemon: StartDaemon, attach: Attach, mode: str
 ) -> None:
     daemon = start_daemon()
-    receipt = push(address(daemon), state(5), label="v5")
+    receipt = push(address_of(daemon), state(5), label="v5")
     assert (receipt.swapped, receipt.pause_seconds) == (0, None)
     model = Exact(0)
     seen: list[str] = []
@@ -94,7 +87,7 @@ def test_nobody_sees_a_mix_while_a_version_is_installed(
 ) -> None:
     """The model may be serving already when it is attached: a forward that comes in between waits."""
     daemon = start_daemon()
-    push(address(daemon), state(5), label="v5")
+    push(address_of(daemon), state(5), label="v5")
     model = Exact(0)
     swapper = CopySwap if mode == "copy" else FlipSwap
     apply = swapper.apply
@@ -171,7 +164,7 @@ def test_attach_to_a_declared_model_whose_first_push_fails(start_daemon: StartDa
             assert process.result() == "initial"
             assert isinstance(pushed.error(), shipd.ShipError)
     assert process.ask("answer") == right_answer(3, "wide")
-    assert push(address(daemon), state(1, "wide"), label="v1").swapped == 1
+    assert push(address_of(daemon), state(1, "wide"), label="v1").swapped == 1
 
 
 @both
@@ -213,7 +206,7 @@ def test_a_push_meets_a_process_that_is_just_attaching(
     monkeypatch.setattr(Session, "fill", wait_and_fill)
     slow.begin("attach", daemon.config.socket)
     assert filling.wait(20)
-    with Background(push, address(daemon), state(1), label="v1") as pushed:
+    with Background(push, address_of(daemon), state(1), label="v1") as pushed:
         until(lambda: daemon.server.models["model"].incoming is not None, "the push has begun")
         go_on.set()
         receipt = pushed.result()
@@ -234,8 +227,8 @@ def test_eight_processes_attach_at_once(start_daemon: StartDaemon, serve: Serve)
     (answer,) = {process.ask("answer") for process in processes}
     assert answer in {right_answer(at, "wide") for at in range(8)}
     (digest,) = {process.ask("verify") for process in processes}
-    assert {each.digest for each in status(address(daemon)).models[0].processes} == {digest}
-    receipt = push(address(daemon), state(9, "wide"), label="v9")
+    assert {each.digest for each in status(address_of(daemon)).models[0].processes} == {digest}
+    receipt = push(address_of(daemon), state(9, "wide"), label="v9")
     assert (receipt.swapped, receipt.stale) == (8, ())
     assert {process.ask("verify") for process in processes} == {receipt.digest}
 
@@ -246,7 +239,7 @@ def test_a_model_has_so_many_processes_and_no_more(start_daemon: StartDaemon, at
     residents = [attach(model, daemon) for model in models[:-1]]
     with pytest.raises(shipd.Busy, match=f"has {MAX_PROCESSES} processes attached already"):
         attach(models[-1], daemon)
-    receipt = push(address(daemon), state(100), label="v100")
+    receipt = push(address_of(daemon), state(100), label="v100")
     assert (receipt.swapped, receipt.stale) == (MAX_PROCESSES, ())
     residents[0].detach()
     until(lambda: len(daemon.server.models["model"].sessions) < MAX_PROCESSES, "the session ends")
@@ -280,13 +273,13 @@ def test_another_model_under_the_same_name_is_refused_with_the_differences(
     }
     attach(other, daemon, "another")
     assert process.ask("answer") == right_answer(0)
-    assert push(address(daemon), state(1), label="v1").swapped == 1
+    assert push(address_of(daemon), state(1), label="v1").swapped == 1
 
 
 def test_a_model_that_was_pushed_is_no_other_one_either(start_daemon: StartDaemon, attach: Attach) -> None:
     """Nothing is attached, but the committed version is of another layout than the process's model."""
     daemon = start_daemon()
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     with pytest.raises(shipd.TensorMismatch, match="committed as 'model'") as caught:
         attach(nn.Linear(3, 3), daemon)
     assert len(caught.value.problems) == 9 + len(CROWD)
@@ -382,7 +375,7 @@ def test_images_that_do_not_fit(start_daemon: StartDaemon, attach: Attach) -> No
     # The daemon is fit for what fits.
     model = Exact(0)
     attach(model, daemon)
-    assert push(address(daemon), state(1), label="v1").swapped == 1
+    assert push(address_of(daemon), state(1), label="v1").swapped == 1
     assert ask(model) == right_answer(1)
     assert daemon.server.images.budget.used < 1 << 20
 
@@ -437,7 +430,7 @@ def test_a_model_is_attached_once(start_daemon: StartDaemon, attach: Attach) -> 
     with pytest.raises(shipd.AttachError, match="attached already"):
         # A part of it, under another name.
         attach(model.layers[0], daemon, "part")
-    assert push(address(daemon), state(1), label="v1").swapped == 1
+    assert push(address_of(daemon), state(1), label="v1").swapped == 1
     resident.detach()
     attach(model, daemon)
     assert ask(model) == right_answer(1)
@@ -452,7 +445,7 @@ def test_detach_and_attach_again(start_daemon: StartDaemon, attach: Attach, mode
     model = Exact(0)
     for number in range(1, 4):
         resident = attach(model, daemon, mode=mode)
-        receipt = push(address(daemon), state(number), label=f"v{number}")
+        receipt = push(address_of(daemon), state(number), label=f"v{number}")
         assert resident.verify() == receipt.digest
         resident.detach()
         resident.detach()
@@ -463,7 +456,7 @@ def test_detach_and_attach_again(start_daemon: StartDaemon, attach: Attach, mode
         until(lambda: not daemon.server.models["model"].sessions, "the session ends")
         assert (resident.label, ask(model)) == (f"v{number}", right_answer(number))
     # Others go on, and what has detached does not follow.
-    assert push(address(daemon), state(4), label="v4").swapped == 0
+    assert push(address_of(daemon), state(4), label="v4").swapped == 0
     assert ask(model) == right_answer(3)
     resident = attach(model, daemon, mode=mode)
     assert (resident.label, ask(model)) == ("v4", right_answer(4))
@@ -476,7 +469,7 @@ def test_detach_inside_a_hold(start_daemon: StartDaemon, attach: Attach, mode: s
     resident = attach(model, daemon, mode=mode)
     other = Exact(0)
     attach(other, daemon, mode=mode)
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     started = time.monotonic()
     with resident.hold() as version:
         resident.detach()
@@ -484,7 +477,7 @@ def test_detach_inside_a_hold(start_daemon: StartDaemon, attach: Attach, mode: s
         assert ask(model) == right_answer(1)
     assert time.monotonic() - started < 5
     for number in range(2, 6):
-        assert push(address(daemon), state(number), label=f"v{number}").swapped == 1
+        assert push(address_of(daemon), state(number), label=f"v{number}").swapped == 1
         assert (ask(model), ask(other)) == (right_answer(1), right_answer(number))
 
 
@@ -493,11 +486,11 @@ def test_what_detached_in_flip_keeps_its_weights(start_daemon: StartDaemon, serv
     daemon = start_daemon(models={})
     leaving = serve(daemon.config.socket, kind="wide", mode="flip")
     staying = serve(daemon.config.socket, kind="wide", mode="flip")
-    push(address(daemon), state(1, "wide"), label="v1")
+    push(address_of(daemon), state(1, "wide"), label="v1")
     leaving.ask("keep_tensors")
     leaving.ask("detach")
     for number in range(2, 8):
-        push(address(daemon), state(number, "wide"), label=f"v{number}")
+        push(address_of(daemon), state(number, "wide"), label=f"v{number}")
         assert leaving.ask("answer") == right_answer(1, "wide")
         assert leaving.ask("kept_are_whole")
     assert staying.ask("answer") == right_answer(7, "wide")
@@ -512,13 +505,13 @@ def test_a_version_that_nobody_pushed_goes_with_its_last_process(start_daemon: S
     assert daemon.server.images.budget.used == 0
     second = serve(daemon.config.socket, version=2)
     assert second.ask("answer") == right_answer(2)
-    receipt = push(address(daemon), state(3), label="v3")
+    receipt = push(address_of(daemon), state(3), label="v3")
     second.kill()
     until(lambda: not daemon.server.models["model"].sessions, "the daemon has noticed")
     third = serve(daemon.config.socket, version=4)
     assert third.ask("answer") == right_answer(3)
     assert (third.ask("label"), third.ask("verify")) == ("v3", receipt.digest)
-    answer = shipctl("verify", "--to", address(daemon), "--model", "model", "--json")
+    answer = shipctl("verify", "--to", address_of(daemon), "--model", "model", "--json")
     assert answer.code == 0
 
 
@@ -528,8 +521,8 @@ def test_two_models_in_one_process(start_daemon: StartDaemon, attach: Attach) ->
     first, second = attach(one, daemon, "one"), attach(two, daemon, "two", mode="flip")
     with first.hold(), second.hold():
         pass
-    push(address(daemon), state(3), model="one", label="v3")
+    push(address_of(daemon), state(3), model="one", label="v3")
     assert (ask(one), ask(two)) == (right_answer(3), right_answer(2))
-    push(address(daemon), state(4), model="two", label="v4")
+    push(address_of(daemon), state(4), model="two", label="v4")
     assert (ask(one), ask(two)) == (right_answer(3), right_answer(4))
     assert (first.label, second.label) == ("v3", "v4")

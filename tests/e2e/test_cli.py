@@ -20,27 +20,8 @@ from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
 from tests.support.fake_daemon import FakeDaemon, speaking
 from tests.support.frames import COMMITTED, HELLO, Way
-from tests.support.processes import Process, Shipctl, environment, push, shipctl
+from tests.support.processes import Process, Shipctl, address_of, environment, push, push_arguments, shipctl
 from tests.support.proxy import Proxy, until
-
-
-def address_of(daemon: shipd.Daemon) -> str:
-    return f"127.0.0.1:{daemon.port}"
-
-
-@pytest.fixture
-def small(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
-
-
-def push_arguments(daemon, path, *more):
-    return "push", path, "--to", address_of(daemon), "--model", "model", *more
-
 
 # --- starting --------------------------------------------------------------------------------------------------------
 

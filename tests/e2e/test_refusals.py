@@ -18,25 +18,8 @@ from tests.support.fake_daemon import ANSWERS, FakeDaemon, after_hello, speaking
 from tests.support.frames import DATA, OFFER
 from tests.support.hostile import attacker, flood, frame
 from tests.support.naive import hello, pack
-from tests.support.processes import Background, memory, push, shipctl, status
+from tests.support.processes import TOKEN, Background, address_of, memory, push, shipctl, status
 from tests.support.proxy import Proxy, until
-
-TOKEN = "correct horse battery staple"
-
-
-def address_of(daemon: shipd.Daemon) -> str:
-    return f"127.0.0.1:{daemon.port}"
-
-
-@pytest.fixture
-def small(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
-
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
 

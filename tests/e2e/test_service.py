@@ -12,23 +12,9 @@ from pathlib import Path
 import pytest
 
 import shipd
-from tests.support import checkpoints
 from tests.support.checkpoints import MIB
-from tests.support.processes import Background, NotifySocket, Process, ShipdProcess, memory, push, status, toml
+from tests.support.processes import TOKEN, Background, NotifySocket, Process, ShipdProcess, memory, push, status, toml
 from tests.support.proxy import Proxy
-
-TOKEN = "correct horse battery staple"
-
-
-@pytest.fixture
-def small(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
-
 
 # --- starting and stopping -------------------------------------------------------------------------------------------
 

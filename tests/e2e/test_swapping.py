@@ -20,20 +20,13 @@ from tests.support import naive
 from tests.support.exact import CROWD, Exact, ask, fingerprint, question, right_answer, state
 from tests.support.frames import DATA
 from tests.support.naive import Tensor
-from tests.support.processes import Background, Finished, push, shipctl
+from tests.support.processes import Background, Finished, address_of, push, shipctl
 from tests.support.proxy import Proxy, until
-from tests.support.serving_process import Attach, Serve
+from tests.support.serving_process import Attach, Serve, both
 
 pytest_plugins = ["tests.support.serving_process"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-both = pytest.mark.parametrize("mode", ["copy", "flip"])
-
-
-def address(daemon: shipd.Daemon) -> str:
-    """What senders connect to."""
-    return f"127.0.0.1:{daemon.port}"
 
 
 # --- every kind of tensor --------------------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ def test_every_kind_of_tensor_arrives_to_the_bit(
     places = {name: tensor.data_ptr() for name, tensor in before.items()}
     for seed in range(1, 5):
         version = random_version(model, seed)
-        receipt = push(address(daemon), version, label=f"v{seed}")
+        receipt = push(address_of(daemon), version, label=f"v{seed}")
         assert (receipt.label, receipt.swapped, receipt.stale) == (f"v{seed}", 1, ())
         assert receipt.digest == resident.digest == resident.verify() == naive_digest(version)
         live = model.state_dict(keep_vars=True)
@@ -175,7 +168,7 @@ def test_a_version_without_the_tied_names_will_do(start_daemon: StartDaemon, att
     resident = attach(model, daemon, mode=mode)
     whole = random_version(model, 1)
     fewer = {name: tensor for name, tensor in whole.items() if name not in ("head.weight", "embedding")}
-    receipt = push(address(daemon), fewer)
+    receipt = push(address_of(daemon), fewer)
     assert receipt.digest == resident.verify() == naive_digest(whole)
     assert logical_bytes(model.head.weight) == logical_bytes(whole["again"])
 
@@ -187,14 +180,14 @@ def test_copies_of_what_the_model_ties_must_be_equal(start_daemon: StartDaemon, 
     resident = attach(model, daemon, mode=mode)
     tied = random_version(model, 1)
     untied = {name: tensor.clone() for name, tensor in tied.items()}
-    receipt = push(address(daemon), untied)
+    receipt = push(address_of(daemon), untied)
     assert receipt.digest == resident.verify()
     assert model.head.weight is model.embedding
     assert logical_bytes(model.again) == logical_bytes(tied["again"])
 
     untied["head.weight"][3, 3] += 1
     with pytest.raises(shipd.TensorMismatch, match=r"ties .*different values") as caught:
-        push(address(daemon), untied)
+        push(address_of(daemon), untied)
     assert caught.value.tensor in ("head.weight", "embedding", "again")
     assert resident.digest == receipt.digest == resident.verify()
 
@@ -207,7 +200,7 @@ def test_a_hundred_megabytes(start_daemon: StartDaemon, attach: Attach, mode: st
     resident = attach(model, daemon, mode=mode)
     for seed in range(1, 4):
         version = {name: raw_like(tensor, seed) for name, tensor in model.state_dict().items()}
-        receipt = push(address(daemon), version, label=f"v{seed}")
+        receipt = push(address_of(daemon), version, label=f"v{seed}")
         assert receipt.bytes_total > 100_000_000
         assert (receipt.swapped, receipt.digest) == (1, resident.verify())
         for name, tensor in model.state_dict().items():
@@ -250,7 +243,7 @@ def test_a_forward_that_is_under_way_finishes_with_its_version(
     resident = attach(model, daemon, mode=mode)
     with Background(ask, model) as forward:
         assert model.inside.wait(20)
-        with Background(push, address(daemon), state(1), label="v1") as pushed:
+        with Background(push, address_of(daemon), state(1), label="v1") as pushed:
             until(lambda: resident._gate.shut, "the swap waits for the forward")
             # A newcomer waits for the swap and not for the forward.
             with Background(lambda: held_answer(resident, model)) as newcomer:
@@ -274,7 +267,7 @@ def test_a_hold_of_many_forwards_sees_one_version(start_daemon: StartDaemon, att
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode, max_hold=0.05)
-    with Background(push, address(daemon), state(1), label="v1") as pushed, resident.hold() as version:
+    with Background(push, address_of(daemon), state(1), label="v1") as pushed, resident.hold() as version:
         until(lambda: resident._gate.shut, "the swap waits for the hold")
         for _ in range(10):
             # Calls and holds within a hold never wait.
@@ -296,7 +289,7 @@ def test_a_push_from_inside_a_hold_ends(start_daemon: StartDaemon, attach: Attac
     resident = attach(model, daemon, mode=mode, max_hold=0.1)
 
     async def push_and_hold() -> None:
-        async with shipd.connect(address(daemon)) as client:
+        async with shipd.connect(address_of(daemon)) as client:
             async with resident.hold() as version:
                 with pytest.raises(shipd.SwapFailed, match="MainThread"):
                     await client.push(state(1), model="model", label="v1")
@@ -319,7 +312,7 @@ def test_a_model_is_pushed_from_where_it_is_served(start_daemon: StartDaemon, at
     for number in range(1, 4):
         with torch.no_grad():
             model.layer(1).bias.add_(1)
-        receipt = push(address(daemon), model, label=f"v{number}")
+        receipt = push(address_of(daemon), model, label=f"v{number}")
         assert (receipt.swapped, receipt.digest) == (1, resident.verify())
         assert receipt.label == resident.label == f"v{number}"
 
@@ -330,7 +323,7 @@ def test_without_hooks_only_holds_are_respected(start_daemon: StartDaemon, attac
     resident = attach(model, daemon, hooks=False)
     with Background(ask, model) as forward:
         assert model.inside.wait(20)
-        push(address(daemon), state(1), label="v1")
+        push(address_of(daemon), state(1), label="v1")
         model.go_on.set()
         assert forward.result() not in (right_answer(0), right_answer(1))
     assert held_answer(resident, model) == ("v1", right_answer(1))
@@ -364,13 +357,13 @@ def test_callbacks_run_between_the_swap_and_the_next_hold(
     removed.remove()
     removed.remove()
     with caplog.at_level(logging.ERROR, "shipd.serving"):
-        receipt = push(address(daemon), state(1), label="v1")
+        receipt = push(address_of(daemon), state(1), label="v1")
     assert receipt.swapped == 1
     assert called == [("v1", "v1", right_answer(1)), ("v1", "raising", ""), ("v1", "last", receipt.digest)]
     assert any("callback" in record.message and record.exc_info for record in caplog.records)
     for handle in handles:
         handle.remove()
-    push(address(daemon), state(2), label="v2")
+    push(address_of(daemon), state(2), label="v2")
     assert len(called) == 3
     assert ask(model) == right_answer(2)
 
@@ -387,7 +380,7 @@ def test_a_callback_belongs_to_the_pause(start_daemon: StartDaemon, attach: Atta
         assert finish.wait(20)
 
     resident.on_swap(callback)
-    with Background(push, address(daemon), state(1), label="v1") as pushed:
+    with Background(push, address_of(daemon), state(1), label="v1") as pushed:
         assert running.wait(20)
         with Background(ask, model) as reader:
             until(lambda: len(resident._gate._waiting) == 1, "the reader waits for the callback")
@@ -402,7 +395,7 @@ def test_a_callback_may_detach(start_daemon: StartDaemon, attach: Attach) -> Non
     model = Exact(0)
     resident = attach(model, daemon)
     resident.on_swap(lambda _version: resident.detach())
-    receipt = push(address(daemon), state(1), label="v1")
+    receipt = push(address_of(daemon), state(1), label="v1")
     assert receipt.label == "v1"
     until(lambda: not daemon.server.models["model"].sessions, "the session ends")
     assert ask(model) == right_answer(1)
@@ -421,7 +414,7 @@ def test_a_callback_may_detach_while_another_thread_does(start_daemon: StartDaem
         resident.detach()
 
     resident.on_swap(callback)
-    with Background(push, address(daemon), state(1), label="v1") as pushed:
+    with Background(push, address_of(daemon), state(1), label="v1") as pushed:
         assert running.wait(20)
         resident.detach()
         assert pushed.result().label == "v1"
@@ -455,7 +448,7 @@ def test_a_swap_is_settled_when_its_daemon_is_lost_at_once(
     handle = resident.on_swap(lose)
     # Whether the daemon counts this process is not what is asked here.
     with contextlib.suppress(shipd.ShipError):
-        push(address(daemon), state(1), label="v1")
+        push(address_of(daemon), state(1), label="v1")
     until(lambda: bool(with_a_session), "the swap is settled")
     assert with_a_session[0] is False
     handle.remove()
@@ -472,7 +465,7 @@ def test_verify_finds_what_somebody_has_scribbled(start_daemon: StartDaemon, att
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
-    receipt = push(address(daemon), state(1), label="v1")
+    receipt = push(address_of(daemon), state(1), label="v1")
     assert verify(daemon).code == 0
     with torch.no_grad():
         model.layer(1).bias.view(torch.uint8)[2] ^= 1
@@ -486,14 +479,14 @@ def test_verify_finds_what_somebody_has_scribbled(start_daemon: StartDaemon, att
     assert not process["matches"]
     assert process["digest"] not in ("", receipt.digest)
     # The next push puts it right.
-    receipt = push(address(daemon), state(2), label="v2")
+    receipt = push(address_of(daemon), state(2), label="v2")
     assert resident.verify() == receipt.digest
     assert verify(daemon).code == 0
 
 
 def verify(daemon: shipd.Daemon) -> Finished:
     """``shipctl verify``."""
-    return shipctl("verify", "--to", address(daemon), "--model", "model", "--json")
+    return shipctl("verify", "--to", address_of(daemon), "--model", "model", "--json")
 
 
 @both
@@ -507,7 +500,7 @@ def test_what_the_model_writes_itself_is_found_and_replaced(
     for step in range(1, 4):
         version = nn.BatchNorm1d(8)
         nn.init.constant_(version.running_mean, float(step))  # type: ignore[arg-type]  # a buffer that is there
-        receipt = push(address(daemon), version, label=f"v{step}")
+        receipt = push(address_of(daemon), version, label=f"v{step}")
         assert resident.verify() == receipt.digest
         assert torch.equal(model.running_mean, torch.full((8,), float(step)))  # type: ignore[arg-type]
         model(torch.randn(5, 8))
@@ -547,7 +540,7 @@ def test_every_mismatch_is_listed_before_a_byte_travels(start_daemon: StartDaemo
         assert problem in str(caught.value)
     assert resident.label == "initial"
     assert ask(model) == right_answer(0)
-    assert push(address(daemon), state(1), label="v1").swapped == 1
+    assert push(address_of(daemon), state(1), label="v1").swapped == 1
     assert ask(model) == right_answer(1)
 
 
@@ -561,14 +554,14 @@ def test_direct_in_memory_is_a_copy_under_its_own_name(start_daemon: StartDaemon
     assert sum(swapper._scatter.taken) == len(CROWD) < len(swapper._scatter.taken)
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     for number in (1, 2, 3):
-        receipt = push(address(daemon), state(number), label=f"v{number}")
+        receipt = push(address_of(daemon), state(number), label=f"v{number}")
         assert (receipt.swapped, receipt.digest) == (1, resident.verify())
         assert ask(model) == right_answer(number)
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert resident.mode == "direct"
 
     async def modes() -> list[str]:
-        async with shipd.connect(address(daemon)) as client:
+        async with shipd.connect(address_of(daemon)) as client:
             return [process.mode for served in (await client.status()).models for process in served.processes]
 
     assert asyncio.run(modes()) == ["direct"]
@@ -595,7 +588,7 @@ def test_a_thousand_swaps_under_eight_readers_each(start_daemon: StartDaemon, se
     async def push_all() -> int:
         swaps = 0
         end = time.monotonic() + SECONDS
-        async with shipd.connect(address(daemon)) as client:
+        async with shipd.connect(address_of(daemon)) as client:
             for number, version in versions.items():
                 receipt = await client.push(version, model="model", label=f"v{number}")
                 assert receipt.stale == ()
@@ -633,7 +626,7 @@ def test_four_models_of_two_processes_each_pushed_at_once(start_daemon: StartDae
         versions = [state(at * 1000 + number, kind) for number in range(1, 9)]
         end = time.monotonic() + seconds
         receipts: list[shipd.Receipt] = []
-        async with shipd.connect(address(daemon)) as client:
+        async with shipd.connect(address_of(daemon)) as client:
             for number, version in enumerate(versions, 1):
                 receipt = await client.push(version, model=name, label=f"v{at * 1000 + number}")
                 assert (receipt.swapped, receipt.stale, receipt.frames_resent) == (2, (), 0)

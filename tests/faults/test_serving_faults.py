@@ -20,18 +20,11 @@ from shipd.serving.copy_swap import CopySwap
 from tests.conftest import StartDaemon
 from tests.support.exact import Exact, ask, question, right_answer, state
 from tests.support.frames import COMMIT, DATA, NACK, Way
-from tests.support.processes import Background, Shipctl, ShipdProcess, push, shipctl, status
+from tests.support.processes import Background, Shipctl, ShipdProcess, address_of, push, shipctl, status
 from tests.support.proxy import Proxy, until
-from tests.support.serving_process import Attach, Serve, Serving, Told
+from tests.support.serving_process import Attach, Serve, Told, both, serves, sessions
 
 pytest_plugins = ["tests.support.serving_process"]
-
-both = pytest.mark.parametrize("mode", ["copy", "flip"])
-
-
-def address(daemon: shipd.Daemon) -> str:
-    """What senders connect to."""
-    return f"127.0.0.1:{daemon.port}"
 
 
 @pytest.fixture
@@ -40,21 +33,6 @@ def impatient(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> shi
     monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 0.3)
     monkeypatch.setattr("shipd.service.attaching.SWAP_GRACE", 0.3)
     return start_daemon(models={}, stage_timeout=0.5, commit_timeout=0.3)
-
-
-def sessions(daemon: shipd.Daemon) -> list[Session]:
-    """What is attached."""
-    model = daemon.server.models.get("model")
-    return list(model.sessions) if model is not None else []
-
-
-def serves(daemon: shipd.Daemon, process: Serving, receipt: shipd.Receipt, version: int) -> None:
-    """``process`` serves this version, by its own account and by the daemon's."""
-    process.ask("await_label", receipt.label)
-    assert process.ask("answer") == right_answer(version)
-    assert process.ask("verify") == receipt.digest
-    states = [each for each in status(address(daemon)).models[0].processes if each.pid == process.pid]
-    assert [(each.state, each.digest) for each in states] == [("serving", receipt.digest)]
 
 
 def file(directory: Path, version: int) -> Path:
@@ -95,7 +73,7 @@ def test_stopped_in_the_middle_of_a_commit(impatient: shipd.Daemon, serve: Serve
     until(lambda: process.ask("answers") > before + 10, "the readers go on")
     report = process.ask("read_stop")
     assert (report["wrong"], report["backwards"], report["errors"]) == ([], [], [])
-    serves(impatient, process, push(address(impatient), state(2), label="v2"), 2)
+    serves(impatient, process, push(address_of(impatient), state(2), label="v2"), 2)
 
 
 @both
@@ -104,14 +82,14 @@ def test_stopped_while_staging(impatient: shipd.Daemon, serve: Serve, mode: str)
     process, stopped = (serve(impatient.config.socket, mode=mode) for _ in range(2))
     stopped.ask("read", ["hold"])
     stopped.stop()
-    receipt = push(address(impatient), state(1), label="v1")
+    receipt = push(address_of(impatient), state(1), label="v1")
     assert (receipt.swapped, receipt.stale) == (1, (str(stopped.pid),))
     serves(impatient, process, receipt, 1)
     stopped.resume()
     serves(impatient, stopped, receipt, 1)
     report = stopped.ask("read_stop")
     assert (report["wrong"], report["backwards"], report["errors"]) == ([], [], [])
-    receipt = push(address(impatient), state(2), label="v2")
+    receipt = push(address_of(impatient), state(2), label="v2")
     assert (receipt.swapped, receipt.stale) == (2, ())
     for each in (process, stopped):
         serves(impatient, each, receipt, 2)
@@ -121,18 +99,18 @@ def test_stopped_while_staging(impatient: shipd.Daemon, serve: Serve, mode: str)
 def test_who_was_given_up_and_has_come_back_costs_no_memory(impatient: shipd.Daemon, serve: Serve, mode: str) -> None:
     """Found here: every image that it had known stayed in the budget until it attached once more."""
     process, stopped = (serve(impatient.config.socket, mode=mode) for _ in range(2))
-    before = status(address(impatient)).memory_used
+    before = status(address_of(impatient)).memory_used
     stopped.stop()
-    push(address(impatient), state(1), label="v1")
+    push(address_of(impatient), state(1), label="v1")
     stopped.resume()
     stopped.ask("await_label", "v1")
     for version in range(2, 5):
-        push(address(impatient), state(version), label=f"v{version}")
-    receipt = push(address(impatient), state(5), label="v5")
+        push(address_of(impatient), state(version), label=f"v{version}")
+    receipt = push(address_of(impatient), state(5), label="v5")
     assert (receipt.swapped, receipt.stale) == (2, ())
     for each in (process, stopped):
         serves(impatient, each, receipt, 5)
-    assert status(address(impatient)).memory_used == before
+    assert status(address_of(impatient)).memory_used == before
     assert not impatient.server.models["model"].abandoned
 
 
@@ -141,12 +119,12 @@ def test_the_only_one_stopped_while_staging(impatient: shipd.Daemon, serve: Serv
     process = serve(impatient.config.socket, mode=mode)
     process.stop()
     with pytest.raises(shipd.StageFailed, match=rf"process {process.pid} was not ready to swap within 0\.5 s"):
-        push(address(impatient), state(1), label="v1")
+        push(address_of(impatient), state(1), label="v1")
     process.resume()
     until(lambda: len(sessions(impatient)) == 1, "it comes back")
     process.ask("await_label", "initial")
     assert process.ask("answer") == right_answer(0)
-    serves(impatient, process, push(address(impatient), state(1), label="v1"), 1)
+    serves(impatient, process, push(address_of(impatient), state(1), label="v1"), 1)
 
 
 @both
@@ -156,7 +134,7 @@ def test_what_was_given_up_does_not_serve_on(
     """It was stopped, others have a new version, and then the daemon goes: it must not answer from its old one."""
     process, stopped = (serve(impatient.config.socket, mode=mode) for _ in range(2))
     stopped.stop()
-    receipt = push(address(impatient), state(1), label="v1")
+    receipt = push(address_of(impatient), state(1), label="v1")
     impatient.stop()
     stopped.resume()
     until(lambda: stopped.ask("stale") is not None, "it knows that it was given up")
@@ -171,7 +149,7 @@ def test_what_was_given_up_does_not_serve_on(
     stopped.ask("await_label", "initial")
     assert stopped.ask("answer") == right_answer(0)
     assert stopped.ask("verify") != receipt.digest
-    serves(daemon, stopped, push(address(daemon), state(1), label="v1"), 1)
+    serves(daemon, stopped, push(address_of(daemon), state(1), label="v1"), 1)
 
 
 def test_stopped_while_it_brings_the_first_version(
@@ -212,7 +190,7 @@ def test_a_straggler_keeps_the_old_version_for_everybody(impatient: shipd.Daemon
     process.ask("read", ["hold", "forward", "tasks"])
     assert process.ask("hold", "generation-7") == "initial"
     with pytest.raises(shipd.SwapFailed, match=rf"process {process.pid}: .*generation-7.*old version serves") as caught:
-        push(address(impatient), state(1), label="v1")
+        push(address_of(impatient), state(1), label="v1")
     assert caught.value.model == "model"
     assert caught.value.transfer_id
     # Readers were not kept out for longer than max_hold, and nothing has changed for them.
@@ -221,7 +199,7 @@ def test_a_straggler_keeps_the_old_version_for_everybody(impatient: shipd.Daemon
     assert process.ask("stale") is None
     assert process.ask("verify") == process.ask("digest")
     assert process.ask("let_go", "generation-7")
-    serves(impatient, process, push(address(impatient), state(1), label="v1"), 1)
+    serves(impatient, process, push(address_of(impatient), state(1), label="v1"), 1)
     report = process.ask("read_stop")
     assert (report["wrong"], report["backwards"], report["errors"], report["fenced"]) == ([], [], [], 0)
 
@@ -233,7 +211,7 @@ def test_a_straggler_among_others_is_fenced(impatient: shipd.Daemon, serve: Serv
     straggler.ask("hold", "generation-7")
     straggler.ask("read", ["hold", "forward", "tasks"])
     pushed = shipctl(
-        "push", file(tmp_path, 1), "--to", address(impatient), "--model", "model", "--label", "v1", "--json"
+        "push", file(tmp_path, 1), "--to", address_of(impatient), "--model", "model", "--label", "v1", "--json"
     )
     assert pushed.code == 3
     receipt = pushed.answer
@@ -255,7 +233,7 @@ def test_a_straggler_among_others_is_fenced(impatient: shipd.Daemon, serve: Serv
     assert straggler.ask("verify") == process.ask("verify") == receipt["digest"]
     report = straggler.ask("read_stop")
     assert (report["wrong"], report["backwards"], report["errors"]) == ([], [], [])
-    following = push(address(impatient), state(2), label="v2")
+    following = push(address_of(impatient), state(2), label="v2")
     assert (following.swapped, following.stale) == (2, ())
 
 
@@ -265,11 +243,11 @@ def test_a_straggler_among_others_is_fenced(impatient: shipd.Daemon, serve: Serv
 def test_kept_tensors_of_one_version_cost_one_image(impatient: shipd.Daemon, serve: Serve) -> None:
     """In flip a slice of a parameter keeps its version's memory; the other images go round."""
     process = serve(impatient.config.socket, mode="flip")
-    push(address(impatient), state(1), label="v1")
+    push(address_of(impatient), state(1), label="v1")
     process.ask("keep_tensors")
     (session,) = sessions(impatient)
     for number in range(2, 10):
-        receipt = push(address(impatient), state(number), label=f"v{number}")
+        receipt = push(address_of(impatient), state(number), label=f"v{number}")
         assert receipt.swapped == 1
         assert process.ask("kept_are_whole")
         assert sessions(impatient) == [session], "it was evicted"
@@ -284,7 +262,7 @@ def test_kept_tensors_of_every_version(impatient: shipd.Daemon, serve: Serve) ->
     evictions = 0
     attached = sessions(impatient)
     for number in range(1, 9):
-        receipt = push(address(impatient), state(number, "wide"), label=f"v{number}")
+        receipt = push(address_of(impatient), state(number, "wide"), label=f"v{number}")
         process.ask("await_label", receipt.label)
         assert process.ask("answer") == right_answer(number, "wide")
         process.ask("keep_tensors")
@@ -308,11 +286,11 @@ def test_kept_tensors_and_no_memory_for_more(start_daemon: StartDaemon, serve: S
     daemon = start_daemon(models={}, stage_timeout=0.3, memory_limit="20MiB")
     process = serve(daemon.config.socket, mode="flip", kind="wide")
     for number in range(1, 3):
-        push(address(daemon), state(number, "wide"), label=f"v{number}")
+        push(address_of(daemon), state(number, "wide"), label=f"v{number}")
         process.ask("keep_tensors")
-    receipt = push(address(daemon), state(3, "wide"), label="v3")
+    receipt = push(address_of(daemon), state(3, "wide"), label="v3")
     with pytest.raises(shipd.MemoryLimit, match=rf"process {process.pid} does not release"):
-        push(address(daemon), state(4, "wide"), label="v4")
+        push(address_of(daemon), state(4, "wide"), label="v4")
     assert process.ask("kept_are_whole")
     process.ask("await_label", "v3")
     assert process.ask("answer") == right_answer(3, "wide")
@@ -359,15 +337,15 @@ def test_a_model_that_was_changed(
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
-    receipt = push(address(daemon), state(1), label="v1")
+    receipt = push(address_of(daemon), state(1), label="v1")
     change(model)
     with pytest.raises(shipd.StageFailed, match=named) as caught:
-        push(address(daemon), state(2), label="v2")
+        push(address_of(daemon), state(2), label="v2")
     assert "Detach before moving or converting" in str(caught.value)
     assert (resident.label, resident.digest) == ("v1", receipt.digest)
     with pytest.raises(shipd.AttachError, match=named):
         resident.verify()
-    (process,) = shipctl("verify", "--to", address(daemon), "--model", "model", "--json").answer["processes"]
+    (process,) = shipctl("verify", "--to", address_of(daemon), "--model", "model", "--json").answer["processes"]
     assert not process["matches"]
     assert "the model was changed after it was attached" in process["error"]
     # The old model again, and everything is as it was.
@@ -375,7 +353,7 @@ def test_a_model_that_was_changed(
     model = Exact(0)
     attach(model, daemon, mode=mode)
     assert ask(model) == right_answer(1)
-    push(address(daemon), state(2), label="v2")
+    push(address_of(daemon), state(2), label="v2")
     assert ask(model) == right_answer(2)
 
 
@@ -387,7 +365,7 @@ def test_a_model_that_was_changed_brings_no_version(
     daemon = start_daemon(models={}, socket=str(place / "one.sock"))
     model = Exact(0)
     attach(model, daemon, mode=mode)
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     model.half()
     daemon.stop()
     again = start_daemon(models={}, socket=str(place / "one.sock"))
@@ -415,7 +393,7 @@ def test_a_tensor_that_changes_while_it_is_pushed(start_daemon: StartDaemon, att
     assert ask(model, "wide") == right_answer(0, "wide")
     assert resident.label == "initial"
     assert resident.verify() == resident.digest
-    assert push(address(daemon), state(2, "wide"), label="v1").swapped == 1
+    assert push(address_of(daemon), state(2, "wide"), label="v1").swapped == 1
     assert ask(model, "wide") == right_answer(2, "wide")
 
 
@@ -492,7 +470,7 @@ def test_a_forward_that_raises(start_daemon: StartDaemon, attach: Attach, mode: 
 
     with Background(work) as worker:
         assert raised.wait(20)
-        receipt = push(address(daemon), state(1), label="v1")
+        receipt = push(address_of(daemon), state(1), label="v1")
         leave.set()
         worker.result()
     assert receipt.swapped == 1
@@ -504,10 +482,10 @@ def test_ctrl_c_in_the_middle_of_forwards(start_daemon: StartDaemon, serve: Serv
     process = serve(daemon.config.socket)
     for number in range(1, 6):
         process.begin("forward_until_interrupted")
-        push(address(daemon), state(2 * number - 1), label=f"v{2 * number - 1}")
+        push(address_of(daemon), state(2 * number - 1), label=f"v{2 * number - 1}")
         process.signal(signal.SIGINT)
         assert process.result() == "KeyboardInterrupt"
-        receipt = push(address(daemon), state(2 * number), label=f"v{2 * number}")
+        receipt = push(address_of(daemon), state(2 * number), label=f"v{2 * number}")
         serves(daemon, process, receipt, 2 * number)
 
 
@@ -543,7 +521,7 @@ def test_a_users_hook_that_raises(start_daemon: StartDaemon, attach: Attach, mod
 
     with Background(work):
         assert raised.wait(20)
-        assert push(address(daemon), state(1), label="v1").swapped == 1
+        assert push(address_of(daemon), state(1), label="v1").swapped == 1
         leave.set()
     failing = False
     assert ask(model) == right_answer(1)
@@ -558,7 +536,7 @@ def test_a_copy_of_the_model_is_a_plain_model(start_daemon: StartDaemon, attach:
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     copied = copy.deepcopy(model)
     file = io.BytesIO()
     torch.save(model, file)
@@ -568,7 +546,7 @@ def test_a_copy_of_the_model_is_a_plain_model(start_daemon: StartDaemon, attach:
     torch.save(model.state_dict(), weights)
     weights.seek(0)
     for number in range(2, 6):
-        push(address(daemon), state(number), label=f"v{number}")
+        push(address_of(daemon), state(number), label=f"v{number}")
         assert (ask(copied), ask(loaded)) == (right_answer(1), right_answer(1))
         assert ask(model) == right_answer(number)
     saved = torch.load(weights, weights_only=True)
@@ -577,7 +555,7 @@ def test_a_copy_of_the_model_is_a_plain_model(start_daemon: StartDaemon, attach:
         assert answer.result() == right_answer(1)
     # A copy can be attached itself.
     attach(copied, daemon, "copied", mode=mode)
-    push(address(daemon), state(7), model="copied", label="v7")
+    push(address_of(daemon), state(7), model="copied", label="v7")
     assert (ask(copied), ask(model)) == (right_answer(7), right_answer(5))
 
 
@@ -590,10 +568,10 @@ def test_a_fork_of_a_serving_process(impatient: shipd.Daemon, serve: Serve, mode
     """In copy the child goes on with the version it has; in flip its weights belong to the daemon, so it must not. The
     parent is not disturbed. It makes no difference whether anybody kept what attach() returned."""
     parent = serve(impatient.config.socket, mode=mode, keep=keep)
-    receipt = push(address(impatient), state(1), label="v1")
+    receipt = push(address_of(impatient), state(1), label="v1")
     child = serve(fork_of=parent)
     for number in range(2, 8):
-        receipt = push(address(impatient), state(number), label=f"v{number}")
+        receipt = push(address_of(impatient), state(number), label=f"v{number}")
         assert (receipt.swapped, receipt.stale) == (1, ())
         assert parent.ask("answer") == right_answer(number)
         if mode == "copy":
@@ -602,7 +580,7 @@ def test_a_fork_of_a_serving_process(impatient: shipd.Daemon, serve: Serve, mode
             with pytest.raises(Told, match="forked from one that serves in mode 'flip'") as caught:
                 child.ask("answer")
             assert caught.value.kind == "Fenced"
-    assert [each.pid for each in status(address(impatient)).models[0].processes] == [parent.pid]
+    assert [each.pid for each in status(address_of(impatient)).models[0].processes] == [parent.pid]
     if keep:
         assert not child.ask("connected")
         if mode == "copy":
@@ -612,21 +590,21 @@ def test_a_fork_of_a_serving_process(impatient: shipd.Daemon, serve: Serve, mode
         child.ask("detach")
         child.ask("reattach", impatient.config.socket, mode=mode)
         assert child.ask("answer") == right_answer(7)
-        assert push(address(impatient), state(8), label="v8").swapped == 2
+        assert push(address_of(impatient), state(8), label="v8").swapped == 2
 
 
 @both
 def test_the_parent_of_a_fork_is_killed(impatient: shipd.Daemon, serve: Serve, mode: str) -> None:
     """The daemon notices, although the child lives and has inherited every descriptor."""
     parent = serve(impatient.config.socket, mode=mode)
-    receipt = push(address(impatient), state(1), label="v1")
+    receipt = push(address_of(impatient), state(1), label="v1")
     child = serve(fork_of=parent)
     parent.kill()
     until(lambda: not sessions(impatient), "the daemon has noticed")
     assert child.running
     if mode == "copy":
         assert child.ask("answer") == right_answer(1)
-    receipt = push(address(impatient), state(2), label="v2")
+    receipt = push(address_of(impatient), state(2), label="v2")
     assert (receipt.swapped, receipt.stale) == (0, ())
     serves(impatient, serve(impatient.config.socket, mode=mode), receipt, 2)
 
@@ -650,15 +628,15 @@ def test_a_swap_that_fails_halfway_is_undone(
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
-    receipt = push(address(daemon), state(1), label="v1")
+    receipt = push(address_of(daemon), state(1), label="v1")
     broken = break_swaps(monkeypatch, mode, times=1)
     with pytest.raises(shipd.SwapFailed, match="undone; the old version serves"):
-        push(address(daemon), state(2), label="v2")
+        push(address_of(daemon), state(2), label="v2")
     assert broken == []
     assert resident.stale is None
     assert (resident.label, resident.verify()) == ("v1", receipt.digest)
     assert ask(model) == right_answer(1)
-    push(address(daemon), state(2), label="v2")
+    push(address_of(daemon), state(2), label="v2")
     assert ask(model) == right_answer(2)
 
 
@@ -671,7 +649,7 @@ def test_a_swap_that_cannot_be_undone_fences(
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     refused: list[str] = []
     answers: list[str] = []
     stop = threading.Event()
@@ -686,7 +664,7 @@ def test_a_swap_that_cannot_be_undone_fences(
     with Background(read):
         try:
             broken = break_swaps(monkeypatch, mode, times=2)
-            receipt = push(address(daemon), state(2), label="v2")
+            receipt = push(address_of(daemon), state(2), label="v2")
             assert broken == []
             assert (receipt.swapped, receipt.stale) == (0, (str(os.getpid()),))
             until(lambda: resident.stale is None and resident.connected, "it has got the committed version")
@@ -696,7 +674,7 @@ def test_a_swap_that_cannot_be_undone_fences(
     assert all("mix of two versions" in reason or "given up" in reason for reason in refused)
     assert (resident.label, resident.verify()) == ("v2", receipt.digest)
     assert ask(model) == right_answer(2)
-    push(address(daemon), state(3), label="v3")
+    push(address_of(daemon), state(3), label="v3")
     assert ask(model) == right_answer(3)
 
 
@@ -743,7 +721,7 @@ def test_an_unexpected_failure_of_the_session_is_survived(
     daemon = start_daemon(models={}, socket=str(place / "one.sock"))
     model = Exact(0)
     resident = attach(model, daemon)
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     failing = [1, 2]
     make = shipd.serving.resident._ModelFollower.map
 
@@ -758,7 +736,7 @@ def test_an_unexpected_failure_of_the_session_is_survived(
     until(lambda: resident.connected, "it is attached again")
     assert failing == []
     assert resident.label == "v1"
-    assert push(address(daemon), state(2), label="v2").swapped == 1
+    assert push(address_of(daemon), state(2), label="v2").swapped == 1
     assert ask(model) == right_answer(2)
 
 
@@ -774,10 +752,10 @@ def test_a_callback_that_wants_to_exit(start_daemon: StartDaemon, attach: Attach
         raise failure
 
     handle = resident.on_swap(callback)
-    push(address(daemon), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     until(lambda: resident.connected and resident.label == "v1", "it follows")
     until(lambda: len(sessions(daemon)) == 1, "the daemon knows")
-    assert push(address(daemon), state(2), label="v2").swapped == 1
+    assert push(address_of(daemon), state(2), label="v2").swapped == 1
     assert ask(model) == right_answer(2)
 
 
@@ -786,10 +764,10 @@ def test_a_callback_that_goes_on_holding(impatient: shipd.Daemon, attach: Attach
     model = Exact(0)
     resident = attach(model, impatient)
     handle = resident.on_swap(lambda _version: resident.hold().__enter__())
-    push(address(impatient), state(1), label="v1")
+    push(address_of(impatient), state(1), label="v1")
     handle.remove()
     with pytest.raises(shipd.SwapFailed, match="the swapping thread holds the gate itself"):
-        push(address(impatient), state(2), label="v2")
+        push(address_of(impatient), state(2), label="v2")
     assert ask(model) == right_answer(1)
     assert (resident.label, resident.stale) == ("v1", None)
 

@@ -6,6 +6,8 @@ fork. The nursery imports everything and forks before anything is attached; what
     Serving    such a process as a test sees it: ``process.ask("verify", "model")``
     Nursery    where they come from
     fixtures   ``serve`` starts and attaches processes, ``attach`` attaches a model in the test's own process
+    both       has a test run in mode "copy" and in mode "flip"
+    sessions   what a daemon knows of such processes; ``serves`` asks both sides
 
 What runs on the other side is in tests.support.program; the model that it serves, in tests.support.exact.
 
@@ -31,7 +33,11 @@ import pytest
 from torch import nn
 
 import shipd
-from tests.support.processes import DEADLINE, Process
+from shipd.service.session import Session
+from tests.support.exact import right_answer
+from tests.support.processes import DEADLINE, Process, address_of, status
+
+both = pytest.mark.parametrize("mode", ["copy", "flip"])
 
 
 class Told(Exception):
@@ -212,3 +218,21 @@ def attach() -> Iterator[Attach]:
         resident.detach()
     # pytest refers to ``start`` until the very end, and this to models whose weights may lie in images.
     attached.clear()
+
+
+# --- what the daemon knows of them -----------------------------------------------------------------------------------
+
+
+def sessions(daemon: shipd.Daemon) -> list[Session]:
+    """What is attached."""
+    model = daemon.server.models.get("model")
+    return list(model.sessions) if model is not None else []
+
+
+def serves(daemon: shipd.Daemon, process: Serving, receipt: shipd.Receipt, version: int) -> None:
+    """``process`` serves this version, by its own account and by the daemon's."""
+    process.ask("await_label", receipt.label)
+    assert process.ask("answer") == right_answer(version)
+    assert process.ask("verify") == receipt.digest
+    states = [each for each in status(address_of(daemon)).models[0].processes if each.pid == process.pid]
+    assert [(each.state, each.digest) for each in states] == [("serving", receipt.digest)]
