@@ -18,6 +18,16 @@ class Way(enum.Enum):
     TO_SENDER = "to the sender"
 
 
+MESSAGES = [(kind, Way.TO_DAEMON) for kind in (OFFER, STRUCTURE_IS, FINISH, COMMIT)]
+MESSAGES += [(kind, Way.TO_SENDER) for kind in (STRUCTURE_WANTED, WANT, PROGRESS, STAGED, COMMITTED)]
+"""What a push consists of besides DATA, each with its way."""
+
+
+def name_of_way(value: object) -> str | None:
+    """For the ids of parametrized tests: ways by their names, anything else as pytest has it."""
+    return value.name.lower() if isinstance(value, Way) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A frame that passed, or was to. ``number`` counts frames of its kind that went this way, from 0."""
