@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,15 +68,15 @@ def test_error_on_a_terminal_stands_below_the_bar(daemon, medium):
 
 @pytest.mark.parametrize("command", ["status", "push", "--help"])
 def test_reader_that_goes_away_is_no_error_of_ours(daemon, small, command):
-    arguments = {
+    arguments: dict[str, list[str | Path]] = {
         "status": ["status", "--to", address_of(daemon)],
         "push": list(push_arguments(daemon, small)),
         "--help": ["--help"],
-    }[command]
+    }
     read, write = os.pipe()
     os.close(read)
     try:
-        with Shipctl(*arguments, stdout=write) as process:
+        with Shipctl(*arguments[command], stdout=write) as process:
             assert process.wait() == 1
             assert process.err == "", process.describe()
     finally:
