@@ -1,4 +1,4 @@
-"""What every test gets: a check that it leaves nothing behind, and daemons to talk to."""
+"""What every test gets: a check that it leaves nothing behind, daemons to talk to, and checkpoints to push."""
 
 import asyncio
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import shipd
+from tests.support import checkpoints
 from tests.support.processes import ShipdProcess
 
 _SETTLE_SECONDS = 5.0
@@ -192,3 +193,18 @@ def start_shipd(place: Path) -> Iterator[Callable[..., ShipdProcess]]:
             return running.enter_context(ShipdProcess(directory, **settings))
 
         yield start
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A file of one chunk: ``checkpoints.tiny()``."""
+    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
+
+
+@pytest.fixture
+def medium(tmp_path: Path) -> Path:
+    """A file of 25 chunks: ``checkpoints.medium()``."""
+    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())

@@ -10,24 +10,13 @@ import safetensors.torch
 import shipd
 from shipd.service.session import Session
 from tests.conftest import StartDaemon
-from tests.support.processes import Background, Shipctl, ShipdProcess, push, shipctl, status
-from tests.support.proxy import COMMIT, COMMITTED, DATA, FINISH, OFFER, STAGED, Proxy, Way, until
-from tests.support.serving_process import Serve, Serving, Told, right_answer, state
+from tests.support.exact import right_answer, state
+from tests.support.frames import COMMIT, COMMITTED, DATA, FINISH, OFFER, STAGED, Way
+from tests.support.processes import Background, Shipctl, ShipdProcess, address_of, push, shipctl, status
+from tests.support.proxy import Proxy, until
+from tests.support.serving_process import Serve, Serving, Told, both, sessions
 
 pytest_plugins = ["tests.support.serving_process"]
-
-both = pytest.mark.parametrize("mode", ["copy", "flip"])
-
-
-def address(daemon: shipd.Daemon) -> str:
-    """What senders connect to."""
-    return f"127.0.0.1:{daemon.port}"
-
-
-def sessions(daemon: shipd.Daemon) -> list[Session]:
-    """What is attached."""
-    model = daemon.server.models.get("model")
-    return list(model.sessions) if model is not None else []
 
 
 def in_state(daemon: shipd.Daemon, process: Serving, wanted: str) -> bool:
@@ -45,7 +34,7 @@ def test_one_of_two_killed_while_staging(start_daemon: StartDaemon, serve: Serve
     process, victim = (serve(daemon.config.socket, mode=mode) for _ in range(2))
     process.ask("read", ["hold", "forward", "tasks"])
     victim.stop()
-    with Background(push, address(daemon), state(1), label="v1") as pushed:
+    with Background(push, address_of(daemon), state(1), label="v1") as pushed:
         until(lambda: in_state(daemon, victim, "staging"), "the victim is asked to stage")
         victim.kill()
         receipt = pushed.result()
@@ -55,7 +44,7 @@ def test_one_of_two_killed_while_staging(start_daemon: StartDaemon, serve: Serve
     # Its successor is at the committed version before it serves, and takes part in what follows.
     successor = serve(daemon.config.socket, mode=mode)
     assert successor.ask("answer") == right_answer(1)
-    receipt = push(address(daemon), state(2), label="v2")
+    receipt = push(address_of(daemon), state(2), label="v2")
     assert (receipt.swapped, receipt.stale) == (2, ())
     report = process.ask("read_stop")
     assert (report["wrong"], report["backwards"], report["errors"], report["fenced"]) == ([], [], [], 0)
@@ -69,20 +58,20 @@ def test_the_only_one_killed_while_staging(
 ) -> None:
     """There is nobody to commit it: the push fails, and the version before stays the current one."""
     daemon = start_daemon()
-    before = push(address(daemon), state(1), label="v1") if pushed_before else None
+    before = push(address_of(daemon), state(1), label="v1") if pushed_before else None
     victim = serve(daemon.config.socket, mode=mode)
     victim.stop()
-    with Background(push, address(daemon), state(2), label="v2") as pushed:
+    with Background(push, address_of(daemon), state(2), label="v2") as pushed:
         until(lambda: in_state(daemon, victim, "staging"), "the victim is asked to stage")
         victim.kill()
         error = pushed.error()
     assert isinstance(error, shipd.StageFailed), error
     assert f"process {victim.pid} died while staging" in str(error)
-    (told,) = status(address(daemon)).models
+    (told,) = status(address_of(daemon)).models
     assert told.digest == (before.digest if before else "")
     successor = serve(daemon.config.socket, mode=mode, version=3)
     assert successor.ask("answer") == right_answer(1 if pushed_before else 3)
-    receipt = push(address(daemon), state(2), label="v2")
+    receipt = push(address_of(daemon), state(2), label="v2")
     assert receipt.swapped == 1
     assert successor.ask("verify") == receipt.digest
 
@@ -147,7 +136,7 @@ def test_killed_while_attaching(
     victim.kill()
     assert successor.result() == "initial"
     assert successor.ask("answer") == right_answer(2)
-    receipt = push(address(daemon), state(3), label="v3")
+    receipt = push(address_of(daemon), state(3), label="v3")
     assert receipt.swapped == 1
     assert successor.ask("verify") == receipt.digest
 
@@ -177,7 +166,7 @@ def test_processes_come_and_go_while_versions_are_pushed(start_daemon: StartDaem
     process.ask("read", ["hold", "forward", "tasks"])
     victim = serve(daemon.config.socket, mode=mode)
     for number in range(1, 21):
-        with Background(push, address(daemon), state(number), label=f"v{number}") as pushed:
+        with Background(push, address_of(daemon), state(number), label=f"v{number}") as pushed:
             if number % 2:
                 victim.kill()
             else:
@@ -203,7 +192,7 @@ def test_the_sender_killed_at_half(start_daemon: StartDaemon, serve: Serve, mode
     """The old version serves, to the bit; whoever pushes next does not wait for the dead."""
     daemon = start_daemon(models={})
     process = serve(daemon.config.socket, mode=mode, kind="wide")
-    before = push(address(daemon), state(1, "wide"), label="v1")
+    before = push(address_of(daemon), state(1, "wide"), label="v1")
     process.ask("read", ["hold", "forward"])
     path = tmp_path / "v2.safetensors"
     safetensors.torch.save_file(state(2, "wide"), path)
@@ -217,7 +206,7 @@ def test_the_sender_killed_at_half(start_daemon: StartDaemon, serve: Serve, mode
             proxy.forget_rules()
             assert process.ask("answer") == right_answer(1, "wide")
             assert process.ask("verify") == process.ask("digest") == before.digest
-    receipt = push(address(daemon), state(3, "wide"), label="v3")
+    receipt = push(address_of(daemon), state(3, "wide"), label="v3")
     assert (receipt.swapped, receipt.stale) == (1, ())
     assert process.ask("verify") == receipt.digest
     report = process.ask("read_stop")

@@ -15,8 +15,9 @@ from tests.demo.answers import DEADLINE, Serving
 from tests.demo.encoder import NAME
 from tests.demo.screen import Screen
 from tests.demo.trainer import BIT, SENDER, SHIPD, Made, Trainer
+from tests.support.frames import DATA
 from tests.support.processes import Shipctl, ShipdProcess
-from tests.support.proxy import DATA, Proxy, until
+from tests.support.proxy import Proxy, until
 
 MODEL: Final = "minilm"
 DAMAGED: Final = 150

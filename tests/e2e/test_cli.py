@@ -1,47 +1,21 @@
-"""shipctl as its users meet it: exit codes, --json, terminals, signals and pipes."""
+"""shipctl's commands: what they import, what they print and as --json, and their exit codes."""
 
-import contextlib
 import dataclasses
-import json
 import os
-import pty
 import resource
-import select
-import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import shipd
 from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
-from tests.support.hostile import FakeDaemon, speaking
-from tests.support.processes import Process, Shipctl, environment, push, shipctl
-from tests.support.proxy import COMMITTED, HELLO, Proxy, Way, until
-
-
-def address_of(daemon: shipd.Daemon) -> str:
-    return f"127.0.0.1:{daemon.port}"
-
-
-@pytest.fixture
-def small(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
-
-
-def push_arguments(daemon, path, *more):
-    return "push", path, "--to", address_of(daemon), "--model", "model", *more
-
+from tests.support.processes import Process, Shipctl, address_of, environment, push, push_arguments, shipctl
+from tests.support.proxy import Proxy, until
 
 # --- starting --------------------------------------------------------------------------------------------------------
+
 
 HEAVY = ("torch", "numpy", "rich", "asyncio", "msgspec", "uvloop", "shipproto.sender")
 
@@ -91,6 +65,15 @@ finally:
     with Process([sys.executable, "-c", code]) as process:
         assert process.wait() == 0, process.describe()
         assert "torch: False" in process.out
+
+
+def test_runs_as_an_installed_command():
+    """The entry point in pyproject.toml is the function that is tested here."""
+    code = "import sys; sys.argv = ['shipctl', '--version']; from shipd.cli.shipctl import main; main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30
+    )
+    assert finished.returncode == 0, finished.stderr
 
 
 # --- what it prints --------------------------------------------------------------------------------------------------
@@ -335,224 +318,3 @@ def test_a_token_file_that_will_not_do_is_78(daemon, small, tmp_path, content):
     assert finished.code == 78, finished
     assert str(token) in finished.err
     assert "Traceback" not in finished.err
-
-
-# --- terminals and pipes ---------------------------------------------------------------------------------------------
-
-
-def _on_a_terminal(arguments, while_running=lambda: None):
-    """Run shipctl with stderr on a terminal; its exit code, stdout and what the terminal showed."""
-    ours, theirs = pty.openpty()
-    try:
-        with Process(
-            [sys.executable, "-m", "shipd.cli.shipctl", *map(str, arguments)],
-            env={"TERM": "xterm", "NO_COLOR": None, "COLUMNS": "100"},
-            stderr=theirs,
-        ) as process:
-            while_running()
-            shown = b""
-            while process.running or select.select([ours], [], [], 0)[0]:
-                if select.select([ours], [], [], 0.02)[0]:
-                    shown += os.read(ours, 65536)
-            return process.wait(), process.out, shown.decode()
-    finally:
-        os.close(ours)
-        os.close(theirs)
-
-
-@pytest.mark.parametrize("as_json", [False, True])
-def test_progress_only_on_a_terminal_and_never_with_json(daemon, medium, as_json):
-    with Proxy(daemon.port) as proxy:
-        held = proxy.hold(nth=12)
-
-        def let_it_draw():
-            held.wait()
-            held.release()
-
-        arguments = ["push", medium, "--to", proxy.address, "--model", "model", *(["--json"] if as_json else [])]
-        code, out, shown = _on_a_terminal(arguments, let_it_draw)
-    assert code == 0, shown
-    if as_json:
-        assert shown == ""
-        assert json.loads(out)["type"] == "receipt"
-    else:
-        assert "━" in shown
-        assert "\x1b[?25h" in shown, "the cursor is shown again"
-        assert out.startswith("model is at ")
-
-
-def test_error_on_a_terminal_stands_below_the_bar(daemon, medium):
-    with Proxy(daemon.port) as proxy:
-        proxy.flip("payload", nth=5, every=True)
-        code, out, shown = _on_a_terminal(["push", medium, "--to", proxy.address, "--model", "model"])
-    assert code == 13
-    assert out == ""
-    assert "shipctl: chunk 5" in shown
-    assert "Traceback" not in shown
-
-
-@pytest.mark.parametrize("command", ["status", "push", "--help"])
-def test_reader_that_goes_away_is_no_error_of_ours(daemon, small, command):
-    arguments = {
-        "status": ["status", "--to", address_of(daemon)],
-        "push": list(push_arguments(daemon, small)),
-        "--help": ["--help"],
-    }[command]
-    read, write = os.pipe()
-    os.close(read)
-    try:
-        with Shipctl(*arguments, stdout=write) as process:
-            assert process.wait() == 1
-            assert process.err == "", process.describe()
-    finally:
-        os.close(write)
-    if command == "push":
-        assert_installed(daemon, checkpoints.tiny())
-
-
-def test_output_to_a_full_disk_is_an_error_and_no_traceback(daemon):
-    if not os.path.exists("/dev/full"):  # noqa: PTH110
-        pytest.skip("no /dev/full here")
-    full = os.open("/dev/full", os.O_WRONLY)
-    try:
-        with Shipctl("status", "--to", address_of(daemon), stdout=full) as process:
-            assert process.wait() != 0
-    finally:
-        os.close(full)
-
-
-# --- signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_interrupted_halfway(daemon, small, medium, number):
-    push(address_of(daemon), small, label="old")
-    with Proxy(daemon.port) as proxy:
-        held = proxy.hold(nth=12)
-        with Shipctl("push", medium, "--to", proxy.address, "--model", "model", "--json") as pushing:
-            held.wait()
-            pushing.signal(number)
-            held.release()
-            assert pushing.wait() == 130, pushing.describe()
-            assert "nothing was swapped" in pushing.err
-            assert "Traceback" not in pushing.err
-            assert pushing.answer["type"] == "error"
-            assert pushing.answer["exit_code"] == 130
-    assert_installed(daemon, checkpoints.tiny(), label="old")
-    push(address_of(daemon), medium, label="new")
-    assert_installed(daemon, checkpoints.medium(), label="new")
-
-
-def test_the_daemon_hears_of_an_interruption_at_once(daemon, medium):
-    """Not only when its resume window closes."""
-    with Proxy(daemon.port) as proxy:
-        # Between frames, so that the ABORT can still be said.
-        held = proxy.hold(kind=22, nth=0)
-        with Shipctl("push", medium, "--to", proxy.address, "--model", "model") as pushing:
-            held.wait()
-            incoming = daemon.server.models["model"].incoming
-            pushing.signal(signal.SIGINT)
-            held.release()
-            assert pushing.wait() == 130, pushing.describe()
-        until(lambda: daemon.server.models["model"].incoming is None, "the transfer is over")
-    assert incoming.receiver.error.code == "interrupted"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_interrupted_while_the_commit_is_under_way(daemon, small, medium, number):
-    """It is too late then, and shipctl must not say that nothing was swapped."""
-    push(address_of(daemon), small, label="old")
-    with Proxy(daemon.port) as proxy:
-        held = proxy.hold(kind=COMMITTED, way=Way.TO_SENDER)
-        with Shipctl("push", medium, "--to", proxy.address, "--model", "model", "--label", "new") as pushing:
-            held.wait()
-            pushing.signal(number)
-            held.release()
-            code = pushing.wait()
-            assert "nothing was swapped" not in pushing.err
-            assert code == 0, pushing.describe()
-            assert pushing.out.startswith("model is at new\n")
-            assert "too late" in pushing.err
-    assert_installed(daemon, checkpoints.medium(), label="new")
-
-
-def test_interrupted_when_the_outcome_is_not_known(daemon, small, medium):
-    push(address_of(daemon), small, label="old")
-    with Proxy(daemon.port) as proxy:
-        held = proxy.hold(kind=COMMITTED, way=Way.TO_SENDER)
-        with Shipctl("push", medium, "--to", proxy.address, "--model", "model", "--stall", "0.4") as pushing:
-            held.wait()
-            pushing.signal(signal.SIGINT)
-            proxy.refuse()
-            proxy.sever_all()
-            assert pushing.wait() == 1, pushing.describe()
-            assert "nothing was swapped" not in pushing.err
-            assert "either live or not" in pushing.err
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_interrupted_while_connecting(daemon, small, number):
-    with Proxy(daemon.port) as proxy:
-        rule = proxy.stall(kind=HELLO, way=Way.TO_SENDER)
-        with Shipctl("push", small, "--to", proxy.address, "--model", "model") as pushing:
-            rule.wait()
-            pushing.signal(number)
-            assert pushing.wait(10) == 130, pushing.describe()
-            assert "Traceback" not in pushing.err
-
-
-def test_interrupted_while_nobody_answers(small):
-    """A host that drops what it is sent: here a listener whose queue is full."""
-    with socket.socket() as listener, contextlib.ExitStack() as stack:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        # Each of these is taken by the kernel until there is no room; from then on nothing is answered.
-        while True:
-            filler = stack.enter_context(socket.socket())
-            filler.settimeout(0.3)
-            try:
-                filler.connect(listener.getsockname())
-            except TimeoutError:
-                break
-        with Shipctl("push", small, "--to", f"127.0.0.1:{listener.getsockname()[1]}", "--model", "model") as pushing:
-            until(lambda: _connecting(pushing.pid), "it connects")
-            pushing.signal(signal.SIGINT)
-            assert pushing.wait(8) == 130, pushing.describe()
-            assert "Traceback" not in pushing.err
-
-
-def _connecting(pid):
-    """Whether the process has a socket that has sent SYN."""
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            inodes.add(str(link.readlink()))
-    waiting = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return any(fields[3] == "02" and f"socket:[{fields[9]}]" in inodes for fields in waiting)
-
-
-def test_killed_leaves_nothing_on_the_senders_side(daemon, medium, tmp_path):
-    before = sorted(tmp_path.iterdir())
-    with Proxy(daemon.port) as proxy:
-        held = proxy.hold(nth=12)
-        with Shipctl("push", medium, "--to", proxy.address, "--model", "model") as pushing:
-            held.wait()
-            pushing.kill()
-            held.release()
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_question_to_what_never_answers_can_be_interrupted():
-    with FakeDaemon(speaking(b"")) as fake, Shipctl("status", "--to", fake.address) as asking:
-        until(lambda: fake.connections > 0, "a connection")
-        assert asking.wait(20) == 1, asking.describe()
-        assert "closed the connection" in asking.err
-
-
-def test_runs_as_an_installed_command():
-    """The entry point in pyproject.toml is the function that is tested here."""
-    code = "import sys; sys.argv = ['shipctl', '--version']; from shipd.cli.shipctl import main; main()"
-    finished = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30
-    )
-    assert finished.returncode == 0, finished.stderr

@@ -10,44 +10,26 @@ import torch
 
 import shipd
 import shipd.client.lanes
-import shipd.client.push
 from shipd.transfer.inlet import Inlet
 from tests.support import checkpoints, naive
 from tests.support.checkpoints import assert_installed
+from tests.support.frames import COMMITTED, DATA, FINISH, Way
 from tests.support.hostile import attacker, offer
 from tests.support.models import content_of
 from tests.support.naive import encode_structure
 from tests.support.processes import Background, push
-from tests.support.proxy import COMMITTED, DATA, FINISH, Proxy, Way, until
+from tests.support.proxy import Proxy, until
+from tests.support.upgrades import CHUNKS, NEW, OLD
 
-OLD = checkpoints.medium(0)
-NEW = checkpoints.medium(1)
-CHUNKS = NEW.chunks
+pytest_plugins = ["tests.support.upgrades"]
 
-
-@pytest.fixture(autouse=True)
-def _impatience(monkeypatch):
-    """What is waited for when a connection is opened anew is not what is tested here."""
-    monkeypatch.setattr(shipd.client.push, "_BACKOFF", (0.01, 0.02, 0.05, 0.1))
+pytestmark = pytest.mark.usefixtures("short_backoff")
 
 
 @pytest.fixture
-def daemon(start_daemon, tmp_path):
-    """A daemon that has a version already, of the same structure."""
-    daemon = start_daemon()
-    push(f"127.0.0.1:{daemon.port}", checkpoints.write_safetensors(tmp_path / "old", OLD), label="old")
-    return daemon
-
-
-@pytest.fixture
-def proxy(daemon):
-    with Proxy(daemon.port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def new(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "new", NEW)
+def daemon(old_daemon):
+    """A daemon that has a version already."""
+    return old_daemon
 
 
 @contextlib.contextmanager

@@ -18,11 +18,13 @@ from shipproto.errors import AbortCode
 from tests.conftest import StartDaemon
 from tests.support import checkpoints
 from tests.support.checkpoints import MIB
+from tests.support.exact import state
+from tests.support.frames import DATA
 from tests.support.hostile import attacker
-from tests.support.processes import Background, ShipdProcess, memory, push
-from tests.support.proxy import DATA, Proxy, until
+from tests.support.processes import Background, ShipdProcess, address_of, memory, push
+from tests.support.proxy import Proxy, until
 from tests.support.scraping import Scrape, get, raw, scrape
-from tests.support.serving_process import Serve, state
+from tests.support.serving_process import Serve
 
 pytest_plugins = ["tests.support.serving_process"]
 
@@ -30,25 +32,10 @@ LOOPBACK = "127.0.0.1:0"
 LABELS = {"model", "outcome", "state", "transport", "reason", "label", "digest"}
 
 
-def address(daemon: shipd.Daemon) -> str:
-    """What senders connect to."""
-    return f"127.0.0.1:{daemon.port}"
-
-
 def metrics_port(service: ShipdProcess) -> int:
     """Where a daemon that runs as a process gives its metrics."""
     (listening,) = service.logged("listening")
     return int(listening["metrics"].rpartition(":")[2])
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path: Path) -> Path:
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
 
 
 @pytest.fixture
@@ -61,9 +48,9 @@ def watched(start_daemon: StartDaemon) -> shipd.Daemon:
 
 
 def test_every_metric_follows_the_conventions(watched: shipd.Daemon, small: Path) -> None:
-    push(address(watched), small, label="v1")
+    push(address_of(watched), small, label="v1")
     with pytest.raises(shipd.UnknownModel):
-        push(address(watched), small, model="nobody")
+        push(address_of(watched), small, model="nobody")
     seen = scrape(watched)
     assert len(seen.families) > 25
     for family in seen.families.values():
@@ -98,7 +85,7 @@ def test_what_can_be_counted_starts_at_nothing(watched: shipd.Daemon) -> None:
 
 
 def test_pushes_by_how_they_ended(watched: shipd.Daemon, small: Path, medium: Path) -> None:
-    first = push(address(watched), small, label="v1")
+    first = push(address_of(watched), small, label="v1")
     seen = scrape(watched)
     travelled = _wire_bytes(watched)
     version = {"model": "model", "label": "v1", "digest": first.digest}
@@ -106,10 +93,10 @@ def test_pushes_by_how_they_ended(watched: shipd.Daemon, small: Path, medium: Pa
     assert seen.value("shipd_transfer_seconds_count", model="model") == 1
     assert seen.value("shipd_payload_bytes_total", model="model") == travelled
     assert abs(time.time() - (seen.value("shipd_model_version_committed_timestamp_seconds", model="model") or 0)) < 600
-    assert push(address(watched), small, label="v1").already
+    assert push(address_of(watched), small, label="v1").already
     with pytest.raises(shipd.LabelConflict):
-        push(address(watched), medium, label="v1")
-    second = push(address(watched), medium, label="v2")
+        push(address_of(watched), medium, label="v1")
+    second = push(address_of(watched), medium, label="v2")
     seen = scrape(watched)
     assert seen.counted("shipd_transfers_total", "outcome") == {"committed": 2, "already": 1, "label-conflict": 1}
     version = {"model": "model", "label": "v2", "digest": second.digest}
@@ -137,9 +124,9 @@ def test_refused_pushes(start_daemon: StartDaemon, small: Path, medium: Path) ->
     daemon = start_daemon(models={"model": "1MiB"}, metrics=LOOPBACK)
     for number in range(3):
         with pytest.raises(shipd.UnknownModel):
-            push(address(daemon), small, model=f"made-up-{number}")
+            push(address_of(daemon), small, model=f"made-up-{number}")
     with pytest.raises(shipd.MemoryLimit):
-        push(address(daemon), medium)
+        push(address_of(daemon), medium)
     seen = scrape(daemon)
     assert seen.counted("shipd_transfers_total", "outcome", model="model") == {"memory-limit": 1}
     assert seen.counted("shipd_transfers_total", "outcome", model="") == {"unknown-model": 3}
@@ -153,7 +140,7 @@ def test_a_push_under_way_and_another_one(watched: shipd.Daemon, medium: Path) -
         with Background(push, proxy.address, medium, label="v1") as pushing:
             held.wait()
             with pytest.raises(shipd.Busy):
-                push(address(watched), medium, label="v2")
+                push(address_of(watched), medium, label="v2")
             until(lambda: (scrape(watched).value("shipd_transfer_held_bytes", model="model") or 0) > 0, "some is here")
             seen = scrape(watched)
             assert seen.value("shipd_transfers_in_progress", model="model") == 1
@@ -190,10 +177,10 @@ def test_connections_that_do_not_end_well(start_daemon: StartDaemon, tmp_path: P
     with attacker(daemon.port) as peer:
         peer.write(b"GET / HTTP/1.1\r\n\r\n").drain()
     with pytest.raises(shipd.AuthError):
-        push(address(daemon), small, token="wrong horse battery staple")
+        push(address_of(daemon), small, token="wrong horse battery staple")
     with attacker(daemon.port):
         pass
-    push(address(daemon), small, token="correct horse battery staple")
+    push(address_of(daemon), small, token="correct horse battery staple")
     until(lambda: scrape(daemon).value("shipd_connections", transport="tcp") == 0, "all are closed")
     seen = scrape(daemon)
     assert seen.counted("shipd_connection_failures_total", "reason", transport="tcp") == {
@@ -221,7 +208,7 @@ def test_a_process_that_holds_on_is_stale_until_it_is_back(
     assert processes(daemon) == {"serving": 2}
     assert scrape(daemon).value("shipd_connections", transport="unix") == 2
     straggler.ask("hold", "generation-7")
-    receipt = push(address(daemon), state(1), label="v1")
+    receipt = push(address_of(daemon), state(1), label="v1")
     assert (receipt.swapped, receipt.stale) == (1, (str(straggler.pid),))
     # It has begun to attach again, perhaps, which takes as long as it holds on.
     assert {**processes(daemon), "attaching": 0} == {"serving": 1, "stale": 1, "attaching": 0}
@@ -240,7 +227,7 @@ def test_a_stopped_process_is_evicted_and_counts_until_it_is_dead(start_daemon: 
     daemon = start_daemon(models={}, metrics=LOOPBACK, stage_timeout=3.0)
     process, stopped = (serve(daemon.config.socket) for _ in range(2))
     stopped.stop()
-    receipt = push(address(daemon), state(1), label="v1")
+    receipt = push(address_of(daemon), state(1), label="v1")
     assert (receipt.swapped, receipt.stale) == (1, (str(stopped.pid),))
     until(lambda: scrape(daemon).value("shipd_evictions_total", model="model") == 1, "its session has ended")
     assert processes(daemon) == {"serving": 1, "stale": 1}
@@ -254,7 +241,7 @@ def test_what_a_model_has_counted_outlives_it(start_daemon: StartDaemon, serve: 
     daemon = start_daemon(models={}, metrics=LOOPBACK)
     process = serve(daemon.config.socket)
     with pytest.raises(shipd.TensorMismatch):
-        push(address(daemon), {"other": state(1)[next(iter(state(1)))]}, label="v1")
+        push(address_of(daemon), {"other": state(1)[next(iter(state(1)))]}, label="v1")
     assert scrape(daemon).counted("shipd_transfers_total", "outcome", model="model") == {"mismatch": 1}
     (initial,) = scrape(daemon).labels("shipd_model_version_info")
     assert initial["label"] == "initial"
@@ -386,7 +373,7 @@ def test_a_daemon_stops_in_the_middle_of_a_scrape(start_daemon: StartDaemon) -> 
 
 def test_two_daemons_in_one_process(start_daemon: StartDaemon, small: Path) -> None:
     one, other = start_daemon(metrics=LOOPBACK), start_daemon(metrics=LOOPBACK, models={"other": "1GiB"})
-    push(address(one), small, label="v1")
+    push(address_of(one), small, label="v1")
     assert scrape(one).counted("shipd_transfers_total", "outcome") == {"committed": 1}
     assert scrape(other).counted("shipd_transfers_total", "outcome") == {}
     assert {labels["model"] for labels in scrape(other).labels("shipd_transfers_total")} == {"other"}

@@ -11,9 +11,10 @@ import pytest
 import shipd
 from tests.support import checkpoints
 from tests.support.checkpoints import Content, assert_installed
+from tests.support.frames import DATA, OFFER, STRUCTURE_IS, Way
 from tests.support.naive import Tensor
-from tests.support.processes import Background, Helper, memory, push, status
-from tests.support.proxy import DATA, OFFER, STRUCTURE_IS, Proxy, Way
+from tests.support.processes import Background, Helper, address_of, memory, push, status
+from tests.support.proxy import Proxy
 
 MIB = 1 << 20
 
@@ -21,10 +22,6 @@ MIB = 1 << 20
 @functools.cache
 def minilm() -> Content:
     return checkpoints.read_safetensors(checkpoints.minilm())
-
-
-def address_of(daemon: shipd.Daemon) -> str:
-    return f"127.0.0.1:{daemon.port}"
 
 
 # --- content ---------------------------------------------------------------------------------------------------------

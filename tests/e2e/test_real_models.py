@@ -15,17 +15,10 @@ from torch import nn
 import shipd
 from tests.conftest import StartDaemon
 from tests.support import checkpoints
-from tests.support.processes import Background, push, shipctl, status
-from tests.support.serving_process import Attach
+from tests.support.processes import Background, address_of, push, shipctl, status
+from tests.support.serving_process import Attach, both
 
 pytest_plugins = ["tests.support.serving_process"]
-
-both = pytest.mark.parametrize("mode", ["copy", "flip"])
-
-
-def address(daemon: shipd.Daemon) -> str:
-    """What senders connect to."""
-    return f"127.0.0.1:{daemon.port}"
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +96,7 @@ def test_silero_follows_pushes(start_daemon: StartDaemon, attach: Attach, mode: 
     # Also after the interpreter has seen it run, and has optimised what it saw.
     assert [listen(model) for _ in range(3)] == [heard(0)] * 3
     for version in range(1, 4):
-        receipt = push(address(daemon), perturbed(original, version), label=f"v{version}")
+        receipt = push(address_of(daemon), perturbed(original, version), label=f"v{version}")
         assert (receipt.swapped, receipt.tensors, receipt.skipped) == (1, len(original), ())
         assert receipt.digest == resident.digest == resident.verify()
         assert [listen(model) for _ in range(3)] == [heard(version)] * 3
@@ -142,7 +135,7 @@ def test_silero_listens_while_it_is_pushed(start_daemon: StartDaemon, attach: At
 
     with Background(read):
         for version in range(1, 9):
-            push(address(daemon), perturbed(original, version), label=f"v{version}")
+            push(address_of(daemon), perturbed(original, version), label=f"v{version}")
         stop.set()
     assert set(answers) <= expected
     assert len(set(answers)) > 1
@@ -200,7 +193,7 @@ def embedded(version: int) -> bytes:
 def test_minilm_is_pushed_before_anything_attaches(start_daemon: StartDaemon, attach: Attach, mode: str) -> None:
     """The model is declared; its first version waits for the process that will serve it."""
     daemon = start_daemon(models={"minilm": "200MiB"})
-    first = push(address(daemon), checkpoints.minilm(), model="minilm", label="v0")
+    first = push(address_of(daemon), checkpoints.minilm(), model="minilm", label="v0")
     assert (first.swapped, first.pause_seconds, first.skipped) == (0, None, ())
     assert first.tensors == len(weights())
 
@@ -211,18 +204,18 @@ def test_minilm_is_pushed_before_anything_attaches(start_daemon: StartDaemon, at
     assert embed(model) == embedded(0)
     # position_ids is no part of what is served, and so of its digest neither.
     assert resident.verify() == resident.digest != first.digest
-    (told,) = status(address(daemon)).models
+    (told,) = status(address_of(daemon)).models
     assert (told.digest, told.tensors) == (resident.digest, len(weights()) - 1)
-    answer = shipctl("verify", "--to", address(daemon), "--model", "minilm", "--json")
+    answer = shipctl("verify", "--to", address_of(daemon), "--model", "minilm", "--json")
     assert answer.code == 0
     assert [process["digest"] for process in answer.answer["processes"]] == [resident.digest]
 
     # The same file again is the same version, and nothing is sent.
-    again = push(address(daemon), checkpoints.minilm(), model="minilm", label="v0")
+    again = push(address_of(daemon), checkpoints.minilm(), model="minilm", label="v0")
     assert (again.already, again.digest, again.skipped) == (True, resident.digest, (POSITION_IDS,))
     assert again.bytes_sent < 100_000
     for version in (1, 2):
-        receipt = push(address(daemon), perturbed(weights(), version), model="minilm", label=f"v{version}")
+        receipt = push(address_of(daemon), perturbed(weights(), version), model="minilm", label=f"v{version}")
         assert (receipt.swapped, receipt.skipped, receipt.tensors) == (1, (POSITION_IDS,), len(weights()) - 1)
         assert resident.verify() == receipt.digest
         assert embed(model) == embedded(version)
@@ -242,10 +235,10 @@ def test_what_matches_no_transient_buffer_is_refused(start_daemon: StartDaemon, 
         else:
             version[POSITION_IDS] = other
         with pytest.raises(shipd.TensorMismatch) as caught:
-            push(address(daemon), version, model="minilm")
+            push(address_of(daemon), version, model="minilm")
         (problem,) = caught.value.problems
         assert problem.startswith("unexpected: embeddings.")
-    assert push(address(daemon), checkpoints.minilm(), model="minilm").skipped == (POSITION_IDS,)
+    assert push(address_of(daemon), checkpoints.minilm(), model="minilm").skipped == (POSITION_IDS,)
     assert embed(model) == embedded(0)
 
 
@@ -292,12 +285,12 @@ def test_a_checkpoint_that_lacks_tied_names(
     safetensors.torch.save_model(trained, str(tmp_path / "model.safetensors"))
     assert len({*TIED} & {*safetensors.torch.load_file(tmp_path / "model.safetensors")}) == 1
     resident = attach(model, daemon, mode=mode)
-    receipt = push(address(daemon), tmp_path / "model.safetensors", label="v1")
+    receipt = push(address_of(daemon), tmp_path / "model.safetensors", label="v1")
     assert resident.verify() == receipt.digest
     assert next_token(model) == next_token(trained)
     assert still_tied(model)
     # The state dict of the model itself has both names, and is the same version.
-    assert push(address(daemon), trained, label="v1").already
+    assert push(address_of(daemon), trained, label="v1").already
 
 
 @both
@@ -305,7 +298,7 @@ def test_a_checkpoint_with_copies_of_what_is_tied(start_daemon: StartDaemon, att
     daemon = start_daemon(models={})
     model, trained = gpt2(0), gpt2(1)
     resident = attach(model, daemon, mode=mode)
-    receipt = push(address(daemon), untied(trained), label="v1")
+    receipt = push(address_of(daemon), untied(trained), label="v1")
     assert resident.verify() == receipt.digest
     assert next_token(model) == next_token(trained)
     assert still_tied(model)
@@ -313,10 +306,10 @@ def test_a_checkpoint_with_copies_of_what_is_tied(start_daemon: StartDaemon, att
     version = untied(gpt2(2))
     version[TIED[0]][5, 5] += 1
     with pytest.raises(shipd.TensorMismatch, match=r"ties 'lm_head\.weight' and 'transformer\.wte\.weight'"):
-        push(address(daemon), version, label="v2")
+        push(address_of(daemon), version, label="v2")
     assert (resident.label, resident.verify()) == ("v1", receipt.digest)
     assert next_token(model) == next_token(trained)
-    push(address(daemon), untied(gpt2(2)), label="v2")
+    push(address_of(daemon), untied(gpt2(2)), label="v2")
     assert next_token(model) == next_token(gpt2(2))
 
 
@@ -326,9 +319,9 @@ def test_copies_that_were_pushed_before_anything_attached(start_daemon: StartDae
     daemon = start_daemon(models={"equal": "1GiB", "different": "1GiB"})
     trained = gpt2(1)
     version = untied(trained)
-    push(address(daemon), version, model="equal", label="v1")
+    push(address_of(daemon), version, model="equal", label="v1")
     version[TIED[0]][5, 5] += 1
-    push(address(daemon), version, model="different", label="v1")
+    push(address_of(daemon), version, model="different", label="v1")
 
     model = gpt2(0)
     resident = attach(model, daemon, "equal", mode=mode)
@@ -342,6 +335,6 @@ def test_copies_that_were_pushed_before_anything_attached(start_daemon: StartDae
         attach(other, daemon, "different", mode=mode)
     assert next_token(other) == next_token(gpt2(0))
     # A version that fits, and it can be attached.
-    push(address(daemon), trained, model="different", label="v2")
+    push(address_of(daemon), trained, model="different", label="v2")
     attach(other, daemon, "different", mode=mode)
     assert next_token(other) == next_token(trained)

@@ -1,49 +1,20 @@
-"""Pushes that are refused, peers that are none, and attackers: typed errors, and a daemon that is fit afterwards."""
+"""Pushes that are refused, with typed errors: for their token, model, name, label, size or checkpoint."""
 
 import asyncio
 import contextlib
-import json
-import socket
-import threading
 from pathlib import Path
 
 import pytest
 
 import shipd
-import shipproto.handshake
-from tests.support import checkpoints, hostile, naive
+from tests.support import checkpoints
 from tests.support.checkpoints import MIB, assert_installed
-from tests.support.hostile import (
-    ANSWERS,
-    ATTACKS,
-    STRUCTURES,
-    FakeDaemon,
-    after_hello,
-    attacker,
-    flood,
-    frame,
-    speaking,
-)
-from tests.support.naive import hello, pack
-from tests.support.processes import Background, memory, push, shipctl, status
-from tests.support.proxy import DATA, OFFER, Proxy, until
-
-TOKEN = "correct horse battery staple"
-
-
-def address_of(daemon: shipd.Daemon) -> str:
-    return f"127.0.0.1:{daemon.port}"
-
-
-@pytest.fixture
-def small(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
-
+from tests.support.fake_daemon import FakeDaemon
+from tests.support.frames import DATA, OFFER
+from tests.support.hostile import attacker
+from tests.support.naive import hello
+from tests.support.processes import TOKEN, Background, address_of, memory, push, shipctl, status
+from tests.support.proxy import Proxy
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
@@ -201,6 +172,23 @@ def test_nothing_to_push(daemon, tmp_path):
     assert daemon.server.images.budget.used == 0
 
 
+def test_client_object_survives_a_refusal(daemon, small, medium):
+    async def converse():
+        async with shipd.connect(address_of(daemon)) as client:
+            with pytest.raises(shipd.UnknownModel):
+                await client.push(small, model="nobody")
+            with pytest.raises(shipd.CheckpointError):
+                await client.push("/nowhere", model="model")
+            with pytest.raises(ValueError, match="label"):
+                await client.push(small, model="model", label="a b")
+            await client.push(medium, model="model", label="fine")
+            with pytest.raises(shipd.LabelConflict):
+                await client.push(small, model="model", label="fine")
+            return await client.status()
+
+    assert asyncio.run(converse()).models[0].label == "fine"
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -328,375 +316,3 @@ def test_tensors_that_cannot_be_shipped(daemon, what):
         assert proxy.count(OFFER) == 0
     assert next(iter(state)) in str(caught.value)
     assert caught.value.exit_code == 12
-
-
-# --- what answers is no shipd ----------------------------------------------------------------------------------------
-
-FOREIGN = {
-    "HTTP": (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "it speaks HTTP"),
-    "TLS": (bytes.fromhex("15030100020246"), "it speaks TLS"),
-    "SSH": (b"SSH-2.0-OpenSSH_9.6\r\n", "it speaks SSH"),
-    "SMTP": (b"220 mail.example.org ESMTP\r\n", "it began with b'220 mail"),
-    "garbage": (bytes(range(255, 155, -1)), "it began with"),
-    "a terminal's escape": (b"\x1b[2J\x1b]0;owned\x07" * 5, r"it began with b'\\x1b"),
-}
-
-
-@pytest.mark.parametrize("protocol", FOREIGN)
-def test_what_answers_speaks_another_protocol(small, protocol):
-    text, said = FOREIGN[protocol]
-    with FakeDaemon(speaking(text)) as fake, pytest.raises(shipd.PeerError, match=said) as caught:
-        push(fake.address, small)
-    assert fake.address in str(caught.value)
-    assert "\x1b" not in str(caught.value)
-
-
-def test_what_answers_hangs_up(small):
-    with FakeDaemon(lambda _peer: None) as fake, pytest.raises(shipd.ConnectError, match="closed the connection"):
-        push(fake.address, small)
-
-
-def test_shipctl_at_a_web_server(small):
-    with FakeDaemon(speaking(FOREIGN["HTTP"][0])) as fake:
-        finished = shipctl("push", small, "--to", fake.address, "--model", "model")
-    assert finished.code == 1, finished
-    assert "it speaks HTTP. Check the host and the port." in finished.err
-    assert "Traceback" not in finished.err
-
-
-@pytest.mark.parametrize(("low", "high", "who"), [(2, 3, "this side")])
-def test_a_newer_daemon(small, low, high, who):
-    def answer(peer):
-        peer.expect("Hello")
-        peer.send("Hello", hello(bytes(32), "shipd/9", version_min=low, version_max=high))
-
-    with FakeDaemon(answer) as fake, pytest.raises(shipd.PeerError, match=rf"shipd/9 speaks protocol .*update {who}"):
-        push(fake.address, small)
-
-
-def test_a_newer_sender_is_told_why(daemon, small):
-    with attacker(daemon.port) as peer:
-        peer.send("Hello", hello(bytes(32), "shipd/9", version_min=2, version_max=7))
-        abort = peer.expect("Abort").fields
-        assert abort["code"] == "version"
-        assert "shipd/9 speaks protocol 2 to 7" in abort["message"]
-        assert peer.drain() == []
-    push(address_of(daemon), small)
-
-
-def test_an_older_sender_meets_a_newer_daemon(start_daemon, small, monkeypatch):
-    """This release as the older one: shipctl is a process of its own, and the daemon here speaks version 2 only."""
-    monkeypatch.setattr(shipproto.handshake, "PROTOCOL_VERSION", 2)
-    daemon = start_daemon()
-    finished = shipctl("push", small, "--to", address_of(daemon), "--model", "model")
-    assert finished.code == 1, finished
-    assert "speaks protocol 2 to 2, this side 1: update this side" in finished.err
-
-
-def test_an_older_daemon_meets_a_newer_sender(start_shipd, small, monkeypatch):
-    service = start_shipd()
-    monkeypatch.setattr(shipproto.handshake, "PROTOCOL_VERSION", 2)
-    with pytest.raises(shipd.PeerError, match="speaks protocol 1 to 1, this side 2: update the other side"):
-        push(service.address, small)
-    (entry,) = service.logged("closing a connection")
-    assert "speaks protocol 2 to 2" in entry["why"]
-
-
-def test_what_a_later_release_may_say_is_ignored(daemon):
-    """Unknown fields, unknown capabilities and a wider range of versions are no reason to part."""
-    with attacker(daemon.port) as peer:
-        peer.greet(capabilities=["teleport"], version_max=9, zeta={"later": [1, 2]})
-        peer.send("StatusRequest", {"later": True})
-        peer.expect("StatusIs")
-
-
-@pytest.mark.parametrize("what", ANSWERS)
-def test_a_daemon_that_breaks_the_protocol(small, what):
-    with FakeDaemon(after_hello(ANSWERS[what])) as fake, pytest.raises(shipd.ShipError) as caught:
-        push(fake.address, small, stall=5)
-    assert isinstance(caught.value, shipd.PeerError), f"{caught.value!r}"
-    assert fake.address in str(caught.value)
-
-
-def test_an_abort_of_a_later_release(small):
-    def answer(peer, offered):
-        peer.send("Abort", {"code": "not-invented-yet", "message": "why", "transfer": offered["transfer"]})
-
-    with FakeDaemon(after_hello(answer)) as fake, pytest.raises(shipd.TransferFailed, match="why"):
-        push(fake.address, small)
-
-
-# --- attackers -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def healthy_push(daemon, path):
-    """A push of somebody else's that is halfway while the block runs, and must end as if nothing had been."""
-    with Proxy(daemon.port) as proxy:
-        held = proxy.hold(nth=10)
-        with Background(push, proxy.address, path, label="healthy") as pushing:
-            held.wait()
-            yield
-            held.release()
-            receipt = pushing.result()
-        assert proxy.connections == 1
-        assert proxy.count(DATA) == checkpoints.medium().chunks
-    assert receipt.frames_resent == 0
-    assert_installed(daemon, checkpoints.medium(), label="healthy")
-
-
-@pytest.fixture
-def target(start_daemon):
-    """A daemon with a model for the healthy push, and one for the attackers."""
-    return start_daemon(models={"model": "1GiB", "victim": "1GiB"})
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_attacks_cost_their_own_connection_and_nothing_else(target, medium, attack):
-    with healthy_push(target, medium):
-        with attacker(target.port) as peer:
-            with contextlib.suppress(ConnectionError):
-                ATTACKS[attack](peer)
-            peer.drain()
-        until(lambda: len(target.server._peers) == 1, "the daemon has let go of the attacker")
-    assert target.server.models["victim"].version is None
-
-
-@pytest.mark.parametrize("attack", ["garbage", "long_payload", "data_first", "nacks", "deep_header", "commit_at_once"])
-def test_attacks_over_the_unix_socket(target, medium, attack):
-    with healthy_push(target, medium):
-        with attacker(target.config.socket) as peer:
-            with contextlib.suppress(ConnectionError):
-                ATTACKS[attack](peer)
-            peer.drain()
-        until(lambda: len(target.server._peers) == 1, "the daemon has let go of the attacker")
-
-
-@pytest.mark.parametrize("what", STRUCTURES)
-def test_absurd_structures(target, medium, what):
-    with healthy_push(target, medium):
-        with attacker(target.port) as peer:
-            hostile._offer_structure(peer, STRUCTURES[what])
-            peer.drain()
-        until(lambda: len(target.server._peers) == 1, "the daemon has let go of the attacker")
-    assert target.server.models["victim"].pool is None
-
-
-def test_more_tensors_than_there_may_be(target, medium):
-    with healthy_push(target, medium), attacker(target.port) as peer:
-        hostile._offer_structure(peer, hostile.too_many_tensors(), tensors=1 << 20)
-        peer.drain()
-
-
-def test_an_offer_whose_peer_is_gone_at_once_holds_nothing_up(target, small):
-    """Over a Unix socket OFFER and the end of the stream may be read in one go."""
-    offer = hostile.offer(hostile.columns(), 1, 4)
-    both = frame("Hello", hello(bytes(32)), b"", 0) + frame("Offer", offer, b"", 1)
-    for ending in (b"", b"garbage" * 10):
-        with attacker(target.config.socket) as peer:
-            peer.write(both + ending)
-        until(lambda: not target.server._peers, "the connection is gone")
-    push(address_of(target), small, model="victim")
-    assert_installed(target, checkpoints.tiny(), model="victim")
-
-
-def test_an_offer_and_an_abort_in_one_write(target, small):
-    offer = hostile.offer(hostile.columns(), 1, 4)
-    abort = {"code": "interrupted", "transfer": hostile.TRANSFER}
-    with attacker(target.port) as peer:
-        peer.write(
-            frame("Hello", hello(bytes(32)), b"", 0) + frame("Offer", offer, b"", 1) + frame("Abort", abort, b"", 2)
-        )
-        peer.expect("Hello")
-    push(address_of(target), small, model="victim")
-
-
-def test_offers_that_are_aborted_leave_no_memory_behind(target, small):
-    """An ABORT may come while the structure is looked at, or images are made."""
-    structure = hostile.columns()
-    for number in range(50):
-        transfer = (number + 1).to_bytes(16, "big")
-        with attacker(target.port) as peer:
-            peer.greet().send("Offer", hostile.offer(structure, 1, 4, transfer=transfer))
-            peer.expect("StructureWanted")
-            peer.write(
-                frame("StructureIs", {"transfer": transfer}, structure, 2)
-                + frame("Abort", {"code": "interrupted", "transfer": transfer}, b"", 3)
-            )
-            until(lambda: target.server.models["victim"].incoming is None, "the transfer is over")
-    assert target.server.images.budget.used == 0
-    push(address_of(target), small, model="victim")
-
-
-def test_silence_before_the_handshake_is_not_waited_out(start_daemon, medium, monkeypatch):
-    monkeypatch.setattr("shipd.service.server._HANDSHAKE_SECONDS", 0.2)
-    monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
-    daemon = start_daemon()
-    with healthy_push(daemon, medium), contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(attacker(daemon.port)) for _ in range(20)]
-        for peer in silent:
-            assert peer.drain() == []
-
-
-def test_a_handshake_byte_by_byte_is_cut_off_in_time(start_daemon, medium, monkeypatch):
-    """Each byte shows life; the deadline is for the whole."""
-    monkeypatch.setattr("shipd.service.server._HANDSHAKE_SECONDS", 0.3)
-    monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
-    daemon = start_daemon()
-    with healthy_push(daemon, medium), attacker(daemon.port) as peer:
-
-        def trickle():
-            slowly = threading.Event()
-            for byte in frame("Hello", hello(bytes(32)), b"", 0) * 100:
-                peer.write(bytes((byte,)))
-                slowly.wait(0.01)
-
-        with pytest.raises(ConnectionError):
-            trickle()
-
-
-def test_more_connections_than_are_allowed(start_daemon, medium, small, monkeypatch):
-    monkeypatch.setattr("shipd.service.server._MAX_CONNECTIONS", 8)
-    daemon = start_daemon()
-    with healthy_push(daemon, medium):
-        with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(attacker(daemon.port)).greet() for _ in range(7)]
-            with attacker(daemon.port) as peer:
-                assert peer.drain() == []
-            assert all(peer.send("Ping", {"reply": True}).expect("Ping") for peer in idle)
-        until(lambda: len(daemon.server._peers) == 1, "they have gone")
-        assert status(address_of(daemon)).models
-    push(address_of(daemon), small, label="next")
-
-
-LARGE = 128 * 1024
-_HUGE: dict[str, object] = {"body_id": 1, "body_size": 64 * MIB, "transfer": hostile.TRANSFER}
-
-
-FLOODS = {
-    "questions": lambda number: frame("StatusRequest", b"\x80", b"", number + 1),
-    "verifications": lambda number: frame("VerifyRequest", {"model": "model"}, b"", number + 1),
-    "pings": lambda number: frame("Ping", {"reply": True}, b"", number + 1),
-    "offers": lambda number: frame(
-        "Offer", hostile.offer(b"", 1, 4, transfer=(number + 1).to_bytes(16, "big"), model="nobody"), b"", number + 1
-    ),
-    "damaged frames": lambda number: frame("Ping", b"\x80", b"", number + 1, header_crc=1),
-    "a structure that nobody waits for": lambda number: (
-        frame("Body", {"body_id": 1, "offset": number * naive.LEAF}, bytes(naive.LEAF), number + 1)
-        if number
-        else frame("StructureIs", _HUGE, bytes(naive.LEAF), 1, flags=naive.MORE)
-    ),
-    "pieces of no body": lambda number: frame("Body", {"body_id": 9, "offset": 0}, bytes(LARGE), number + 1),
-}
-
-
-@pytest.mark.parametrize("what", FLOODS)
-def test_floods_whose_answers_nobody_reads_take_no_memory(start_shipd, medium, what):
-    # The more models, the longer the answer to a question of forty bytes.
-    service = start_shipd(models={"model": "1GiB", **{f"other.{at}": "1GiB" for at in range(100)}})
-    push(service.address, medium, label="v0")
-    before = memory(service.pid)["RssAnon"]
-    with contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(attacker(service.port)).greet() for _ in range(4)]
-        floods = [stack.enter_context(Background(flood, peer, FLOODS[what], 1.5, 64 * MIB)) for peer in peers]
-        assert status(service.address).models[0].label == "v0", "others are served meanwhile"
-        sent = [running.result() for running in floods]
-        assert sum(sent) > 100_000, "else this has shown nothing"
-        grown = memory(service.pid)["RssAnon"] - before
-    assert grown < 24 * MIB, f"the daemon grew by {grown / MIB:.0f} MiB"
-    push(service.address, medium, label="v1")
-
-
-def test_who_does_not_read_is_cut_off_in_the_end(start_daemon, medium, monkeypatch):
-    """There is always something left to be written to it, so that a polite close would wait for ever."""
-    monkeypatch.setattr("shipd.service.server._IDLE_SECONDS", 0.3)
-    monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
-    monkeypatch.setattr("shipd.transfer.stream._FAREWELL_SECONDS", 0.1)
-    daemon = start_daemon(models={"model": "1GiB", **{f"other.{at}": "1GiB" for at in range(100)}})
-    with healthy_push(daemon, medium), attacker(daemon.port) as peer:
-        # A small window, so that little is needed to fill it.
-        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        peer.greet()
-        while flood(peer, FLOODS["questions"], 0.2, 64 * MIB):
-            pass
-        until(lambda: len(daemon.server._peers) == 1, "the daemon has let go of the attacker")
-
-
-def test_peers_cannot_write_into_the_log(start_shipd):
-    """What a peer says of itself, or sends as a name, stands escaped in one line."""
-    service = start_shipd(log_format="text")
-    listening = next(line for line in service.err.splitlines() if " listening " in line)
-    port = int(listening.partition("address=127.0.0.1:")[2].split()[0])
-    evil = "x\n<0>fatal all is lost model=\x1b[31mred\x1b[0m"
-    with attacker(port) as peer:
-        peer.send("Hello", hello(bytes(32), evil[:60], version_min=2, version_max=2))
-        peer.drain()
-    with attacker(port) as peer:
-        peer.write(b"\x1b[2J\nfatal line\n" * 10)
-        peer.drain()
-    with attacker(port) as peer:
-        peer.greet().send("Ping", pack({"!\n\x1b[0m evil": 1}))
-        peer.drain()
-    service.terminate()
-    assert "\x1b" not in service.err
-    assert all(line[:4].isdigit() for line in service.err.splitlines()), service.err
-    assert service.err.count("fatal line") == 1, "it is said, escaped"
-    assert "evil" in service.err
-
-
-def test_json_logs_are_one_object_a_line(start_shipd):
-    service = start_shipd()
-    with attacker(service.port) as peer:
-        peer.write(b"GET /\r\n\r\n{}\n")
-        peer.drain()
-    service.wait_for_log("closing a foreign connection")
-    for line in service.err.splitlines():
-        assert json.loads(line)["message"]
-
-
-def test_half_a_frame_and_then_nothing(start_daemon, small, monkeypatch):
-    """A sender that stops in the middle of a frame keeps its model busy until the stall deadline, and no longer."""
-    monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
-    daemon = start_daemon(stall=0.3)
-    structure = hostile.columns()
-    with attacker(daemon.port) as peer:
-        peer.greet().send("Offer", hostile.offer(structure, 1, 4, model="model"))
-        peer.expect("StructureWanted")
-        peer.send("StructureIs", {"transfer": hostile.TRANSFER}, structure)
-        peer.expect("Want")
-        peer.write(frame("Data", {"chunk": 0}, bytes(4), peer.sequence)[:-2])
-        with pytest.raises(shipd.Busy):
-            push(address_of(daemon), small)
-        peer.drain()
-    push(address_of(daemon), small)
-    assert_installed(daemon, checkpoints.tiny())
-
-
-def test_port_of_a_client_that_vanished(daemon, small):
-    """Reset in the middle of the handshake, of a question and of an offer."""
-    import struct
-
-    for upto in (b"", b"SHPD", frame("Hello", hello(bytes(32)), b"", 0)):
-        sock = socket.create_connection(("127.0.0.1", daemon.port))
-        sock.sendall(upto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        sock.close()
-    until(lambda: not daemon.server._peers, "the connections are gone")
-    push(address_of(daemon), small)
-
-
-def test_client_object_survives_a_refusal(daemon, small, medium):
-    async def converse():
-        async with shipd.connect(address_of(daemon)) as client:
-            with pytest.raises(shipd.UnknownModel):
-                await client.push(small, model="nobody")
-            with pytest.raises(shipd.CheckpointError):
-                await client.push("/nowhere", model="model")
-            with pytest.raises(ValueError, match="label"):
-                await client.push(small, model="model", label="a b")
-            await client.push(medium, model="model", label="fine")
-            with pytest.raises(shipd.LabelConflict):
-                await client.push(small, model="model", label="fine")
-            return await client.status()
-
-    assert asyncio.run(converse()).models[0].label == "fine"

@@ -1,34 +1,17 @@
-"""The daemon as a service: readiness, signals, reloading, its files, its logs, and what it refuses to start with."""
+"""The daemon as a service, and inside a process: readiness, signals, draining, reloading, and the files it leaves."""
 
-import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 import shipd
-from tests.support import checkpoints
 from tests.support.checkpoints import MIB
-from tests.support.processes import Background, NotifySocket, Process, ShipdProcess, memory, push, status, toml
+from tests.support.processes import TOKEN, Background, Process, ShipdProcess, memory, push, status
 from tests.support.proxy import Proxy
-
-TOKEN = "correct horse battery staple"
-
-
-@pytest.fixture
-def small(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "small.safetensors", checkpoints.tiny())
-
-
-@pytest.fixture
-def medium(tmp_path):
-    return checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
-
 
 # --- starting and stopping -------------------------------------------------------------------------------------------
 
@@ -69,6 +52,32 @@ def test_stays_small_and_loads_no_torch(start_shipd, medium):
     maps = Path(f"/proc/{service.pid}/maps").read_text()
     assert "torch" not in maps
     assert "memfd:shipd:" in maps
+
+
+def test_nothing_is_left_of_a_daemon_that_was_killed(start_shipd, medium):
+    """Images are anonymous: the kernel takes them back."""
+    service = start_shipd()
+    push(service.address, medium)
+    service.kill()
+    listing = subprocess.run(["ls", str(service.directory)], capture_output=True, text=True, check=True).stdout
+    assert sorted(listing.split()) == ["notify.sock", "shipd.sock", "shipd.toml"]
+
+
+def test_console_scripts_are_what_is_tested_here():
+    """The entry points of pyproject.toml exist and answer."""
+    import tomllib
+
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"shipd": "shipd.service.main:main", "shipctl": "shipd.cli.shipctl:main"}
+    with Process([sys.executable, "-m", "shipd.service.main", "--help"]) as process:
+        assert process.wait() == 0
+        assert "Usage:" in process.out
+
+
+def test_shipd_process_helper_reports_what_ended(place):
+    """The helper itself: a daemon that never becomes ready fails the test with its output."""
+    with pytest.raises(AssertionError, match="ended before READY=1"):
+        ShipdProcess(place, listen="nonsense")
 
 
 # --- draining --------------------------------------------------------------------------------------------------------
@@ -262,109 +271,6 @@ def test_reload_of_the_log_level(start_shipd, small):
     assert len(service.logged()) == before
 
 
-# --- what it refuses to start with -----------------------------------------------------------------------------------
-
-WRONG = {
-    "an unknown key": ("listne = 1", "listne"),
-    "an unknown key of a model": ("[models.m]\nmax_bytes = 1\nmin_bytes = 1", "min_bytes"),
-    "a model without a limit": ("[models.m]", "max_bytes"),
-    "a model with an impossible name": ('[models."a b"]\nmax_bytes = 1', "a b"),
-    "no TOML": ("listen = ", "no valid TOML"),
-    "no UTF-8": (b"listen = '\xff'", "no valid TOML"),
-    "a number for a text": ("listen = 7447", "listen"),
-    "an address without a host": ('listen = ":7447"', "listen"),
-    "a port that is none": ('listen = "127.0.0.1:70000"', "70000"),
-    "an address that is not here": ('listen = "192.0.2.1:0"\ntoken_file = "TOKEN"', "cannot listen on 192.0.2.1"),
-    "beyond loopback without a token": ('listen = "0.0.0.0:0"', "token_file"),
-    "beyond loopback by IPv6": ('listen = "[::]:0"', "token_file"),
-    "a token that is not there": ('token_file = "/nowhere/token"', "/nowhere/token"),
-    "a token that is too short": ('token_file = "SHORT"', "at least 16"),
-    "a size that is none": ('memory_limit = "8 elephants"', "memory_limit"),
-    "no memory": ("memory_limit = 0", "memory_limit"),
-    "a negative size": ("memory_limit = -1", "memory_limit"),
-    "a stall of nothing": ("stall = 0", "stall"),
-    "a log level of its own": ('log_level = "loud"', "log_level"),
-    "a socket with too long a path": (f'socket = "/tmp/{"x" * 110}"', "socket"),
-    "a socket in no directory": ('socket = "/nowhere/shipd.sock"', "/nowhere/shipd.sock"),
-    "a group that is none": ('socket_group = "no-such-group"', "no-such-group"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_configuration_exits_with_78(place, what):
-    text, said = WRONG[what]
-    (place / "token").write_text(TOKEN)
-    (place / "short").write_text("short")
-    if isinstance(text, str):
-        text = text.replace("TOKEN", str(place / "token")).replace("SHORT", str(place / "short"))
-        first, table, rest = text.partition("[")
-        given = {line.partition(" ")[0] for line in text.splitlines()}
-        defaults = {"listen": "127.0.0.1:0", "socket": str(place / "shipd.sock")}
-        text = toml({key: value for key, value in defaults.items() if key not in given}) + first + table + rest
-    path = place / "shipd.toml"
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    with Process([sys.executable, "-m", "shipd.service.main", "--config", str(path)]) as process:
-        assert process.wait() == 78, process.describe()
-        lines = process.err.splitlines()
-        assert lines[-1].startswith("shipd: "), process.describe()
-        assert said in lines[-1]
-        assert "Traceback" not in process.err
-    assert not (place / "shipd.sock").exists()
-
-
-def test_a_configuration_that_is_not_there_exits_with_78(place):
-    with Process([sys.executable, "-m", "shipd.service.main", "--config", str(place / "none.toml")]) as process:
-        assert process.wait() == 78
-        assert "none.toml" in process.err
-
-
-def test_check_says_whether_it_would_start(place):
-    path = place / "shipd.toml"
-    for text, code in (('listen = "127.0.0.1:0"', 0), ("nonsense = 1", 78)):
-        path.write_text(text)
-        with Process([sys.executable, "-m", "shipd.service.main", "--check", "--config", str(path)]) as process:
-            assert process.wait() == code, process.describe()
-
-
-def test_environment_beats_the_file(start_shipd, place):
-    token = place / "token"
-    token.write_text(TOKEN)
-    service = start_shipd(
-        memory_limit="1GiB",
-        env={"SHIPD_MEMORY_LIMIT": "3GiB", "SHIPD_TOKEN_FILE": str(token), "SHIPD_LISTEN": "[::1]:0"},
-    )
-    assert service.logged("listening")[0]["address"].startswith("[::1]:")
-    assert status(str(service.socket)).memory_limit == 3 << 30
-    with pytest.raises(shipd.AuthError):
-        status(f"[::1]:{service.port}")
-
-
-def test_wrong_environment_exits_with_78(place):
-    path = place / "shipd.toml"
-    path.write_text('listen = "127.0.0.1:0"')
-    command = [sys.executable, "-m", "shipd.service.main", "--config", str(path)]
-    with Process(command, env={"SHIPD_LOG_LEVEL": "loud"}) as process:
-        assert process.wait() == 78
-        assert "log_level" in process.err
-
-
-def test_beyond_loopback_with_a_token(start_shipd, place, small):
-    token = place / "token"
-    token.write_text(TOKEN)
-    service = start_shipd(listen="0.0.0.0:0", token_file=str(token))
-    push(service.address, small, token=TOKEN)
-
-
-def test_a_port_that_is_taken_exits_with_78(start_shipd, place):
-    service = start_shipd()
-    directory = place / "second"
-    directory.mkdir()
-    with pytest.raises(AssertionError, match=rf"ended with 78[\s\S]*cannot listen on {service.address}"):
-        start_shipd(directory=directory, listen=service.address)
-    assert not (directory / "shipd.sock").exists()
-    assert status(service.address)
-
-
 # --- the Unix socket's file ------------------------------------------------------------------------------------------
 
 
@@ -413,100 +319,6 @@ def test_the_socket_of_a_newer_daemon_is_not_removed(start_shipd, small):
     assert not first.socket.exists()
 
 
-# --- systemd ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_watchdog_is_fed(start_shipd):
-    service = start_shipd(env={"WATCHDOG_USEC": "300000"})
-    for count in range(1, 4):
-        since = (
-            [at for at, line in enumerate(service.notify.lines) if line == "WATCHDOG=1"][count - 2] + 1
-            if count > 1
-            else 0
-        )
-        service.notify.wait_for("WATCHDOG=1", since=since, deadline=5, process=service)
-
-
-def test_a_watchdog_for_another_process_is_not_fed(start_shipd):
-    service = start_shipd(env={"WATCHDOG_USEC": "30000", "WATCHDOG_PID": "1"})
-    service.terminate()
-    service.notify.wait_for("STOPPING=1")
-    assert "WATCHDOG=1" not in service.notify.lines
-
-
-def test_a_daemon_that_is_stopped_does_not_feed_its_watchdog(start_shipd):
-    service = start_shipd(env={"WATCHDOG_USEC": "60000"})
-    service.notify.wait_for("WATCHDOG=1", process=service)
-    service.signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, service.pid, os.WSTOPPED | os.WNOWAIT)
-    service.notify.drain()
-    since = len(service.notify.lines)
-    with pytest.raises(AssertionError):
-        service.notify.wait_for("WATCHDOG=1", since=since, deadline=0.3)
-    service.signal(signal.SIGCONT)
-    service.notify.wait_for("WATCHDOG=1", since=since, process=service)
-
-
-def test_an_abstract_notify_socket(place):
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    name = f"shipd-test-{os.getpid()}"
-    sock.bind("\0" + name)
-    sock.settimeout(20)
-    try:
-        config = place / "shipd.toml"
-        config.write_text(toml({"listen": "127.0.0.1:0", "socket": str(place / "shipd.sock")}))
-        command = [sys.executable, "-m", "shipd.service.main", "--config", str(config)]
-        with Process(command, env={"NOTIFY_SOCKET": "@" + name}) as process:
-            assert sock.recv(4096) == b"READY=1", process.describe()
-            process.signal(signal.SIGTERM)
-            assert sock.recv(4096) == b"STOPPING=1"
-            assert process.wait() == 0
-    finally:
-        sock.close()
-
-
-def test_nobody_to_notify(place):
-    """Started by hand: no NOTIFY_SOCKET, or one that is gone."""
-    config = place / "shipd.toml"
-    config.write_text(toml({"listen": "127.0.0.1:0", "socket": str(place / "shipd.sock")}))
-    command = [sys.executable, "-m", "shipd.service.main", "--config", str(config)]
-    for notify in (None, str(place / "gone")):
-        with Process(command, env={"NOTIFY_SOCKET": notify}) as process:
-            pause = threading.Event()
-            while "listening" not in process.err:
-                assert process.running, process.describe()
-                pause.wait(0.01)
-            process.signal(signal.SIGTERM)
-            assert process.wait() == 0, process.describe()
-
-
-def test_logs_for_the_journal_have_its_priorities_and_no_time(start_shipd, small):
-    service = start_shipd(log_format="text", env={"JOURNAL_STREAM": "8:12345"})
-    lines = service.err.splitlines()
-    assert lines[0].startswith("<6>info listening address=127.0.0.1:")
-    with pytest.raises(shipd.UnknownModel):
-        push(str(service.socket), small, model="nobody")
-    assert any(line.startswith("<4>warning push refused ") for line in service.err.splitlines())
-
-
-def test_logs_for_people_have_the_time(start_shipd):
-    service = start_shipd(log_format="text")
-    (line,) = service.err.splitlines()
-    assert line[:4].isdigit()
-    assert " info listening " in line
-
-
-def test_notify_socket_hears_each_line(place):
-    """The helper itself: several lines of one message, and nothing left behind."""
-    notify = NotifySocket(place / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(b"A=1\nB=2", str(notify.path))
-    notify.wait_for("B=2", deadline=5)
-    assert notify.lines == ["A=1", "B=2"]
-    notify.close()
-    assert not notify.path.exists()
-
-
 # --- the daemon inside a process -------------------------------------------------------------------------------------
 
 
@@ -540,36 +352,3 @@ def test_embedded_daemon_that_stops_during_a_push(start_daemon, medium):
             held.release()
             error = pushing.error()
     assert isinstance(error, shipd.TransferFailed | shipd.ConnectError), error
-
-
-def test_console_scripts_are_what_is_tested_here():
-    """The entry points of pyproject.toml exist and answer."""
-    import tomllib
-
-    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"shipd": "shipd.service.main:main", "shipctl": "shipd.cli.shipctl:main"}
-    with Process([sys.executable, "-m", "shipd.service.main", "--help"]) as process:
-        assert process.wait() == 0
-        assert "Usage:" in process.out
-
-
-def test_shipd_process_helper_reports_what_ended(place):
-    """The helper itself: a daemon that never becomes ready fails the test with its output."""
-    with pytest.raises(AssertionError, match="ended before READY=1"):
-        ShipdProcess(place, listen="nonsense")
-
-
-def test_generated_configuration_is_toml():
-    import tomllib
-
-    values = {"listen": "127.0.0.1:0", "stall": 0.5, "memory_limit": 7, "models": {"a.b": "1GiB"}}
-    assert tomllib.loads(toml(values)) == {**values, "models": {"a.b": {"max_bytes": "1GiB"}}}
-
-
-def test_nothing_is_left_of_a_daemon_that_was_killed(start_shipd, medium):
-    """Images are anonymous: the kernel takes them back."""
-    service = start_shipd()
-    push(service.address, medium)
-    service.kill()
-    listing = subprocess.run(["ls", str(service.directory)], capture_output=True, text=True, check=True).stdout
-    assert sorted(listing.split()) == ["notify.sock", "shipd.sock", "shipd.toml"]

@@ -1,6 +1,6 @@
 """Everything hostile that the tests know, sent to one daemon from many connections at once, round after round.
 
-    attacks     what ``tests.support.hostile`` lists, and its structures
+    attacks     what ``tests.support.attacks`` lists, and its structures
     vectors     every input of protocol/vectors that comes from a peer of the daemon's: all that must be refused, and
                 the others too, since none of them is meant for this daemon
     mutations   of those, by the fuzzer
@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import Final, Self
 
 from tests.fuzz.mutator import Mutator
-from tests.support import hostile, naive
-from tests.support.hostile import ATTACKS, STRUCTURES, Peer, attacker, frame
+from tests.support import attacks, hostile, naive
+from tests.support.attacks import ATTACKS, STRUCTURES
+from tests.support.hostile import Peer, attacker, frame
 from tests.support.naive import LEAF
 from tests.support.vectors import load, read
 
@@ -40,7 +41,7 @@ def _writes(data: bytes) -> Callable[[Peer], object]:
 
 
 def _structure(data: bytes) -> Callable[[Peer], object]:
-    return lambda peer: hostile._offer_structure(peer, data)
+    return lambda peer: attacks.offer_structure(peer, data)
 
 
 def _body_for_nobody(peer: Peer) -> None:
@@ -53,7 +54,7 @@ def _body_for_nobody(peer: Peer) -> None:
 
 def _body_asked_for(peer: Peer) -> None:
     """Most of a structure that the daemon has asked for; it must keep this while it waits for the rest."""
-    hostile._asked_for_structure(peer)
+    attacks.asked_for_structure(peer)
     fields = {"body_id": 1, "body_size": 16 * LEAF, "transfer": hostile.TRANSFER}
     peer.send("StructureIs", fields, bytes(LEAF), flags=naive.MORE)
     for number in range(1, 15):

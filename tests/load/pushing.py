@@ -17,8 +17,9 @@ from typing import Any, Final, Self
 import shipd
 from tests.load.parties import PARTY
 from tests.load.versions import digest_of, label_of, state
+from tests.support.frames import Way
 from tests.support.processes import DEADLINE
-from tests.support.proxy import Proxy, Way
+from tests.support.proxy import Proxy
 from tests.support.serving_process import Nursery, Serving, Told
 
 STALL: Final = 3.0

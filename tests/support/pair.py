@@ -1,11 +1,10 @@
 """A sender and a receiver on two connections, moved by hand: for tests that say what each of them does and when."""
 
-from shipproto.connection import MessageArrived
+from collections.abc import Callable
+
+from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.layout import Layout
-from shipproto.messages import (
-    Committed,
-    Offer,
-)
+from shipproto.messages import Committed, Offer
 from shipproto.receiver import Receiver
 from shipproto.sender import SendChunk, Sender
 from shipproto.states import ReceiverState, SenderState
@@ -29,6 +28,27 @@ def make_sender(rows=SMALL, label: str | None = "v1", **options) -> Sender:
         make_label=lambda digest: "d-" + digest.hex()[:8],
         **options,
     )
+
+
+def flow(
+    left: Connection, right: Connection, arrives: Callable[[bytes], object], hear: Callable[[Event], object]
+) -> list[str]:
+    """Move what is queued on both connections frame by frame until nothing moves. Names of what arrived.
+
+    arrives   takes the bytes of a frame to the right
+    hear      is told what comes of a frame on the left
+    """
+    arrived = []
+    while left.has_output or right.has_output:
+        for frame in naive.frames(data := output_of(left)):
+            arrived.append(frame.name)
+            arrives(data[frame.start : frame.start + frame.size])
+        for frame in naive.frames(data := output_of(right)):
+            arrived.append(frame.name)
+            left.receive(data[frame.start : frame.start + frame.size])
+            for event in left.events():
+                hear(event)
+    return arrived
 
 
 class Pair:
@@ -62,17 +82,7 @@ class Pair:
 
     def flow(self) -> list[str]:
         """Everything queued arrives, and is answered, until nothing moves. Names of what arrived."""
-        arrived = []
-        while self.left.has_output or self.right.has_output:
-            for frame in naive.frames(data := output_of(self.left)):
-                arrived.append(frame.name)
-                self._to_receiver(data[frame.start : frame.start + frame.size])
-            for frame in naive.frames(data := output_of(self.right)):
-                arrived.append(frame.name)
-                self.left.receive(data[frame.start : frame.start + frame.size])
-                for event in self.left.events():
-                    self.sender.receive(event)
-        return arrived
+        return flow(self.left, self.right, self._to_receiver, self.sender.receive)
 
     def _to_receiver(self, data: bytes) -> None:
         self.right.receive(data)

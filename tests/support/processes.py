@@ -312,6 +312,11 @@ def shipctl(*arguments: str | Path, env: Mapping[str, str | None] | None = None,
         return Finished(code, process.out, process.err)
 
 
+def push_arguments(daemon: shipd.Daemon, path: Path, *more: str | Path) -> tuple[str | Path, ...]:
+    """``shipctl push`` of a file to a daemon's model "model"."""
+    return "push", path, "--to", address_of(daemon), "--model", "model", *more
+
+
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 _BOOTSTRAP = """
@@ -389,6 +394,14 @@ def memory(pid: int | str = "self") -> dict[str, int]:
 
 
 # --- the client, from synchronous tests ------------------------------------------------------------------------------
+
+TOKEN = "correct horse battery staple"
+"""Long enough to be one."""
+
+
+def address_of(daemon: shipd.Daemon) -> str:
+    """What senders connect to."""
+    return f"127.0.0.1:{daemon.port}"
 
 
 def push(

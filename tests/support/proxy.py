@@ -12,66 +12,22 @@ stream that is none of shipd's is passed on as it comes.
 Nothing here waits by the clock except what is meant to be slow: tests wait for ``reached`` and ``wait_until_frames``.
 """
 
-import contextlib
-import enum
-import os
-import select
 import socket
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Self
 
-PRELUDE = 32
-HELLO, NACK, PING, OFFER, STRUCTURE_WANTED, STRUCTURE_IS, WANT, DATA = 1, 4, 5, 16, 17, 18, 19, 20
-PROGRESS, FINISH, STAGED, COMMIT, COMMITTED, ABORT = 21, 22, 23, 24, 25, 26
+from tests.support.frames import DATA, PRELUDE, Frame, Part, Way
+from tests.support.pumps import How, Pair, Pump, Severed, reset
 
 DEADLINE = 20.0
 """Seconds until a test that waits for something gives up: nothing here takes one."""
 
 RECEIVE_BUFFER = 524288
 """Bounds what lies in the kernel, sent but not yet counted here."""
-
-Part = Literal["prelude", "header", "payload"]
-How = Literal["fin", "rst"]
-
-
-class Way(enum.Enum):
-    """The direction in which bytes travel."""
-
-    TO_DAEMON = "to the daemon"
-    TO_SENDER = "to the sender"
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """A frame that passed, or was to. ``number`` counts frames of its kind that went this way, from 0."""
-
-    connection: int
-    way: Way
-    kind: int
-    sequence: int
-    header: bytes
-    payload: int
-    number: int
-    number_here: int
-    """The same, within its connection; ``sequence`` counts all kinds there."""
-
-    @property
-    def size(self) -> int:
-        """All of its bytes."""
-        return PRELUDE + len(self.header) + self.payload
-
-    def offset(self, part: Part) -> int:
-        """Where a part begins."""
-        return {"prelude": 0, "header": PRELUDE, "payload": PRELUDE + len(self.header)}[part]
-
-
-class Severed(Exception):
-    """Nothing more is to pass this way."""
 
 
 @dataclass(eq=False)
@@ -86,7 +42,7 @@ class Rule:
     reached     set when it is first applied; a hold then waits for ``release``
     """
 
-    apply: Callable[["_Pump", Frame, bytearray, "Rule"], None]
+    apply: Callable[[Pump, Frame, bytearray, "Rule"], None]
     way: Way
     kind: int | None = None
     nth: int | None = None
@@ -150,7 +106,7 @@ class Proxy:
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
-        self._pairs: list[_Pair] = []
+        self._pairs: list[Pair] = []
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -208,19 +164,19 @@ class Proxy:
             try:
                 far = socket.create_connection(("127.0.0.1", self.upstream), timeout=DEADLINE)
             except OSError:
-                _reset(near)
+                reset(near)
                 continue
             for sock in (near, far):
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._changed:
-                pair = _Pair(near, far)
+                pair = Pair(near, far)
                 self._pairs.append(pair)
                 number = self.connections
                 self.connections += 1
                 self._changed.notify_all()
             for way, source, target in ((Way.TO_DAEMON, near, far), (Way.TO_SENDER, far, near)):
-                pump = _Pump(self, pair, number, way, source, target)
+                pump = Pump(self, pair, number, way, source, target)
                 thread = threading.Thread(target=pump.run, name=f"proxy {number} {way.value}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -244,7 +200,7 @@ class Proxy:
         every   each time the same frame comes by, but at most ``times`` times
         """
 
-        def apply(_pump: "_Pump", frame: Frame, data: bytearray, _rule: Rule) -> None:
+        def apply(_pump: Pump, frame: Frame, data: bytearray, _rule: Rule) -> None:
             start = frame.offset(part)
             size = {"prelude": PRELUDE, "header": len(frame.header), "payload": frame.payload}[part]
             at = size * 8 // 2 if bit is None else bit
@@ -264,7 +220,7 @@ class Proxy:
     ) -> Rule:
         """End the connection at the frame, of which the share ``keep`` still passes."""
 
-        def apply(pump: "_Pump", frame: Frame, data: bytearray, _rule: Rule) -> None:
+        def apply(pump: Pump, frame: Frame, data: bytearray, _rule: Rule) -> None:
             del data[int(frame.size * keep) :]
             pump.write(data)
             data.clear()
@@ -288,7 +244,7 @@ class Proxy:
     ) -> Rule:
         """From the frame on nothing passes this way any more; the connection stands."""
 
-        def apply(pump: "_Pump", frame: Frame, data: bytearray, _rule: Rule) -> None:
+        def apply(pump: Pump, frame: Frame, data: bytearray, _rule: Rule) -> None:
             pump.write(data[: int(frame.size * keep)])
             data.clear()
             pump.pair.severed.wait()
@@ -301,7 +257,7 @@ class Proxy:
     ) -> Rule:
         """The reader sees the end of the stream at the frame; the other way stays open."""
 
-        def apply(pump: "_Pump", _frame: Frame, data: bytearray, _rule: Rule) -> None:
+        def apply(pump: Pump, _frame: Frame, data: bytearray, _rule: Rule) -> None:
             data.clear()
             pump.end()
             pump.pair.severed.wait()
@@ -314,7 +270,7 @@ class Proxy:
     ) -> Rule:
         """Keep the frame, and what follows it, until ``release()``."""
 
-        def apply(pump: "_Pump", _frame: Frame, _data: bytearray, rule: Rule) -> None:
+        def apply(pump: Pump, _frame: Frame, _data: bytearray, rule: Rule) -> None:
             while not rule.let_go.wait(0.01):
                 if pump.pair.severed.is_set():
                     raise Severed
@@ -324,7 +280,7 @@ class Proxy:
     def duplicate(self, count: int, *, kind: int = DATA, nth: int = 0, way: Way = Way.TO_DAEMON) -> Rule:
         """Send the last ``count`` bytes of the frame twice."""
 
-        def apply(_pump: "_Pump", _frame: Frame, data: bytearray, _rule: Rule) -> None:
+        def apply(_pump: Pump, _frame: Frame, data: bytearray, _rule: Rule) -> None:
             data += data[-count:]
 
         return self._add(Rule(apply, way, kind, nth))
@@ -332,7 +288,7 @@ class Proxy:
     def drop(self, count: int, *, kind: int = DATA, nth: int = 0, way: Way = Way.TO_DAEMON) -> Rule:
         """Lose the last ``count`` bytes of the frame."""
 
-        def apply(_pump: "_Pump", _frame: Frame, data: bytearray, _rule: Rule) -> None:
+        def apply(_pump: Pump, _frame: Frame, data: bytearray, _rule: Rule) -> None:
             del data[-count:]
 
         return self._add(Rule(apply, way, kind, nth))
@@ -340,7 +296,7 @@ class Proxy:
     def delay(self, seconds: float, *, kind: int | None = None, nth: int | None = None, way: Way) -> Rule:
         """Let every such frame wait."""
 
-        def apply(pump: "_Pump", _frame: Frame, _data: bytearray, _rule: Rule) -> None:
+        def apply(pump: Pump, _frame: Frame, _data: bytearray, _rule: Rule) -> None:
             pump.pair.severed.wait(seconds)
 
         return self._add(Rule(apply, way, kind, nth))
@@ -427,186 +383,6 @@ class Proxy:
         for start in range(0, len(view), size):
             piece = view[start : start + size]
             yield piece, len(piece) / rate if rate else 0.0
-
-
-class _Pair:
-    """The two sockets of one connection. Closed by whichever of its two pumps ends last."""
-
-    def __init__(self, near: socket.socket, far: socket.socket) -> None:
-        self.near = near
-        self.far = far
-        self.severed = threading.Event()
-        self.how: How = "fin"
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        """Readable once severed."""
-        self._lock = threading.Lock()
-        self._pumps = 2
-
-    def sever(self, how: How) -> None:
-        """End it for both sides."""
-        with self._lock:
-            if self.severed.is_set() or not self._pumps:
-                return
-            self.how = how
-            self.severed.set()
-            os.eventfd_write(self.wake, 1)
-
-    def end(self) -> None:
-        """Both sides see the end of the stream."""
-        for sock in (self.near, self.far):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
-
-    def leave(self) -> None:
-        """A pump has ended."""
-        with self._lock:
-            self._pumps -= 1
-            if self._pumps:
-                return
-            for sock in (self.near, self.far):
-                if self.severed.is_set() and self.how == "rst":
-                    _reset(sock)
-                else:
-                    sock.close()
-            os.close(self.wake)
-
-
-def _reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-class _Pump:
-    """One direction of one connection, on a thread of its own."""
-
-    def __init__(
-        self, proxy: Proxy, pair: _Pair, connection: int, way: Way, source: socket.socket, target: socket.socket
-    ) -> None:
-        self.pair = pair
-        self._proxy = proxy
-        self._connection = connection
-        self._way = way
-        self._source = source
-        self._target = target
-        self._written = 0
-        self._readable = select.poll()
-        self._readable.register(source, select.POLLIN)
-        self._readable.register(pair.wake, select.POLLIN)
-        self._writable = select.poll()
-        self._writable.register(target, select.POLLOUT)
-        self._writable.register(pair.wake, select.POLLIN)
-
-    def run(self) -> None:
-        """Until the stream ends, or is ended."""
-        try:
-            try:
-                self._frames()
-            except (OSError, Severed):
-                self.pair.sever("rst")
-                if self.pair.how == "fin":
-                    # Both ways before anything is drained: what one side writes until it sees the end would be drained,
-                    # too, and it may be long until the other pump's thread gets its turn.
-                    self.pair.end()
-                    self._drain()
-            else:
-                self.end()
-        except Exception as error:  # noqa: BLE001  raised at the end of the test
-            self._proxy.errors.append(error)
-            self.pair.sever("rst")
-        finally:
-            self.pair.leave()
-
-    def end(self) -> None:
-        """The reader sees the end of the stream."""
-        with contextlib.suppress(OSError):
-            self._target.shutdown(socket.SHUT_WR)
-
-    def write(self, data: bytes | bytearray) -> None:
-        """Pass bytes on, at the link's pace."""
-        cut = self._proxy.cut_of(self._way, self._connection)
-        if cut is not None:
-            data = data[: max(0, cut[0] - self._written)]
-        for piece, seconds in self._proxy.slices(self._way, data):
-            if seconds and self.pair.severed.wait(seconds):
-                raise Severed
-            self._send(piece)
-        self._written += len(data)
-        if cut is not None and self._written == cut[0]:
-            self.pair.sever(cut[1])
-            raise Severed
-
-    def _frames(self) -> None:
-        while True:
-            prelude = self._read(PRELUDE)
-            if len(prelude) < PRELUDE or prelude[:4] != b"SHPD":
-                self.write(prelude)
-                self._pass_on()
-                return
-            _magic, kind, _flags, header_length, payload_length, _crc, sequence = struct.unpack_from(
-                "!4sBBHIIQ", prelude
-            )
-            rest = self._read(header_length + payload_length)
-            data = prelude + rest
-            if len(rest) < header_length + payload_length:
-                self.write(data)
-                return
-            frame = self._proxy.note(
-                self._connection, self._way, kind, sequence, bytes(rest[:header_length]), payload_length
-            )
-            for rule in self._proxy.rules_for(frame):
-                rule.applied += 1
-                rule.reached.set()
-                rule.apply(self, frame, data, rule)
-            self.write(data)
-
-    def _pass_on(self) -> None:
-        view = memoryview(bytearray(65536))
-        while count := self._receive(view):
-            self.write(bytes(view[:count]))
-
-    def _read(self, count: int) -> bytearray:
-        """``count`` bytes, fewer at the end of the stream."""
-        data = bytearray(count)
-        at = 0
-        with memoryview(data) as view:
-            while at < count and (received := self._receive(view[at:])):
-                at += received
-        del data[at:]
-        return data
-
-    # Sockets do not block, so that a cut finds no thread in the middle of a call.
-
-    def _receive(self, view: memoryview) -> int:
-        while True:
-            self._wait(self._readable)
-            try:
-                count = self._source.recv_into(view)
-            except BlockingIOError:
-                continue
-            self._proxy.received[self._way] += count
-            return count
-
-    def _send(self, piece: memoryview) -> None:
-        at = 0
-        while at < len(piece):
-            self._wait(self._writable)
-            with contextlib.suppress(BlockingIOError):
-                at += self._target.send(piece[at:])
-
-    def _wait(self, ready: select.poll) -> None:
-        ready.poll()
-        if self.pair.severed.is_set():
-            raise Severed
-
-    def _drain(self) -> None:
-        """Take what still comes, so that the end of the stream is no reset."""
-        waste = bytearray(65536)
-        poll = select.poll()
-        poll.register(self._source, select.POLLIN)
-        with contextlib.suppress(OSError):
-            while not self._proxy.closing.is_set():
-                if poll.poll(20) and not self._source.recv_into(waste):
-                    return
 
 
 def until(condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:

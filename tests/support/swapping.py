@@ -1,12 +1,20 @@
-"""Models with every kind of tensor, and what is needed to swap them without a daemon."""
+"""Models with every kind of tensor, and what is needed to swap them without a daemon.
+
+    rig        a fixture: ``rig(model, mode)`` gives the model a swapper, and makes images to swap it to
+    models     ``Everything``, ``Tiny``
+    states     of a model: ``raws``, ``randomised``, ``perturbed``, ``properties``
+
+Test modules say ``pytest_plugins = ["tests.support.swapping"]`` and import names from here as well, so pytest comes too
+late to rewrite this module's asserts, and would warn: PYTEST_DONT_REWRITE.
+"""
 
 import gc
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +23,9 @@ from shipd.serving.swap import make_swapper
 from shipd.serving.tensors import ModelTensors
 from shipproto.dtypes import DTYPES
 from shipproto.layout import Layout
+
+MODES = ("copy", "direct", "flip")
+"""Of a model in memory."""
 
 _MEMFD = "shipd-test-swap"
 
@@ -83,9 +94,9 @@ class Rigs:
             self._made.pop().close()
 
 
-@contextmanager
-def rigs() -> Iterator[Rigs]:
-    """For a fixture."""
+@pytest.fixture
+def rig() -> Iterator[Rigs]:
+    """Makes rigs; at the end no image of theirs may be mapped any more."""
     made = Rigs()
     yield made
     made.close()

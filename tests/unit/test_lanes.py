@@ -2,15 +2,14 @@
 
 import pytest
 
-from shipproto.connection import ChunkArrived, Connection, MessageArrived
+from shipproto.connection import ChunkArrived, Connection, Event, MessageArrived
 from shipproto.errors import AbortCode, TransferError, UnexpectedMessage
 from shipproto.messages import Abort, Data, Join, Joined, Ping, Progress
 from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState
-from tests.support import naive
 from tests.support.link import handshaken, output_of
 from tests.support.models import leaves_of
-from tests.support.pair import OTHER, TRANSFER, Pair
+from tests.support.pair import OTHER, TRANSFER, Pair, flow
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +30,11 @@ class Lane:
 
     def flow(self) -> list[str]:
         """Everything queued arrives, and is answered, until nothing moves. Names of what arrived."""
-        arrived = []
-        while self.left.has_output or self.right.has_output:
-            for frame in naive.frames(data := output_of(self.left)):
-                arrived.append(frame.name)
-                self.to_receiver(data[frame.start : frame.start + frame.size])
-            for frame in naive.frames(data := output_of(self.right)):
-                arrived.append(frame.name)
-                self.left.receive(data[frame.start : frame.start + frame.size])
-                for event in self.left.events():
-                    self.joined |= self.pair.sender.receive_on_lane(event)
-        return arrived
+
+        def hear(event: Event) -> None:
+            self.joined |= self.pair.sender.receive_on_lane(event)
+
+        return flow(self.left, self.right, self.to_receiver, hear)
 
     def to_receiver(self, data: bytes) -> None:
         """Bytes arrive, and what comes of them is told as a shell does it."""

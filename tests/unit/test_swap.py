@@ -18,16 +18,11 @@ from shipd.serving.tensors import ModelTensors
 from shipd.serving.version import Version
 from shipproto.digests import digest_image
 from tests.support.gates import Worker
-from tests.support.swapping import Everything, encoder, perturbed, properties, randomised, raw, raws, rigs
+from tests.support.swapping import MODES, Everything, encoder, perturbed, properties, randomised, raw, raws
 
-MODES = ("copy", "direct", "flip")
+pytest_plugins = ["tests.support.swapping"]
+
 DEADLINE = 60.0
-
-
-@pytest.fixture
-def rig():
-    with rigs() as made:
-        yield made
 
 
 # Bits ---------------------------------------------------------------------------------------------------------------

@@ -11,16 +11,11 @@ from shipd.serving import bits, flip, scatter
 from shipd.serving.gate import Gate
 from shipd.serving.swap import Torn
 from shipd.serving.version import Version
-from tests.support.swapping import encoder, perturbed, properties, raws, rigs
+from tests.support.swapping import MODES, encoder, perturbed, properties, raws
 
-MODES = ("copy", "direct", "flip")
+pytest_plugins = ["tests.support.swapping"]
+
 DEADLINE = 60.0
-
-
-@pytest.fixture
-def rig():
-    with rigs() as made:
-        yield made
 
 
 # Failures -----------------------------------------------------------------------------------------------------------
@@ -51,6 +46,15 @@ def watch_undo(swapper, model, before, monkeypatch):
 
     monkeypatch.setattr(swapper, "_undo", count)
     return counts
+
+
+def break_writing(monkeypatch, mode):
+    """Whatever writes a version into a model raises, also where one is undone."""
+
+    def fail(*_):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode != "flip" else (flip, "rebind")), fail)
 
 
 @pytest.mark.parametrize("mode", ["copy", "direct"])
@@ -184,11 +188,7 @@ def test_what_cannot_be_undone_is_torn(mode, rig, monkeypatch):
     one = rig(model, mode)
     one.adopt()
     one.swapper.stage(one.image_of(perturbed(model, 1.0)))
-
-    def fail(*_):
-        raise RuntimeError("injected")
-
-    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode != "flip" else (flip, "rebind")), fail)
+    break_writing(monkeypatch, mode)
     with pytest.raises(Torn, match="could not be undone"):
         one.swapper.apply()
 
@@ -200,11 +200,7 @@ def test_a_torn_model_is_fenced_before_anyone_holds(mode, rig, monkeypatch):
     model = encoder()
     one = rig(model, mode)
     one.swapper.stage(one.image_of(perturbed(model, 1.0)))
-
-    def fail(*_):
-        raise RuntimeError("injected")
-
-    monkeypatch.setattr(*((torch, "_foreach_copy_") if mode != "flip" else (flip, "rebind")), fail)
+    break_writing(monkeypatch, mode)
 
     def action():
         try:

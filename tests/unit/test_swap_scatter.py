@@ -14,13 +14,9 @@ from shipd.serving.scatter import Scatter, copy_parts
 from shipd.serving.swap import Torn
 from shipproto.layout import Layout
 from shipproto.structure import Structure, TensorSpec
-from tests.support.swapping import perturbed, raws, rigs
+from tests.support.swapping import perturbed, raws
 
-
-@pytest.fixture
-def rig():
-    with rigs() as made:
-        yield made
+pytest_plugins = ["tests.support.swapping"]
 
 
 @pytest.fixture
