@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shipd.client.client import Client as Client
     from shipd.client.client import connect as connect
-    from shipd.client.push import Progress as Progress
+    from shipd.client.options import Progress as Progress
     from shipd.client.receipt import Receipt as Receipt
     from shipd.errors import AttachError as AttachError
     from shipd.errors import AuthError as AuthError
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "shipd.client.client": ("Client", "connect"),
-    "shipd.client.push": ("Progress",),
+    "shipd.client.options": ("Progress",),
     "shipd.client.receipt": ("Receipt",),
     "shipd.errors": (
         *("AttachError", "AuthError", "Busy", "CheckpointError", "ConfigError", "ConnectError", "Fenced"),

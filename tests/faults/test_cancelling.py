@@ -108,13 +108,13 @@ def test_cancelling_while_connecting(proxy, monkeypatch):
 
 def test_a_cancellation_that_comes_as_the_commit_leaves_cannot_be_half_obeyed(daemon, proxy, new, monkeypatch):
     """Between the look at whether the commit is under way and the wake-up, COMMIT may have left."""
-    look = shipd.client.push.Push._before_commit
+    leave = shipd.client.push.Push._commit_leaves
 
-    def woken_too_late(self):
-        look(self)
+    def woken_too_late(self, lane):
         self._waker.wake()
+        leave(self, lane)
 
-    monkeypatch.setattr(shipd.client.push.Push, "_before_commit", woken_too_late)
+    monkeypatch.setattr(shipd.client.push.Push, "_commit_leaves", woken_too_late)
     try:
         push(proxy.address, new, label="new")
     except shipd.Interrupted:

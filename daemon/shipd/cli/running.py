@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from shipd.client import push as pushing
+from shipd.client import options
 from shipd.client.client import Client
 from shipd.client.receipt import Receipt
 
@@ -37,7 +37,7 @@ async def run_push(
     )
     task = bar.add_task("connecting", total=None)
 
-    def show(progress: pushing.Progress) -> None:
+    def show(progress: options.Progress) -> None:
         bar.update(task, description=progress.stage, completed=progress.bytes_done, total=progress.bytes_total)
 
     with bar:

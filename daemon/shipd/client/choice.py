@@ -105,9 +105,7 @@ class Chooser:
     prefer: Prefer = "time"
     taken: list[Choice] = field(default_factory=list)
 
-    def choose(
-        self, size: int, candidates: Iterable[int], *, link: float, density: float | None, runs: int
-    ) -> Choice:
+    def choose(self, size: int, candidates: Iterable[int], *, link: float, density: float | None, runs: int) -> Choice:
         """The codec for a run of ``size`` bytes; RAW where none is better.
 
         candidates   codecs that can take this run: its word's size fits, and there is a base where one is needed

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from shipd.address import Address, parse_address
 from shipd.checkpoints.source import Source, open_source
-from shipd.client.push import Progress, Push, PushOptions
+from shipd.client.options import Progress, PushOptions
+from shipd.client.push import Push
 from shipd.client.receipt import Receipt
 from shipd.errors import OutcomeUnknown, ShipError
 from shipd.transfer.faults import peer_error, remote_error

@@ -1,0 +1,95 @@
+"""The figures of one push: what was written and how long everything took, over all its connections."""
+
+import time
+from dataclasses import dataclass, field
+
+from shipd.client.profile import Profile
+from shipd.client.receipt import Receipt
+from shipd.transfer.times import Times
+from shipproto.messages import Committed
+from shipproto.sender import Sender
+
+
+@dataclass(slots=True)
+class Account:
+    """Belongs to the push's thread. Moments are of time.monotonic, and None until they have come; the rest is seconds.
+
+    began             when the source began to be opened
+    connected_before  what opening a connection took that was there before the push
+    """
+
+    began: float
+    connected_before: float = 0.0
+    bytes_sent: int = 0
+    frames_resent: int = 0
+    lanes: int = 1
+    times: Times = field(default_factory=Times)
+    open: float = 0.0
+    connect: float = 0.0
+    agree: float = 0.0
+    wire_wait: float = 0.0
+    first_data: float | None = None
+    all_held: float | None = None
+    committing: float | None = None
+
+    def sending(self, offered: float) -> None:
+        """Chunks are about to be written, on a connection on which the version was ``offered`` at that moment."""
+        if self.first_data is None:
+            self.first_data = time.monotonic()
+            self.agree = self.first_data - offered
+
+    def heard(self, sender: Sender) -> None:
+        """The receiver has said something."""
+        if self.all_held is None and self.first_data is not None and sender.held == sender.layout.chunks:
+            self.all_held = time.monotonic()
+
+    def receipt(self, sender: Sender, model: str, committed: Committed) -> Receipt:
+        """What the push came to, now that it is over."""
+        seconds = time.monotonic() - self.began
+        structure = sender.layout.structure
+        resent = dict.fromkeys(name for chunk in sender.chunks_resent for name in sender.layout.chunk_names(chunk))
+        wire = (self.all_held or time.monotonic()) - self.first_data if self.first_data is not None else 0.0
+        return Receipt(
+            model=model,
+            label=committed.label,
+            digest=committed.digest.hex(),
+            transfer_id=sender.transfer.hex(),
+            tensors=len(structure),
+            bytes_total=structure.total_bytes,
+            bytes_sent=self.bytes_sent,
+            frames_resent=self.frames_resent,
+            resent_tensors=tuple(resent),
+            skipped=tuple(sender.skipped),
+            swapped=committed.swapped,
+            stale=committed.stale,
+            already=committed.already,
+            seconds=seconds,
+            wire_seconds=wire,
+            stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
+            pause_seconds=committed.pause_seconds,
+            profile=self._profile(sender, committed, wire, seconds),
+        )
+
+    def _profile(self, sender: Sender, committed: Committed, wire: float, seconds: float) -> Profile:
+        return Profile(
+            open=self.open,
+            connect=self.connect,
+            agree=self.agree,
+            wire=wire,
+            read=self.times.read,
+            digest=self.times.digest,
+            check=self.times.check,
+            write=self.times.write,
+            wait=self.wire_wait,
+            receiver_receive=committed.receive_seconds,
+            receiver_check=committed.check_seconds,
+            receiver_digest=committed.digest_seconds,
+            verify=committed.verify_seconds,
+            stage=sender.staged.stage_seconds if sender.staged is not None else 0.0,
+            commit=time.monotonic() - self.committing if self.committing is not None else 0.0,
+            pause=committed.pause_seconds or 0.0,
+            hold_wait=committed.wait_seconds,
+            copy=committed.copy_seconds,
+            total=seconds + self.connected_before,
+            lanes=self.lanes,
+        )

@@ -1,0 +1,200 @@
+"""A push over one connection, from the OFFER to COMMITTED or to the connection's end: what to do next, step by step."""
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final
+
+from shipd.checkpoints.source import Source
+from shipd.client.account import Account
+from shipd.client.chunks import ChunkReader
+from shipd.client.lanes import Outlets, Tuner, usable_cores
+from shipd.client.options import Progress, PushOptions
+from shipd.client.sending import RUN, send_chunks
+from shipd.errors import PeerError, Stalled, TensorChanged
+from shipd.transfer.lane import ConnectionLost, Lane
+from shipproto.connection import Event
+from shipproto.errors import ProtocolError
+from shipproto.limits import MAX_LANES
+from shipproto.messages import Committed, Ping
+from shipproto.sender import DigestChunk, SendChunk, Sender
+from shipproto.states import SenderState
+
+_PING_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.02
+"""How often the lanes are looked after by a push that waits for the receiver."""
+_LAST_LOOK_SECONDS: Final = 0.002
+"""The same, where all that is left is under way on lanes."""
+_RUN_SECONDS: Final = 0.01
+"""How long chunks are sent without a look at anything else."""
+_REPORT_SECONDS: Final = 0.1
+
+
+class Conversation:
+    """One connection's worth of a push. Everything happens on the thread that calls ``run``.
+
+    single      whether to do without further connections
+    committing  called when COMMIT is about to leave: from then on nothing may interrupt
+    """
+
+    def __init__(
+        self,
+        sender: Sender,
+        source: Source,
+        lane: Lane,
+        outlets: Outlets,
+        options: PushOptions,
+        account: Account,
+        *,
+        single: bool,
+        committing: Callable[[], None],
+    ) -> None:
+        self._sender = sender
+        self._source = source
+        self._lane = lane
+        self._outlets = outlets
+        self._options = options
+        self._account = account
+        self._single = single
+        self._committing = committing
+        self._offered_at = self._held_at = time.monotonic()
+        self._pinged = self._reported = 0.0
+
+    def run(self, deadline: float) -> Committed:
+        """Offer the version and see it committed. Raises ShipError; TransferError where the transfer is over."""
+        sender, lane, outlets = self._sender, self._lane, self._outlets
+        sender.connected(lane.connection)
+        reader = ChunkReader(sender, self._source)
+        layout = sender.layout
+        reader.check_ties()
+        tuner = self._tuner()
+        while not sender.ended:
+            if sender.layout is not layout:
+                layout = sender.layout
+                reader = ChunkReader(sender, self._source)
+                reader.check_ties()
+            outlets.check()
+            if sender.sending:
+                self._tune(tuner)
+            with outlets.lock:
+                step = None if outlets.carry and sender.sending else sender.next_step()
+            if isinstance(step, SendChunk):
+                self._send_run(reader, step.chunk, deadline)
+            elif isinstance(step, DigestChunk):
+                sender.digest_chunk(step.chunk, reader.read(step.chunk))
+                self._keep_alive()
+                self._take(lane.pump())
+            else:
+                self._keep_alive()
+                if sender.state is SenderState.STAGED:
+                    self._commit()
+                self._wait(deadline)
+            if time.monotonic() > deadline and not sender.ended:
+                raise Stalled(f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=lane.peer)
+            self._report(sender.stage if step is None else "sending")
+        if sender.committed is None:
+            assert sender.error is not None
+            raise sender.error
+        if sender.committed.digest != sender.digest:
+            raise PeerError(f"{lane.peer} broke the protocol: it committed what was not sent", peer=lane.peer)
+        return sender.committed
+
+    # --- sending -------------------------------------------------------------------------------------------
+
+    def _send_run(self, reader: ChunkReader, first: int, deadline: float) -> None:
+        """Send chunk ``first`` and those that follow it for a moment, with as little beside it as can be."""
+        lane, outlets = self._lane, self._outlets
+        until = time.monotonic() + _RUN_SECONDS
+        self._account.sending(self._offered_at)
+        watch = outlets.check if outlets else None
+        drain = partial(lane.drain, self._options.stall, until=deadline, watch=watch)
+        chunks = range(first, first + 1)
+        while chunks:
+            waited = lane.times.wait
+            events = send_chunks(self._sender, reader, lane, chunks, drain)
+            self._account.wire_wait += lane.times.wait - waited
+            self._take((*events, *lane.pump()))
+            if time.monotonic() > until or outlets.carry:
+                return
+            with outlets.lock:
+                chunks = self._sender.next_chunks(RUN)
+
+    def _tuner(self) -> Tuner:
+        """Paths that break take one connection; what was asked for is not tried but done."""
+        asked = self._options.lanes
+        return Tuner(
+            limit=1 if self._single else MAX_LANES,
+            cores=usable_cores(),
+            lanes=1 if self._single else asked or 1,
+            settled=self._single or asked is not None,
+        )
+
+    def _tune(self, tuner: Tuner) -> None:
+        tuner.limit = min(tuner.limit, self._sender.lanes)
+        sent = self._lane.bytes_sent + self._outlets.bytes_sent
+        lanes = tuner.observe(time.monotonic(), sent, self._sender.layout.wire_bytes - sent)
+        self._outlets.want(min(lanes, tuner.limit - tuner.apart), apart=tuner.apart)
+
+    # --- waiting -------------------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        self._before_commit()
+        self._committing()
+        self._outlets.stop()
+        self._account.committing = time.monotonic()
+        self._sender.commit()
+
+    def _before_commit(self) -> None:
+        """A last look at the source: what was sent must be what is there."""
+        if name := self._source.changed():
+            raise TensorChanged(
+                f"{name} changed while it was being sent; nothing was swapped. Push again when it is at rest, or with "
+                "snapshot=True",
+                tensor=name,
+            )
+
+    def _wait(self, deadline: float) -> None:
+        """For what the receiver says next, and meanwhile for lanes that are still sending."""
+        sender, lane = self._sender, self._lane
+        if not self._outlets:
+            self._take(lane.exchange(self._wait_until(deadline)))
+            return
+        last = sender.state is SenderState.SENDING and not sender.sending
+        self._take(lane.pump(_LAST_LOOK_SECONDS if last else _LOOK_SECONDS))
+        now = time.monotonic()
+        if now > self._wait_until(deadline):
+            raise Stalled(f"{lane.peer} has not answered in time", peer=lane.peer)
+        if sender.held < sender.layout.chunks and now - self._held_at > self._options.stall:
+            # The daemon is alive, and what was sent does not arrive: over one of the lanes nothing comes through.
+            raise ConnectionLost(f"{lane.peer} has received nothing for {self._options.stall:g} s", peer=lane.peer)
+
+    def _wait_until(self, deadline: float) -> float:
+        return min(max(self._lane.last_heard, self._lane.last_written) + self._options.stall, deadline)
+
+    def _take(self, events: Iterable[Event]) -> None:
+        held = self._sender.held
+        for event in events:
+            try:
+                with self._outlets.lock:
+                    self._sender.receive(event)
+            except ProtocolError as error:
+                raise self._lane.fault(error) from error
+        if self._sender.held > held:
+            self._held_at = time.monotonic()
+        self._account.heard(self._sender)
+
+    def _keep_alive(self) -> None:
+        """Nothing to send is no reason for the daemon to take this side for dead. It reports twice a second."""
+        now = time.monotonic()
+        if now - self._pinged >= _PING_SECONDS:
+            self._pinged = now
+            self._lane.connection.send(Ping())
+
+    def _report(self, stage: str) -> None:
+        now = time.monotonic()
+        if self._options.on_progress is None or now - self._reported < _REPORT_SECONDS:
+            return
+        self._reported = now
+        total = self._sender.layout.wire_bytes
+        done = total * self._sender.held // max(1, self._sender.layout.chunks)
+        self._options.on_progress(Progress(stage or "connecting", done, total))

@@ -1,0 +1,31 @@
+"""What can be chosen for a push, and what it tells meanwhile."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a push stands; ``stage`` is connecting, sending, or what the daemon says it is doing."""
+
+    stage: str
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(kw_only=True)
+class PushOptions:
+    """What can be chosen for a push. Times are seconds; None means no limit.
+
+    ``on_progress`` is called on the push's own thread, at most some ten times a second.
+    """
+
+    model: str
+    label: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    token: bytes | None = None
+    timeout: float | None = None
+    stall: float = 30.0
+    lanes: int | None = None
+    """Connections to send on; None for as many as make it faster."""
+    on_progress: Callable[[Progress], None] | None = None
