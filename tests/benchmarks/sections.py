@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import daemon_memory, growth, inference, side_by_side, small_tensors
+from tests.benchmarks import daemon_memory, growth, inference, side_by_side, small_tensors, stages
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.rows import Row, as_row
 
@@ -62,6 +62,7 @@ SECTIONS: Final = (
         "One gigabyte, one version to one host",
         lambda run: side_by_side.measure(run.rounds, run.contenders, run.total, run.say),
     ),
+    Section("stages", "Where the time of one gigabyte goes", lambda run: stages.measure(run.rounds)),
     Section("small", "Many small tensors", lambda run: small_tensors.measure(run.rounds)),
     Section("pause", "The pause of a swap", in_process_of_its_own("tests.benchmarks.pause")),
     Section("hold", "What a hold costs", in_process_of_its_own("tests.benchmarks.hold")),

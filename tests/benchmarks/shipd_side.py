@@ -142,9 +142,9 @@ class Host:
         for worker in self.serving:
             worker.call("pin", cores=cores)
 
-    def serve(self, name: str, total: int, count: int = 0) -> Worker:
+    def serve(self, name: str, total: int, count: int = 0, kind: str = "tests.benchmarks.shipd_side:Serving") -> Worker:
         """A process that serves a model."""
-        worker = Worker("tests.benchmarks.shipd_side:Serving")
+        worker = Worker(kind)
         self.serving.append(worker)
         if self._cores:
             worker.call("pin", cores=self._cores)

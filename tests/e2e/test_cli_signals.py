@@ -10,7 +10,7 @@ import pytest
 from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
 from tests.support.fake_daemon import FakeDaemon, speaking
-from tests.support.frames import COMMITTED, HELLO, Way
+from tests.support.frames import COMMITTED, HELLO, STAGED, Way
 from tests.support.processes import Shipctl, address_of, push
 from tests.support.proxy import Proxy, until
 
@@ -23,8 +23,9 @@ def test_interrupted_halfway(daemon, small, medium, number):
         with Shipctl("push", medium, "--to", proxy.address, "--model", "model", "--json") as pushing:
             held.wait()
             pushing.signal(number)
-            held.release()
+            # Released any sooner, the push might be over before the signal has been seen.
             assert pushing.wait() == 130, pushing.describe()
+            held.release()
             assert "nothing was swapped" in pushing.err
             assert "Traceback" not in pushing.err
             assert pushing.answer["type"] == "error"
@@ -37,15 +38,15 @@ def test_interrupted_halfway(daemon, small, medium, number):
 def test_the_daemon_hears_of_an_interruption_at_once(daemon, medium):
     """Not only when its resume window closes."""
     with Proxy(daemon.port) as proxy:
-        # Between frames, so that the ABORT can still be said.
-        held = proxy.hold(kind=22, nth=0)
+        # The sender waits for this, between frames, so that its ABORT can be said; and cannot go on to commit.
+        held = proxy.hold(kind=STAGED, way=Way.TO_SENDER)
         with Shipctl("push", medium, "--to", proxy.address, "--model", "model") as pushing:
             held.wait()
             incoming = daemon.server.models["model"].incoming
             pushing.signal(signal.SIGINT)
+            until(lambda: daemon.server.models["model"].incoming is None, "the transfer is over")
             held.release()
             assert pushing.wait() == 130, pushing.describe()
-        until(lambda: daemon.server.models["model"].incoming is None, "the transfer is over")
     assert incoming.receiver.error.code == "interrupted"
 
 
