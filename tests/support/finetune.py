@@ -118,7 +118,7 @@ def _floats(rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _checked(step: int, flat: Words) -> Words:
-    digest = xxhash.xxh3_128_hexdigest(flat.astype("<u2", copy=False))
+    digest = xxhash.xxh3_128_hexdigest(flat.astype("<u2", copy=False).data)
     if digest != DIGESTS[step]:
         raise ValueError(
             f"step {step} is rebuilt as {digest}, not {DIGESTS[step]}: {checkpoints.minilm()} is not the file of "
