@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,10 +73,10 @@ def test_bytes_cross(link):
 def test_a_push_crosses(link, place):
     token = place / "token"
     token.write_text("a token of sixteen or more characters")
-    settings = {"listen": f"{link.receiver.address}:0", "token_file": str(token)}
+    listen = f"{link.receiver.address}:0"
     with contextlib.ExitStack() as running:
         with link.receiver.entered():
-            daemon = running.enter_context(ShipdProcess(place, **settings))
+            daemon = running.enter_context(ShipdProcess(place, listen=listen, token_file=str(token)))
         assert daemon.pid in link.receiver.processes()
         import torch
 
@@ -164,5 +165,5 @@ def test_a_command_that_fails_says_what_it_said(link):
 
 
 def test_without_a_tool_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(thin_link.shutil, "which", lambda tool: None if tool == "tc" else f"/{tool}")
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else f"/{tool}")
     assert thin_link.why_not() == "there is no tc here"
