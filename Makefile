@@ -27,6 +27,8 @@ TORCHFT := torchft opentelemetry-api opentelemetry-exporter-http-transport opent
 	opentelemetry-sdk opentelemetry-semantic-conventions googleapis-common-protos protobuf \
 	requests certifi charset-normalizer idna urllib3
 MOONCAKE := mooncake-transfer-engine-non-cuda
+# Built from source: it needs a C compiler.
+ZIPNN := zipnn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,7 +48,7 @@ test: $(TEST)  ## the whole suite, the demo included
 	$(RUN) -m tests.demo
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(BENCH)  ## shipd beside a raw socket, gloo, torchft and Mooncake (under ten minutes)
+bench: $(BENCH)  ## shipd beside a raw socket, gloo, torchft, Mooncake and delta codecs (under ten minutes)
 	@$(RUN) -m tests.benchmarks $(ARGS)
 
 load: $(TEST)  ## five minutes of four models x four processes, with everything killed at random
@@ -90,9 +92,9 @@ $(LINT): $(TEST)
 	@$(EDITABLE) '.[lint]'
 	@touch $@
 
-# --no-deps: neither rival may bring another torch. Where one cannot be installed, its rows say so.
+# --no-deps: no rival may bring another torch. Where one cannot be installed, its rows say so.
 $(BENCH): $(DEMO)
 	@$(EDITABLE) '.[bench]'
-	@for rival in '$(TORCHFT)' '$(MOONCAKE)'; do \
+	@for rival in '$(TORCHFT)' '$(MOONCAKE)' '$(ZIPNN)'; do \
 		$(INSTALL) --no-deps $$rival || echo "Not here: $$rival. The benchmarks go on without."; done
 	@touch $@

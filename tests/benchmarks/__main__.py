@@ -4,6 +4,7 @@
     python -m tests.benchmarks small memory      these only, and only these are replaced in results.json
     python -m tests.benchmarks raw shipd         these of the side by side only; printed, not kept
     python -m tests.benchmarks growth --full     the whole grid
+    python -m tests.benchmarks codecs --full     synthetic steps of up to 2 GB
     python -m tests.benchmarks --table           results.json into README.md
 
 On Ctrl-C every process is ended and nothing is written.
@@ -106,7 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}; or {', '.join(rows)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which the medians are taken (%(default)s)")
     parser.add_argument("--bytes", type=float, default=GB, help="of the side by side (%(default).0e)")
-    parser.add_argument("--full", action="store_true", help="growth: the whole grid, not a few points")
+    parser.add_argument("--full", action="store_true", help="growth: the whole grid; codecs: steps of up to 2 GB")
     parser.add_argument("--keep", action="store_true", help="write results.json even of a part")
     parser.add_argument("--table", action="store_true", help="write results.json into README.md, measure nothing")
     chosen = parser.parse_args(arguments)

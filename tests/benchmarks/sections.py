@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import daemon_memory, growth, inference, side_by_side, small_tensors, stages
+from tests.benchmarks import codecs, daemon_memory, growth, inference, side_by_side, small_tensors, stages
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.rows import Row, as_row
 
@@ -68,5 +68,10 @@ SECTIONS: Final = (
     Section("hold", "What a hold costs", in_process_of_its_own("tests.benchmarks.hold")),
     Section("memory", "The daemon under a large push", lambda run: daemon_memory.measure(run.rounds)),
     Section("inference", "Inference meanwhile", lambda run: inference.measure(run.rounds)),
+    Section(
+        "codecs",
+        "What a step becomes: payloads, and speeds on one core",
+        lambda run: codecs.measure(run.rounds, run.full, run.say),
+    ),
     Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say), by_name=True),
 )
