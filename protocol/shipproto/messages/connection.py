@@ -20,6 +20,9 @@ class Hello(Message, frozen=True, kw_only=True):
     version_max: ProtocolVersion
     version_min: ProtocolVersion
 
+    def flaw(self) -> str:
+        return "version_min exceeds version_max" if self.version_min > self.version_max else ""
+
 
 class Auth(Message, frozen=True, kw_only=True):
     """Proof of the token: HMAC-SHA256 over both HELLOs. The initiator proves first."""

@@ -61,3 +61,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         for name in self.DURATIONS:
             if not getattr(self, name):
                 msgspec.structs.force_setattr(self, name, NO_TIME)
+
+    def flaw(self) -> str:
+        """What is wrong with it although each field is what it should be; empty where nothing is."""
+        return ""
+
+
+def sixteen_or_none(field: str, value: bytes) -> str:
+    """The flaw of a field that may be left empty, and else has 16 bytes."""
+    return "" if len(value) in (0, DIGEST_SIZE) else f"{field} has neither {DIGEST_SIZE} bytes nor none"

@@ -19,6 +19,7 @@ from shipproto.messages.fields import (
     Text,
     TransferId,
     Word,
+    sixteen_or_none,
 )
 
 
@@ -36,6 +37,9 @@ class Attach(Message, frozen=True, kw_only=True):
     model: Label
     pinned: bool = False
     """It copies to a device, and ahead of time where it is told what has arrived."""
+
+    def flaw(self) -> str:
+        return sixteen_or_none("digest", self.digest)
 
 
 class Attached(Message, frozen=True, kw_only=True):
@@ -182,6 +186,9 @@ class DigestIs(Message, frozen=True, kw_only=True):
     error: Text = ""
     label: OptionalLabel = ""
     request: U32
+
+    def flaw(self) -> str:
+        return sixteen_or_none("digest", self.digest)
 
 
 class Detach(Message, frozen=True, kw_only=True):

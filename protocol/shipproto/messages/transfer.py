@@ -30,6 +30,7 @@ from shipproto.messages.fields import (
     Text,
     TransferId,
     Word,
+    sixteen_or_none,
 )
 
 
@@ -46,6 +47,9 @@ class Offer(Message, frozen=True, kw_only=True):
     structure: Digest
     tensors: Annotated[int, msgspec.Meta(ge=0, le=MAX_TENSORS)]
     transfer: TransferId
+
+    def flaw(self) -> str:
+        return "" if any(self.transfer) else "a transfer's id is not all zeros"
 
 
 class StructureWanted(Message, frozen=True, kw_only=True):
@@ -169,6 +173,9 @@ class Abort(Message, frozen=True, kw_only=True):
     message: Text = ""
     tensor: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
     transfer: OptionalTransferId = b""
+
+    def flaw(self) -> str:
+        return sixteen_or_none("transfer", self.transfer)
 
 
 class Join(Message, frozen=True, kw_only=True):
