@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shipproto.aborts import read_abort, send_abort
 from shipproto.claims import Claims
 from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
@@ -62,7 +63,6 @@ from shipproto.outcomes import (
     TransferAborted,
 )
 from shipproto.rangeset import RangeSet
-from shipproto.sender import read_abort, send_abort
 from shipproto.states import RECEIVER_ENDED, ReceiverState
 from shipproto.structure import Structure
 

@@ -17,18 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from shipproto.aborts import read_abort, send_abort
 from shipproto.connection import ChunksRefused, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
 from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
-from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_NAME, MAX_TEXT, MAX_VERIFY_ROUNDS
+from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
     Abort,
     Commit,
@@ -44,10 +43,10 @@ from shipproto.messages import (
     StructureWanted,
     Want,
 )
-from shipproto.names import harmless
 from shipproto.rangeset import RangeSet
+from shipproto.sources import sources
 from shipproto.states import SENDER_ENDED, SenderState
-from shipproto.structure import Structure, alike, rows_in
+from shipproto.structure import Structure, rows_in
 
 
 class SendChunk(NamedTuple):
@@ -142,7 +141,7 @@ class Sender:
     def _adopt(self, structure: Structure) -> None:
         """Send in this structure: the offered one, or the receiver's."""
         # First of all, so that a receiver cannot have a layout made of more than was offered.
-        self.source_rows, self.equal_rows = _sources(self.offered, structure)
+        self.source_rows, self.equal_rows = sources(self.offered, structure)
         self.layout = Layout.of(structure)
         self.digests = LeafDigests(self.layout)
         self._unknown = iter(range(self.layout.chunks))
@@ -404,35 +403,6 @@ class Sender:
         return self._connection
 
 
-def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int64], list[tuple[int, int]]]:
-    """For each wanted row the offered row that has its bytes, and pairs of offered rows that must be equal.
-
-    The wanted structure may lack offered tensors (non-persistent buffers) and may tie what was offered
-    apart; it can contain nothing that was not offered. Raises MalformedMessage otherwise.
-    """
-    if wanted is offered:
-        return np.arange(len(offered), dtype=np.int64), []
-    rows = rows_in(wanted.names, offered)
-    there = np.flatnonzero(rows >= 0)
-    same = alike(wanted, there, offered, rows[there])
-    if not bool(same.all()):
-        name = wanted.names[int(there[np.argmin(same)])]
-        raise MalformedMessage(f"the receiver wants tensor {name!r} with another dtype or shape than was offered")
-    # Of each group of the wanted structure: the bytes that the first offered tensor of the group has.
-    groups, sources = wanted.primary[there], offered.primary[rows[there]]
-    firsts, first = np.unique(groups, return_index=True)
-    chosen = np.full(len(wanted), -1, dtype=np.int64)
-    chosen[firsts] = sources[first]
-    differs = np.flatnonzero(chosen[groups] != sources)
-    equal = list(zip(chosen[groups[differs]].tolist(), sources[differs].tolist(), strict=True))
-    absent = np.flatnonzero(rows < 0)
-    rows[absent] = chosen[wanted.primary[absent]]
-    if not bool((rows >= 0).all()):
-        name = wanted.names[int(np.argmin(rows))]
-        raise MalformedMessage(f"the receiver wants tensor {name!r}, which was not offered")
-    return rows, equal
-
-
 def _check_own(message: Message) -> None:
     try:
         header = encode_header(message)
@@ -441,40 +411,6 @@ def _check_own(message: Message) -> None:
         raise LocalError(f"not a valid message: {error}") from error
     if len(header) > MAX_HEADER:
         raise LocalError(f"{type(message).__name__} needs {len(header)} bytes; at most {MAX_HEADER} fit")
-
-
-def send_abort(connection: Connection, transfer: bytes, error: TransferError) -> None:
-    """Queue the ABORT that says what ``error`` says. A list of details that is too long loses its end."""
-    details = [harmless(detail) for detail in error.details]
-    body = msgspec.msgpack.encode(details) if details else b""
-    while len(body) > Abort.MAX_BODY:
-        details = [*details[: (len(details) - 1) // 2], "and more"]
-        body = msgspec.msgpack.encode(details)
-    abort = Abort(
-        code=error.code,
-        message=harmless(str(error), MAX_TEXT),
-        tensor=harmless(error.tensor, MAX_NAME),
-        transfer=transfer,
-    )
-    connection.send(abort, body)
-
-
-def read_abort(abort: Abort, body: Buffer) -> TransferError:
-    """The error that a peer's ABORT stands for. An unknown code, from a later release, reads as internal."""
-    try:
-        code = AbortCode(abort.code)
-    except ValueError:
-        code = AbortCode.INTERNAL
-    try:
-        details = msgspec.msgpack.decode(body, type=list[str]) if len(body) else []
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedMessage(f"Abort: {error}") from error
-    return TransferError(
-        code,
-        harmless(abort.message),
-        tensor=harmless(abort.tensor),
-        details=tuple(harmless(detail) for detail in details),
-    )
 
 
 def _listing(names: list[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from shipproto.aborts import read_abort
 from shipproto.connection import Connection, Established
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.frame import PRELUDE_SIZE, decode_prelude, encode_frame
@@ -19,7 +20,7 @@ from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, MAX_STRUCTURE_BODY
 from shipproto.messages import BY_TYPE, Abort
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
-from shipproto.sender import Sender, read_abort
+from shipproto.sender import Sender
 from shipproto.status import decode_status, decode_verification
 from shipproto.structure import Structure
 from tests.support import naive

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from shipproto.aborts import read_abort
 from shipproto.connection import (
     ChunkArrived,
     ChunkDamaged,
@@ -24,7 +25,6 @@ from shipproto.layout import Layout
 from shipproto.messages import Abort, Message
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
-from shipproto.sender import read_abort
 from shipproto.status import decode_status, decode_verification
 from shipproto.structure import Structure
 from tests.support import naive

@@ -3,12 +3,13 @@
 import msgspec
 import pytest
 
+from shipproto.aborts import send_abort
 from shipproto.connection import ChunkArrived, ChunkDamaged, Established, MessageArrived
 from shipproto.errors import AbortCode, LocalError, TransferError
 from shipproto.messages import Abort, Committed, Want
 from shipproto.outcomes import ChunkHeld, StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.sender import DigestChunk, SendChunk, send_abort
+from shipproto.sender import DigestChunk, SendChunk
 from shipproto.states import ReceiverState, SenderState
 from tests.support import naive
 from tests.support.link import feed, handshaken, output_of

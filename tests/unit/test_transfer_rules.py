@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from shipproto.aborts import read_abort, send_abort
 from shipproto.connection import ChunksRefused, MessageArrived
 from shipproto.digests import digest_image
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
@@ -24,7 +25,7 @@ from shipproto.messages import (
 from shipproto.outcomes import StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
 from shipproto.receiver import Receiver
-from shipproto.sender import SendChunk, read_abort, send_abort
+from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState, SenderState
 from shipproto.structure import Structure
 from tests.support import naive
