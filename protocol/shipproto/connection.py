@@ -13,8 +13,7 @@ payload fails its check is answered by a NACK and costs that one frame; everythi
 ProtocolError, after which the connection is of no more use.
 """
 
-import dataclasses
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -30,11 +29,12 @@ from shipproto.errors import (
     ProtocolError,
     UnexpectedMessage,
 )
-from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude, encode_frame
+from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude
 from shipproto.handshake import Handshake, Step
-from shipproto.headers import check_body, decode_header, encode_data_header, encode_header
-from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
-from shipproto.messages import BY_TYPE, Abort, Auth, Body, Data, Hello, Message, Nack, Ping
+from shipproto.headers import check_body, decode_header
+from shipproto.limits import MAX_HEADER, MAX_PAYLOAD
+from shipproto.messages import Abort, Auth, Body, Data, Hello, Message, Nack, Ping
+from shipproto.outbox import Outbox
 
 Landing = Callable[[int, int], memoryview | None]
 """Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into
@@ -103,17 +103,6 @@ class _Assembly:
     pieces: dict[int, memoryview]
 
 
-@dataclass(slots=True)
-class _Retained:
-    """A control frame that the peer may ask for again."""
-
-    kind: int
-    flags: int
-    header: bytes
-    payload: Buffer
-    attempts: int = 1
-
-
 class Connection:
     """One side of one connection. ``nonce`` is NONCE_SIZE random bytes; ``token`` None means no token."""
 
@@ -143,20 +132,11 @@ class Connection:
         self._waste: memoryview | None = None
         self._assemblies: dict[int, _Assembly] = {}
 
-        # Sending.
-        self._output: list[Buffer] = []
-        self._sequence = 0
-        self._next_body = 1
-        self._control: OrderedDict[int, _Retained] = OrderedDict()
-        # Pieces of bodies that went again unasked: the peer may still ask for them by their old numbers.
-        self._moved: deque[int] = deque(maxlen=RETAINED_CONTROL_FRAMES)
-        self._chunk_of: dict[int, int] = {}
-        self.frames_resent = 0
-        """Frames sent again because the peer asked for them: chunks as well as messages."""
+        self._outbox = Outbox()
         self.bytes_received = 0
 
         if opening := self._handshake.opening():
-            self._emit(opening)
+            self._outbox.put(opening)
 
     # --- state ---------------------------------------------------------------------------------------------
 
@@ -171,6 +151,11 @@ class Connection:
         if self._handshake.peer is None:
             raise LocalError("the handshake is not done")
         return self._handshake.peer
+
+    @property
+    def frames_resent(self) -> int:
+        """Frames sent again because the peer asked for them: chunks as well as messages."""
+        return self._outbox.frames_resent
 
     # --- receiving -----------------------------------------------------------------------------------------
 
@@ -205,7 +190,7 @@ class Connection:
         except ProtocolError as error:
             self._failed = error
             for message in self._handshake.last_words(error) if not self.established else ():
-                self._emit(message)
+                self._outbox.put(message)
             raise
 
     def receive(self, data: Buffer) -> None:
@@ -350,7 +335,7 @@ class Connection:
             return
         if not self.established:
             for reply in self._handshake.receive(message, self._header):
-                self._emit(reply)
+                self._outbox.put(reply)
             if self._handshake.step is Step.DONE:
                 self._events.append(Established(self.peer))
             return
@@ -358,7 +343,8 @@ class Connection:
 
     def _dispatch(self, message: Message, payload: memoryview, prelude: Prelude) -> None:
         if isinstance(message, Nack):
-            self._resend(message)
+            if chunks := self._outbox.resend(message):
+                self._events.append(ChunksRefused(tuple(chunks)))
         elif isinstance(message, Ping):
             if message.reply:
                 self.send(Ping())
@@ -403,86 +389,18 @@ class Connection:
         """Queue a message. A body of more than MAX_PAYLOAD bytes is split over BODY frames."""
         if not self.established:
             raise LocalError(f"{type(message).__name__} before the handshake is done")
-        self._emit(message, body)
+        self._outbox.put(message, body)
 
     def send_data(self, chunk: int, content: memoryview, crc: int | None = None) -> None:
         """Queue a chunk. ``content`` is not copied and must not change until it has been written; ``crc`` is its
         CRC32C, where that is known already."""
-        sequence = self._sequence
-        head = encode_frame(Data.TYPE, 0, sequence, encode_data_header(chunk), content, crc)
-        self._sequence += 1
-        self._chunk_of[sequence] = chunk
-        self._output += (head, content)
+        self._outbox.put_chunk(chunk, content, crc)
 
     def take_output(self) -> list[Buffer]:
         """Everything queued, in order, for one gathering write; the queue is empty afterwards."""
-        output, self._output = self._output, []
-        return output
+        return self._outbox.take()
 
     @property
     def has_output(self) -> bool:
         """Whether anything is queued."""
-        return bool(self._output)
-
-    def _emit(self, message: Message, body: Buffer = b"") -> None:
-        check_body(message, len(body))
-        if len(body) <= MAX_PAYLOAD:
-            self._emit_frame(_Retained(message.TYPE, 0, encode_header(message), body))
-            return
-        content = memoryview(body)
-        body_id = self._next_body
-        self._next_body += 1
-        announced = type(message)(**{**_fields(message), "body_id": body_id, "body_size": len(content)})
-        self._emit_frame(_Retained(message.TYPE, FLAG_MORE, encode_header(announced), content[:MAX_PAYLOAD]))
-        for offset in range(MAX_PAYLOAD, len(content), MAX_PAYLOAD):
-            piece = encode_header(Body(body_id=body_id, offset=offset))
-            self._emit_frame(_Retained(Body.TYPE, 0, piece, content[offset : offset + MAX_PAYLOAD]))
-
-    def _emit_frame(self, frame: _Retained) -> None:
-        sequence = self._sequence
-        head = encode_frame(frame.kind, frame.flags, sequence, frame.header, frame.payload)
-        self._sequence += 1
-        self._control[sequence] = frame
-        if len(self._control) > RETAINED_CONTROL_FRAMES:
-            self._control.popitem(last=False)
-        self._output.append(head)
-        if len(frame.payload):
-            self._output.append(frame.payload)
-
-    def _resend(self, nack: Nack) -> None:
-        chunks: list[int] = []
-        for sequence in nack.sequences:
-            if sequence in self._chunk_of:
-                chunks.append(self._chunk_of.pop(sequence))
-            elif sequence in self._control:
-                self._resend_control(sequence)
-            elif sequence in self._moved:
-                self._moved.remove(sequence)
-                continue
-            else:
-                raise UnexpectedMessage(f"the peer asks for frame {sequence}, which it has not been sent lately")
-            self.frames_resent += 1
-        if chunks:
-            self._events.append(ChunksRefused(tuple(chunks)))
-
-    def _resend_control(self, sequence: int) -> None:
-        frame = self._control.pop(sequence)
-        if frame.attempts >= MAX_CHUNK_ATTEMPTS:
-            name = BY_TYPE[frame.kind].__name__
-            raise LimitExceeded(f"{name} arrived damaged at the peer {MAX_CHUNK_ATTEMPTS} times")
-        self._emit_frame(dataclasses.replace(frame, attempts=frame.attempts + 1))
-        if not frame.flags & FLAG_MORE:
-            return
-        # The peer could not know what the pieces that followed belonged to, and has dropped them.
-        body_id = decode_header(frame.kind, frame.header).body_id  # type: ignore[attr-defined]
-        for other, piece in list(self._control.items()):
-            if piece.kind == Body.TYPE:
-                body = decode_header(piece.kind, piece.header)
-                if isinstance(body, Body) and body.body_id == body_id:
-                    del self._control[other]
-                    self._moved.append(other)
-                    self._emit_frame(piece)
-
-
-def _fields(message: Message) -> dict[str, object]:
-    return {name: getattr(message, name) for name in message.__struct_fields__}
+        return bool(self._outbox)

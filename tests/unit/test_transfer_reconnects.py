@@ -138,7 +138,7 @@ def test_only_what_is_missing_travels_again() -> None:
     assert len(pair.there.held) == sent
     pair.connect()
     pair.send_all()
-    assert list(pair.left._chunk_of.values()) == list(range(sent, pair.layout.chunks))
+    assert list(pair.left._outbox._chunk_of.values()) == list(range(sent, pair.layout.chunks))
     pair.finish_from_anywhere()
 
 
