@@ -20,14 +20,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from shipproto.aborts import read_abort, send_abort
-from shipproto.claims import Claims
 from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Event, MessageArrived
-from shipproto.digests import LeafDigests, version_digest
+from shipproto.digests import LeafDigests
 from shipproto.errors import (
     AbortCode,
     LocalError,
@@ -37,8 +34,8 @@ from shipproto.errors import (
     UnexpectedMessage,
 )
 from shipproto.frame import Buffer
+from shipproto.intake import Intake
 from shipproto.layout import Layout
-from shipproto.limits import DIGEST_SIZE, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
     Abort,
     Commit,
@@ -65,6 +62,7 @@ from shipproto.outcomes import (
 from shipproto.rangeset import RangeSet
 from shipproto.states import RECEIVER_ENDED, ReceiverState
 from shipproto.structure import Structure
+from shipproto.verification import Verification, check_size
 
 _PROGRESS_CHUNKS: Final = 32
 """A PROGRESS every 16 MiB: often enough for a progress bar at 1 Gbit/s, nothing beside the data itself."""
@@ -98,22 +96,16 @@ class Receiver:
         self.outcome: Committed | None = None
         self.label = offer.label
         self.digest = b""
-        self.layout: Layout | None = None
-        self.held = RangeSet()
         self.chunks_damaged = 0
         self.payload_bytes = 0
         """Bytes of chunks that arrived intact, those that had to come again included."""
-        self._digests: LeafDigests | None = None
-        self._image: memoryview | None = None
+        self._intake: Intake | None = None
         self._connection: Connection | None = None
         # Replaced and never changed: threads that receive look at it.
         self._lanes: dict[int, Connection] = {}
         self._lane_limit = 1
-        self._claims = Claims()
-        self._finish: Finish | None = None
-        self._sent_digests: npt.NDArray[np.uint8] | None = None
+        self._verification = Verification()
         self._staged: Staged | None = None
-        self._rounds = 0
         self._stage = "receiving"
 
     @property
@@ -129,12 +121,22 @@ class Receiver:
     @property
     def complete(self) -> bool:
         """Whether every chunk is held."""
-        return self.layout is not None and len(self.held) == self.layout.chunks
+        return self._intake is not None and self._intake.complete
+
+    @property
+    def layout(self) -> Layout | None:
+        """The one that rules; None before it was decided."""
+        return self._intake.layout if self._intake is not None else None
+
+    @property
+    def held(self) -> RangeSet:
+        """The chunks that are in their place."""
+        return self._intake.held if self._intake is not None else RangeSet()
 
     @property
     def finishing(self) -> bool:
         """Whether the sender has said that everything wanted was sent."""
-        return self._finish is not None
+        return self._verification.finish is not None
 
     @property
     def attended(self) -> bool:
@@ -144,9 +146,7 @@ class Receiver:
     @property
     def digests(self) -> LeafDigests:
         """The leaf digests of what has arrived."""
-        if self._digests is None:
-            raise LocalError("the transfer was not accepted")
-        return self._digests
+        return self._require_intake().digests
 
     # --- connections ---------------------------------------------------------------------------------------
 
@@ -158,9 +158,9 @@ class Receiver:
         self._connection = connection
         if self.state is ReceiverState.RECEIVING:
             # The sender starts over: it will say again that it is done.
-            self._finish = self._sent_digests = None
+            self._verification.forget()
             self._listen(connection)
-            self._want(self.held.missing(self._require_layout().chunks))
+            self._want(self._require_intake().missing())
         elif self.state is ReceiverState.STRUCTURE:
             connection.send(StructureWanted(transfer=self.transfer))
         elif self.state is ReceiverState.STAGED and self._staged is not None:
@@ -186,7 +186,8 @@ class Receiver:
 
     def joined(self, connection: Connection, join: Join) -> None:
         """The sender brings chunks on this connection as well. Raises TransferError where that is not wanted."""
-        if self.state is not ReceiverState.RECEIVING or self._image is None or self._connection is None:
+        receiving = self.state is ReceiverState.RECEIVING and self._require_intake().image is not None
+        if not receiving or self._connection is None:
             raise TransferError(AbortCode.PROTOCOL, f"no lane can join a transfer that is {self.state.name.lower()}")
         if join.lane >= self._lane_limit or join.lane in self._lanes:
             raise TransferError(
@@ -200,7 +201,8 @@ class Receiver:
         """A lane is gone, and with it the chunk that was arriving on it. Nothing may write to the image for it."""
         self._lanes = {lane: other for lane, other in self._lanes.items() if other is not connection}
         connection.withdraw()
-        self._give_up_claims(connection)
+        if self._intake is not None:
+            self._intake.give_up(connection)
 
     def take_on_thread(self, connection: Connection, event: Event) -> None:
         """What has to be done of a lane's event on its thread, before its NACK leaves and ``receive`` is told."""
@@ -208,7 +210,7 @@ class Receiver:
             self.digests.record(event.chunk, event.content)
         elif isinstance(event, ChunkDamaged) and event.chunk is not None:
             # It may come again at once, on any connection.
-            self._claims.damaged(event.chunk, connection)
+            self._require_intake().damaged(event.chunk, connection)
 
     def receive(self, connection: Connection, event: Event) -> list[ReceiverEvent]:
         """Take an event of one of the transfer's connections; of the lanes and the latest other one.
@@ -222,8 +224,8 @@ class Receiver:
             return self._arrived(connection, event)
         if isinstance(event, ChunkDamaged):
             self.chunks_damaged += 1
-            if event.chunk is not None and not lane:
-                self._claims.damaged(event.chunk, connection)
+            if self._intake is not None and event.chunk is not None and not lane:
+                self._intake.damaged(event.chunk, connection)
         elif isinstance(event, MessageArrived) and lane:
             raise UnexpectedMessage(f"{type(event.message).__name__} on a lane")
         elif isinstance(event, MessageArrived):
@@ -247,7 +249,7 @@ class Receiver:
         if (self.state, type(message)) not in _TRANSITIONS:
             raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
         if isinstance(message, Finish):
-            self._check_digests(size)
+            check_size(size, self._require_intake().layout)
         return True
 
     # --- what the shell decides ----------------------------------------------------------------------------
@@ -278,26 +280,22 @@ class Receiver:
         most so many connections at once."""
         if len(image) < layout.size:
             raise LocalError("the image is smaller than its layout")
-        self._image = image
         self._lane_limit = lanes
-        self._begin(layout, LeafDigests(layout), RangeSet())
+        self._begin(Intake(layout, LeafDigests(layout), image))
 
     def compare(self, digests: LeafDigests) -> None:
         """Take no bytes, only the sender's digests, to compare with those of a version that is held."""
-        layout = digests.layout
-        self._begin(layout, digests, RangeSet([(0, layout.chunks)]))
+        self._begin(Intake(digests.layout, digests, None))
 
-    def _begin(self, layout: Layout, digests: LeafDigests, held: RangeSet) -> None:
+    def _begin(self, intake: Intake) -> None:
         if self.state is not ReceiverState.OFFERED:
             raise LocalError(f"accept in state {self.state.name}")
-        self.layout = layout
-        self._digests = digests
-        self.held = held
+        self._intake = intake
         self.state = ReceiverState.RECEIVING
         connection = self._connection
         if connection is not None:
             self._listen(connection)
-            self._want(held.missing(layout.chunks))
+            self._want(intake.missing())
 
     def report(self, stage: str) -> None:
         """Tell the sender what is going on; it also shows that this side is alive."""
@@ -306,47 +304,32 @@ class Receiver:
             self._connection.send(Progress(held=len(self.held), stage=stage, transfer=self.transfer))
 
     def verify(self) -> tuple[int, ...]:
-        """Rows of the tensors whose digests differ from the sender's. Pure: may run on another thread."""
-        if self._sent_digests is None or self._finish is None:
+        """Rows of the tensors whose digests differ from the sender's. Pure: may run on another thread.
+
+        Raises TransferError where the sender contradicts itself.
+        """
+        if not self.finishing:
             raise LocalError("nothing to verify yet")
-        own = self.digests.tensor_digests()
-        differing = np.flatnonzero((own != self._sent_digests).any(axis=1))
-        if not len(differing) and version_digest(self._require_layout(), own) != self._finish.digest:
-            raise TransferError(AbortCode.INTEGRITY, "the sender's version digest is not that of its tensors' digests")
-        return tuple(differing.tolist())
+        return self._verification.differing(self.digests)
 
     def verified(self, differing: tuple[int, ...]) -> bool:
         """Take the result of ``verify``. True: go on and stage. False: tensors were asked for again.
 
         Raises TransferError, naming the tensor, once that has happened MAX_VERIFY_ROUNDS times.
         """
-        if self.state is not ReceiverState.VERIFYING or self._finish is None:
+        finish = self._verification.finish
+        if self.state is not ReceiverState.VERIFYING or finish is None:
             raise LocalError(f"verified in state {self.state.name}")
         if not differing:
-            self.digest = self._finish.digest
-            self.label = self._finish.label
+            self.digest = finish.digest
+            self.label = finish.label
             self.state = ReceiverState.STAGING
             self._stage = "staging"
             return True
-        layout = self._require_layout()
-        names = [layout.structure.names[row] for row in differing]
-        self._rounds += 1
-        if self._rounds >= MAX_VERIFY_ROUNDS or self._image is None:
-            raise TransferError(
-                AbortCode.INTEGRITY,
-                f"the digests of {len(names)} tensors differ from the sender's, the first is {names[0]!r}",
-                tensor=names[0],
-                details=tuple(names),
-            )
-        again = RangeSet()
-        for row in differing:
-            again.add(*layout.tensor_chunks(row))
-        for chunk in again:
-            self.digests.forget(chunk)
-            self._claims.forget(chunk)
-        for start, stop in again.ranges():
-            self.held.discard(start, stop)
-        self._finish = self._sent_digests = None
+        intake = self._require_intake()
+        names = [intake.layout.structure.names[row] for row in differing]
+        self._verification.failed(names, repairable=intake.image is not None)
+        again = intake.take_back(differing)
         self.state = ReceiverState.RECEIVING
         if self._connection is not None and self._connection.landing is None:
             # It was opened meanwhile, when there was nothing to receive.
@@ -388,8 +371,8 @@ class Receiver:
         """Keep how it ended, which is all that a sender that comes back is told: the books of it may be megabytes."""
         if not self.ended:
             raise LocalError(f"forget in state {self.state.name}")
-        self.layout = self._digests = self._finish = self._sent_digests = None
-        self.held = RangeSet()
+        self._intake = None
+        self._verification = Verification()
         if (error := self.error) is not None:
             # Another one: this one's traceback holds on to everything that was at hand where it was raised.
             self.error = TransferError(
@@ -405,17 +388,10 @@ class Receiver:
         return [StructureArrived(encoded)]
 
     def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
-        self._check_digests(len(body))
         if finish.label != self.offer.label and self.offer.label:
             raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
-        self._finish = finish
-        self._sent_digests = np.frombuffer(bytes(body), dtype=np.uint8).reshape(-1, DIGEST_SIZE)
+        self._verification.note(finish, body, self._require_intake().layout)
         return self._check_complete()
-
-    def _check_digests(self, size: int) -> None:
-        expected = len(self._require_layout().structure) * DIGEST_SIZE
-        if size != expected:
-            raise MalformedMessage(f"FINISH brings {size} bytes of digests where {expected} are due")
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"
@@ -433,32 +409,25 @@ class Receiver:
         """The memory for a chunk, or None where it is held or already arriving: it is never overwritten."""
         if self.ended:
             return None
-        layout = self._require_layout()
-        if chunk >= layout.chunks:
-            raise MalformedMessage(f"chunk {chunk} of {layout.chunks}")
-        start, expected = layout.chunk(chunk)
-        if size != expected:
-            raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
-        image = self._image
-        if self.state is not ReceiverState.RECEIVING or image is None:
+        intake = self._require_intake()
+        intake.check(chunk, size)
+        if self.state is not ReceiverState.RECEIVING:
             return None
         if connection is not self._connection and connection not in self._lanes.values():
             return None
-        return image[start : start + size] if self._claims.claim(chunk, connection) else None
+        return intake.place(chunk, connection)
 
     def _arrived(self, connection: Connection, event: ChunkArrived) -> list[ReceiverEvent]:
-        if not self._claims.hold(event.chunk, connection):
+        intake = self._intake
+        if intake is None or not intake.arrived(event, connection):
             return []
-        if not self.digests.knows(event.chunk):
-            self.digests.record(event.chunk, event.content)
-        self.held.add(event.chunk)
         self.payload_bytes += len(event.content)
-        if self.complete or len(self.held) % _PROGRESS_CHUNKS == 0:
+        if intake.complete or len(intake.held) % _PROGRESS_CHUNKS == 0:
             self.report("receiving")
         return [ChunkHeld(event.chunk), *self._check_complete()]
 
     def _check_complete(self) -> list[ReceiverEvent]:
-        if self._finish is None or not self.complete:
+        if not self.finishing or not self.complete:
             return []
         self.state = ReceiverState.VERIFYING
         self._stage = "verifying"
@@ -466,13 +435,13 @@ class Receiver:
 
     def _want(self, missing: RangeSet) -> None:
         if self._connection is not None:
-            digest = self._require_layout().structure.digest
+            digest = self._require_intake().layout.structure.digest
             want = Want(lanes=self._lane_limit, structure=digest, transfer=self.transfer)
             self._connection.send(want, missing.encode())
 
     def _listen(self, connection: Connection) -> None:
         connection.landing = partial(self._land, connection)
-        structure = self._require_layout().structure
+        structure = self._require_intake().layout.structure
         if structure.digest != self.offer.structure:
             connection.send(StructureIs(transfer=self.transfer), structure.encoded)
 
@@ -482,18 +451,13 @@ class Receiver:
             if connection is not None:
                 self.parted(connection)
 
-    def _give_up_claims(self, connection: Connection) -> None:
-        for chunk in self._claims.give_up(connection):
-            # It may have been digested already, and will come again.
-            self.digests.forget(chunk)
-
     def _close(self) -> None:
         """Let go of the image: its memory may be reused."""
         self._let_go(lanes=False)
-        self._image = None
-        self._claims = Claims()
+        if self._intake is not None:
+            self._intake.close()
 
-    def _require_layout(self) -> Layout:
-        if self.layout is None:
+    def _require_intake(self) -> Intake:
+        if self._intake is None:
             raise LocalError("the transfer was not accepted")
-        return self.layout
+        return self._intake

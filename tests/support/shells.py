@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shipproto.connection import Connection, Event, MessageArrived
-from shipproto.digests import LeafDigests
+from shipproto.digests import LeafDigests, digest_image
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer
@@ -192,17 +192,14 @@ class Receiving:
     def _verify(self, receiver: Receiver) -> None:
         if receiver.state is not ReceiverState.VERIFYING:
             return
-        if self.tamper is not None and receiver._image is not None:
-            self.tamper(receiver, receiver._image)
-            again = LeafDigests(receiver._require_layout())
-            for chunk in range(receiver._require_layout().chunks):
-                start, size = receiver._require_layout().chunk(chunk)
-                again.record(chunk, receiver._image[start : start + size])
-            receiver._digests = again
+        intake = receiver._require_intake()
+        if self.tamper is not None and intake.image is not None:
+            self.tamper(receiver, intake.image)
+            intake.digests = digest_image(intake.layout, intake.image)
         try:
             differing = receiver.verify()
             current = self.current
-            if receiver._image is None:
+            if intake.image is None:
                 assert current is not None
                 if differing:
                     raise TransferError(AbortCode.LABEL_CONFLICT, f"{current.label!r} is taken")
@@ -220,8 +217,8 @@ class Receiving:
             receiver.staged(1, 0.25)
 
     def _commit(self, receiver: Receiver) -> None:
-        layout, image = receiver.layout, receiver._image
-        assert layout is not None
+        intake = receiver._require_intake()
+        layout, image = intake.layout, intake.image
         assert image is not None
         kept = image.obj
         assert isinstance(kept, bytearray)

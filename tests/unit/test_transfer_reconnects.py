@@ -154,7 +154,7 @@ def test_finish_may_be_said_on_two_connections() -> None:
         # The chunk that arrives damaged is asked for, but the connection breaks before that is heard.
         data[-1] ^= frame.name == "Data" and frame.fields["chunk"] == 1
         pair._to_receiver(bytes(data))
-    assert pair.there._finish is not None
+    assert pair.there.finishing
     assert pair.there.held.missing(pair.layout.chunks) == RangeSet([(1, 2)])
     assert pair.there.state is ReceiverState.RECEIVING
     pair.connect()

@@ -100,7 +100,7 @@ def test_misuse_of_the_receiver() -> None:
     with pytest.raises(LocalError, match="smaller than its layout"):
         there.accept(pair.layout, memoryview(bytearray(pair.layout.size - 1)))
     with pytest.raises(LocalError, match="not accepted"):
-        there._require_layout()
+        there._require_intake()
     pair.accept()
     with pytest.raises(LocalError, match="accept in state RECEIVING"):
         there.accept(pair.layout, memoryview(pair.image))
