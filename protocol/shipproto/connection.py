@@ -8,9 +8,9 @@ The shell asks where the next bytes belong, receives into exactly that memory an
     socket.sendmsg(connection.take_output())
 
 A DATA payload is received straight into the view that ``landing`` names for its chunk, usually the image
-itself, and its CRC32C is computed piece by piece while the bytes are in cache. A frame whose header or
-payload fails its check is answered by a NACK and costs that one frame; everything worse raises
-ProtocolError, after which the connection is of no more use.
+itself, and its CRC32C is computed piece by piece while the bytes are in cache; the payload of a coded run into
+memory of its own. A frame whose header or payload fails its check is answered by a NACK and costs that one frame;
+everything worse raises ProtocolError, after which the connection is of no more use.
 """
 
 from collections import deque
@@ -33,12 +33,12 @@ from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer,
 from shipproto.handshake import Handshake, Step
 from shipproto.headers import check_body, decode_header
 from shipproto.limits import MAX_HEADER, MAX_PAYLOAD
-from shipproto.messages import Abort, Auth, Body, Data, Hello, Message, Nack, Ping
+from shipproto.messages import SAME, Abort, Auth, Body, Coded, Data, Hello, Message, Nack, Ping
 from shipproto.outbox import Outbox
 
-Landing = Callable[[int, int], memoryview | None]
-"""Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into
-nothing. Raises ProtocolError where no such chunk was asked for."""
+Landing = Callable[[Data | Coded, int], memoryview | None]
+"""Given the header of a chunk or of a coded run, and its payload's size: the memory that it is received into, or None
+to receive it into nothing. Raises ProtocolError where no such thing was asked for."""
 
 Awaited = Callable[[Message, int], bool]
 """Given a message whose body comes in several frames, and the body's size: whether anybody waits for it. Where nobody
@@ -85,13 +85,34 @@ class ChunkDamaged:
 
 
 @dataclass(frozen=True, slots=True)
+class RunArrived:
+    """A coded run is in the memory that ``landing`` gave, and intact; whether it decodes is the caller's to find out.
+
+    Where it does not, ``nack`` the sequence number.
+    """
+
+    chunks: range
+    codec: int
+    payload: memoryview
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunDamaged:
+    """A coded run arrived damaged. A NACK is on its way."""
+
+    chunks: range
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChunksRefused:
-    """The peer received these chunks damaged and wants them again."""
+    """The peer received these chunks damaged, or in a run that it could not decode, and wants them again."""
 
     chunks: tuple[int, ...]
 
 
-Event = Established | MessageArrived | ChunkArrived | ChunkDamaged | ChunksRefused
+Event = Established | MessageArrived | ChunkArrived | ChunkDamaged | RunArrived | RunDamaged | ChunksRefused
 
 
 @dataclass(slots=True)
@@ -131,6 +152,10 @@ class Connection:
         self._discarding = False
         self._waste: memoryview | None = None
         self._assemblies: dict[int, _Assembly] = {}
+
+        # Frames that came intact and were of no use: all that were, and those that are still to be asked for.
+        self._useless: set[int] = set()
+        self._refusals: deque[int] = deque()
 
         self._outbox = Outbox()
         self.bytes_received = 0
@@ -204,11 +229,11 @@ class Connection:
             data = data[count:]
 
     def withdraw(self) -> None:
-        """Take back the memory that ``landing`` gave: the rest of a chunk under way is received into nothing.
+        """Take back the memory that ``landing`` gave: the rest of what is under way is received into nothing.
 
         To be called between ``buffer_updated`` and the next ``get_buffer``.
         """
-        if isinstance(self._message, Data) and self._payload is not None and not self._discarding:
+        if isinstance(self._message, Data | Coded) and self._payload is not None and not self._discarding:
             self._payload = self._nothing(len(self._payload))
             self._discarding = True
 
@@ -273,10 +298,10 @@ class Connection:
                 self._header = bytes(header)
         elif not self.established:
             raise BadPrelude("the handshake arrived damaged")
-        if isinstance(message, Data):
+        if isinstance(message, Data | Coded):
             if self.landing is None:
-                raise UnexpectedMessage("DATA before anything was asked for")
-            memory = self.landing(message.chunk, prelude.payload_length)
+                raise UnexpectedMessage(f"{type(message).__name__.upper()} before anything was asked for")
+            memory = self.landing(message, prelude.payload_length)
             if memory is not None and len(memory) != prelude.payload_length:
                 raise LocalError("landing returned memory of another size")
             self._payload = memory
@@ -308,6 +333,10 @@ class Connection:
             if prelude.flags or not prelude.payload_length:
                 raise MalformedMessage(f"{type(message).__name__} needs a payload and takes no flags")
             return
+        if isinstance(message, Coded):
+            if prelude.flags or (message.codec == SAME) is bool(prelude.payload_length):
+                raise MalformedMessage(f"Coded takes no flags, and a payload exactly where the codec is not {SAME}")
+            return
         announced = getattr(message, "body_size", 0)
         more = bool(prelude.flags & FLAG_MORE)
         # There is one way to cut a body: full payloads, and a last one that may be shorter.
@@ -323,15 +352,19 @@ class Connection:
         if message is None or (not self._discarding and self._crc != prelude.payload_crc):
             if not self.established:
                 raise BadPrelude("the handshake arrived damaged")
-            if message is None or isinstance(message, Data):
-                self._events.append(
-                    ChunkDamaged(message.chunk if isinstance(message, Data) else None, prelude.sequence)
-                )
+            if isinstance(message, Coded):
+                self._events.append(RunDamaged(_chunks(message), prelude.sequence))
+            elif message is None or isinstance(message, Data):
+                self._events.append(ChunkDamaged(message.chunk if message is not None else None, prelude.sequence))
             self.send(Nack(sequences=(prelude.sequence,)))
             return
         if isinstance(message, Data):
             if not self._discarding:
                 self._events.append(ChunkArrived(message.chunk, payload))
+            return
+        if isinstance(message, Coded):
+            if not self._discarding:
+                self._events.append(RunArrived(_chunks(message), message.codec, payload, prelude.sequence))
             return
         if not self.established:
             for reply in self._handshake.receive(message, self._header):
@@ -396,11 +429,32 @@ class Connection:
         CRC32C, where that is known already."""
         self._outbox.put_chunk(chunk, content, crc)
 
+    def send_coded(self, chunks: range, codec: int, payload: Buffer, crc: int | None = None) -> None:
+        """Queue a run of chunks that follow each other, as ``codec`` says it. ``payload`` and ``crc`` as in
+        ``send_data``."""
+        if not chunks or chunks.step != 1 or (codec == SAME) is bool(len(payload)):
+            raise LocalError(f"no coded run: codec {codec}, {len(payload)} bytes, chunks {chunks}")
+        self._outbox.put_run(Coded(chunk=chunks.start, chunks=len(chunks), codec=codec), payload, crc)
+
+    def nack(self, sequence: int) -> None:
+        """The frame of this number arrived intact and is of no use, as a run that does not decode: ask for its chunks
+        again, once. On any thread: it leaves with what is queued next, or is taken next."""
+        if not 0 <= sequence < self._expected or sequence in self._useless:
+            raise LocalError(f"frame {sequence} has not arrived, or was asked for already")
+        self._useless.add(sequence)
+        self._refusals.append(sequence)
+
     def take_output(self) -> list[Buffer]:
         """Everything queued, in order, for one gathering write; the queue is empty afterwards."""
+        while self._refusals:
+            self._outbox.put(Nack(sequences=(self._refusals.popleft(),)))
         return self._outbox.take()
 
     @property
     def has_output(self) -> bool:
         """Whether anything is queued."""
-        return bool(self._outbox)
+        return bool(self._outbox or self._refusals)
+
+
+def _chunks(run: Coded) -> range:
+    return range(run.chunk, run.chunk + run.chunks)

@@ -1,7 +1,7 @@
 """What a connection sends: its frames in their order, what is kept of them, and what goes again when the peer asks.
 
-Of a chunk only its number is kept: its bytes are read again from where they came from. Of any other frame everything
-is kept for a while.
+Of a chunk, or a coded run of them, only the numbers are kept: the bytes are read again from where they came from. Of
+any other frame everything is kept for a while.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from shipproto.errors import LimitExceeded, UnexpectedMessage
 from shipproto.frame import FLAG_MORE, Buffer, encode_frame
 from shipproto.headers import check_body, decode_header, encode_data_header, encode_header
 from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
-from shipproto.messages import BY_TYPE, Body, Data, Message, Nack
+from shipproto.messages import BY_TYPE, Body, Coded, Data, Message, Nack
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Outbox:
         self._control: OrderedDict[int, _Retained] = OrderedDict()
         # Pieces of bodies that went again unasked: the peer may still ask for them by their old numbers.
         self._moved: deque[int] = deque(maxlen=RETAINED_CONTROL_FRAMES)
-        self._chunk_of: dict[int, int] = {}
+        self._chunks_of: dict[int, range | int] = {}
 
     def __bool__(self) -> bool:
         """Whether anything is queued."""
@@ -68,8 +68,17 @@ class Outbox:
         sequence = self._sequence
         head = encode_frame(Data.TYPE, 0, sequence, encode_data_header(chunk), content, crc)
         self._sequence += 1
-        self._chunk_of[sequence] = chunk
+        self._chunks_of[sequence] = chunk
         self._output += (head, content)
+
+    def put_run(self, run: Coded, payload: Buffer, crc: int | None) -> None:
+        """Queue a coded run, as ``put_chunk``."""
+        sequence = self._sequence
+        self._output.append(encode_frame(Coded.TYPE, 0, sequence, encode_header(run), payload, crc))
+        self._sequence += 1
+        self._chunks_of[sequence] = range(run.chunk, run.chunk + run.chunks)
+        if len(payload):
+            self._output.append(payload)
 
     def resend(self, nack: Nack) -> list[int]:
         """Queue again what the peer asks for, and return the chunks, which are the caller's to send again.
@@ -78,8 +87,9 @@ class Outbox:
         """
         chunks: list[int] = []
         for sequence in nack.sequences:
-            if sequence in self._chunk_of:
-                chunks.append(self._chunk_of.pop(sequence))
+            if sequence in self._chunks_of:
+                sent = self._chunks_of.pop(sequence)
+                chunks += (sent,) if isinstance(sent, int) else sent
             elif sequence in self._control:
                 self._resend_control(sequence)
             elif sequence in self._moved:

@@ -17,7 +17,7 @@ from shipproto.frame import PRELUDE_SIZE, decode_prelude, encode_frame
 from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
 from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, MAX_STRUCTURE_BODY
-from shipproto.messages import BY_TYPE, Abort
+from shipproto.messages import BY_TYPE, Abort, Coded, Data
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
 from shipproto.sender import Sender
@@ -75,12 +75,16 @@ def connection(data: bytes) -> None:
         return
     mode, data = data[0], data[1:]
     chunks = {number: bytearray(100) for number in range(3)}
+
+    def landing(message: Data | Coded, size: int) -> memoryview | None:
+        return memoryview(chunks[message.chunk])[:size] if message.chunk in chunks and size <= 100 else None
+
     side = Connection(
         initiator=bool(mode & 1),
         nonce=nonce(1),
         agent="here",
         token=_TOKEN if mode & 2 else None,
-        landing=lambda chunk, size: memoryview(chunks[chunk])[:size] if chunk in chunks and size <= 100 else None,
+        landing=landing,
     )
     step = (mode >> 2) or len(data) + 1
     try:

@@ -18,11 +18,13 @@ from shipproto.connection import (
     Established,
     Event,
     MessageArrived,
+    RunArrived,
+    RunDamaged,
 )
 from shipproto.digests import digest_image
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.layout import Layout
-from shipproto.messages import Abort, Message
+from shipproto.messages import Abort, Coded, Data, Message
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
 from shipproto.status import decode_status, decode_verification
@@ -101,6 +103,12 @@ def describe_event(event: Event) -> dict[str, Any]:
         return {"event": "chunk", "chunk": event.chunk, "content": spell(bytes(event.content))}
     if isinstance(event, ChunkDamaged):
         return {"event": "damaged", "chunk": event.chunk, "sequence": event.sequence}
+    if isinstance(event, RunArrived):
+        chunks = [event.chunks.start, event.chunks.stop]
+        return {"event": "run", "chunks": chunks, "codec": event.codec, "payload": spell(bytes(event.payload))}
+    if isinstance(event, RunDamaged):
+        chunks = [event.chunks.start, event.chunks.stop]
+        return {"event": "run-damaged", "chunks": chunks, "sequence": event.sequence}
     assert isinstance(event, ChunksRefused)
     return {"event": "refused", "chunks": list(event.chunks)}
 
@@ -142,8 +150,10 @@ def make_connection(vector: Vector) -> Connection:
     """The side under test."""
     asked = {int(chunk): memoryview(bytearray(size)) for chunk, size in vector.get("asked", {}).items()}
 
-    def landing(chunk: int, _size: int) -> memoryview | None:
-        return asked.get(chunk)
+    def landing(message: Data | Coded, size: int) -> memoryview | None:
+        if isinstance(message, Coded):
+            return memoryview(bytearray(size))
+        return asked.get(message.chunk)
 
     return Connection(
         initiator=vector["role"] == "initiator",

@@ -138,7 +138,7 @@ def test_only_what_is_missing_travels_again() -> None:
     assert len(pair.there.held) == sent
     pair.connect()
     pair.send_all()
-    assert list(pair.left._outbox._chunk_of.values()) == list(range(sent, pair.layout.chunks))
+    assert list(pair.left._outbox._chunks_of.values()) == list(range(sent, pair.layout.chunks))
     pair.finish_from_anywhere()
 
 
@@ -258,7 +258,7 @@ def test_the_same_transfer_with_other_content_is_refused() -> None:
         with pytest.raises(TransferError) as caught:
             pair.there.connected(handshaken()[1], offer)
         assert caught.value.code is AbortCode.PROTOCOL
-        assert pair.there._connection is pair.right, "the connection that it has stays"
+        assert pair.there._reception.connection is pair.right, "the connection that it has stays"
     pair.accept()
     pair.finish_from_anywhere()
 

@@ -34,11 +34,14 @@ from shipproto.messages.session import (
     Unstage,
 )
 from shipproto.messages.transfer import (
+    SAME,
     Abort,
+    Coded,
     Commit,
     Committed,
     Data,
     Finish,
+    Held,
     Join,
     Joined,
     Offer,
@@ -50,30 +53,17 @@ from shipproto.messages.transfer import (
 )
 
 __all__ = [
-    "BY_TYPE", "MESSAGES", "Abort", "Arriving", "Attach", "Attached", "Auth", "Body", "Commit", "Committed", "Data",
-    "Detach", "DigestIs", "DigestRequest", "Evicted", "Fill", "Filled", "Finish", "Hello", "ImageSlot", "Images",
-    "Join", "Joined", "Message", "Nack", "Offer", "Ping", "Progress", "Release", "Stage", "StageReady", "Staged",
-    "StatusIs", "StatusRequest", "StructureIs", "StructureWanted", "Swap", "Swapped", "Unstage", "VerifyIs",
-    "VerifyRequest", "Want",
+    "BY_TYPE", "MESSAGES", "SAME", "Abort", "Arriving", "Attach", "Attached", "Auth", "Body", "Coded", "Commit",
+    "Committed", "Data", "Detach", "DigestIs", "DigestRequest", "Evicted", "Fill", "Filled", "Finish", "Held",
+    "Hello", "ImageSlot", "Images", "Join", "Joined", "Message", "Nack", "Offer", "Ping", "Progress", "Release",
+    "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs", "StructureWanted", "Swap", "Swapped",
+    "Unstage", "VerifyIs", "VerifyRequest", "Want",
 ]  # fmt: skip
 
 MESSAGES: Final[tuple[type[Message], ...]] = (
     *(Hello, Auth, Body, Nack, Ping),
-    *(
-        Offer,
-        StructureWanted,
-        StructureIs,
-        Want,
-        Data,
-        Progress,
-        Finish,
-        Staged,
-        Commit,
-        Committed,
-        Abort,
-        Join,
-        Joined,
-    ),
+    *(Offer, StructureWanted, StructureIs, Want, Data, Progress, Finish, Staged, Commit, Committed, Abort),
+    *(Join, Joined, Coded, Held),
     *(StatusRequest, StatusIs, VerifyRequest, VerifyIs),
     *(Attach, Attached, Images, Fill, Filled, Arriving, Stage, StageReady, Swap, Swapped, Unstage),
     *(Release, Evicted, DigestRequest, DigestIs, Detach),

@@ -39,6 +39,7 @@ Metadata = Annotated[
     ],
     msgspec.Meta(max_length=MAX_METADATA_ENTRIES),
 ]
+CodecNumber = Annotated[int, msgspec.Meta(ge=1, le=255)]
 Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
 LaneNumber = Annotated[int, msgspec.Meta(ge=1, lt=MAX_LANES)]
 """A further connection's; the transfer's own has none."""

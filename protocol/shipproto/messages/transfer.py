@@ -1,10 +1,13 @@
 """Messages of a transfer, from OFFER to COMMITTED."""
 
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Final
 
 import msgspec
 
 from shipproto.limits import (
+    MAX_BASES,
+    MAX_CODECS,
     MAX_DETAIL_BODY,
     MAX_DIGESTS_BODY,
     MAX_IMAGE_BYTES,
@@ -19,11 +22,13 @@ from shipproto.messages.fields import (
     NO_TIME,
     U32,
     U63,
+    CodecNumber,
     Digest,
     Label,
     LaneNumber,
     Message,
     Metadata,
+    OptionalDigest,
     OptionalLabel,
     OptionalTransferId,
     Seconds,
@@ -33,11 +38,18 @@ from shipproto.messages.fields import (
     sixteen_or_none,
 )
 
+SAME: Final = 1
+"""The codec of a run that equals the base's. The other numbers mean nothing to the protocol core."""
+
 
 class Offer(Message, frozen=True, kw_only=True):
     """A version for a model. Sent on every connection of the transfer, also to resume it."""
 
     TYPE = 16
+    bases: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MAX_BASES)] = ()
+    """Versions that the sender can make deltas from."""
+    incremental: bool = False
+    """The sender would rather know what the receiver holds than send what has not changed."""
     label: OptionalLabel = ""
     metadata: Metadata = msgspec.field(default_factory=dict)
     model: Label
@@ -70,18 +82,31 @@ class StructureIs(Message, frozen=True, kw_only=True):
 
 
 class Want(Message, frozen=True, kw_only=True):
-    """The chunks that the receiver lacks, as ranges, of the structure with this digest.
-
-    ``lanes`` is how many connections it takes DATA on, this one included.
-    """
+    """The chunks that the receiver lacks, as ranges, of the structure with this digest."""
 
     TYPE = 19
     MAX_BODY = MAX_RANGES * 8
+    base: OptionalDigest = b""
+    """The receiver's current version, laid out by that structure: what coded runs may build on."""
     body_id: U32 = 0
     body_size: U63 = 0
+    codecs: Annotated[tuple[CodecNumber, ...], msgspec.Meta(max_length=MAX_CODECS)] = ()
+    """What it decodes."""
     lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)] = 1
+    """How many connections it takes chunks on, this one included."""
+    speeds: Annotated[tuple[U32, ...], msgspec.Meta(max_length=MAX_CODECS)] = ()
+    """How fast it decodes each of them, in MB/s of content; 0 where it does not know."""
     structure: Digest
     transfer: TransferId
+
+    def flaw(self) -> str:
+        if any(number >= following for number, following in pairwise(self.codecs)):
+            return "codecs do not ascend"
+        if len(self.speeds) != len(self.codecs):
+            return "speeds are not those of the codecs"
+        if SAME in self.codecs and not self.base:
+            return f"codec {SAME} without a base"
+        return sixteen_or_none("base", self.base)
 
 
 class Data(Message, frozen=True, kw_only=True):
@@ -191,4 +216,23 @@ class Joined(Message, frozen=True, kw_only=True):
 
     TYPE = 28
     lane: LaneNumber
+    transfer: TransferId
+
+
+class Coded(Message, frozen=True, kw_only=True):
+    """A run of chunks as a codec says it: with SAME nothing more, else the codec's payload."""
+
+    TYPE = 29
+    chunk: U32
+    chunks: Annotated[int, msgspec.Meta(ge=1, le=0xFFFFFFFF)]
+    codec: CodecNumber
+
+
+class Held(Message, frozen=True, kw_only=True):
+    """The digests of the base's chunks, one after the other, for a sender that does not have the base."""
+
+    TYPE = 30
+    MAX_BODY = MAX_DIGESTS_BODY
+    body_id: U32 = 0
+    body_size: U63 = 0
     transfer: TransferId
