@@ -15,6 +15,7 @@ from shipproto.layout import Layout
 from shipproto.states import SenderState
 from tests.property.strategies import LEAF, examples
 from tests.property.test_conversations import bits, faults, repairable
+from tests.support.coding import CODECS
 from tests.support.link import Fault, Installed, Push, Receiving, Sending, check_committed
 from tests.support.models import SMALL, build, contents, leaves_of, make_image
 from tests.support.naive import Tensor
@@ -71,7 +72,7 @@ def push_of(case: Case, plan: list[Fault], seed: int, *, spoilt: set[int] = froz
     sending = Sending(
         structure, after, label="v1", bases={digest: before} if case.shared else None, incremental=case.asks
     )
-    receiving = Receiving(resident=structure, codes=case.codes)
+    receiving = Receiving(resident=structure, codecs=CODECS if case.codes else {})
     if case.current:
         receiving.current = Installed("v0", digest, layout, image, digests, before)
     count = iter(range(1 << 30))

@@ -24,9 +24,9 @@ class Undecodable(ValueError):
     """A payload that is none."""
 
 
-def ability(base: bytes = b"", digests: LeafDigests | None = None) -> Ability:
+def ability(base: bytes = b"", digests: LeafDigests | None = None, codecs: Mapping[int, int] = CODECS) -> Ability:
     """A receiver that has these codecs and, perhaps, this base."""
-    return Ability(base=base, digests=digests, codecs=CODECS, deltas=DELTAS)
+    return Ability(base=base, digests=digests, codecs=codecs, deltas=DELTAS)
 
 
 def encode(codec: int, content: bytes, base: bytes) -> bytes:
@@ -50,6 +50,8 @@ def decode(codec: int, payload: bytes, base: bytes, size: int) -> bytes:
         return base
     if codec == PLAIN:
         difference = payload
+    elif codec != DIFF:
+        raise Undecodable(f"codec {codec}")
     else:
         difference = b"".join(bytes((byte,)) * count for count, byte in zip(payload[::2], payload[1::2], strict=True))
     if len(difference) != size:

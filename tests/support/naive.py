@@ -294,6 +294,20 @@ def version_digest(tensors: Iterable[Tensor], contents: Mapping[str, bytes], lea
     return digest(b"".join(said))
 
 
+def chunk_digests(tensors: Sequence[Tensor], contents: Mapping[str, bytes], leaf: int = LEAF) -> list[bytes]:
+    """Of a slice of a large tensor its digest; of a packed chunk that of its tensors' digests."""
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+    drawn = picture(tensors, leaf)
+    said = []
+    for start, size, names in drawn.chunks:
+        if sizes[names[0]] >= leaf:
+            at = start - drawn.offsets[names[0]]
+            said.append(digest(contents[names[0]][at : at + size]))
+        else:
+            said.append(digest(b"".join(digest(contents[name]) for name in names)))
+    return said
+
+
 # --- range sets --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ Installed     a version that it has committed
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from shipproto.agreement import Ability
 from shipproto.connection import Connection, Event, MessageArrived
@@ -37,8 +38,10 @@ class Sending:
         label: str | None = "v1",
         bases: Mapping[bytes, Mapping[str, bytes]] | None = None,
         incremental: bool = False,
+        longest: int = 3,
     ) -> None:
         self.data = data
+        self.longest = longest
         self.bases = bases or {}
         self.runs_coded = 0
         self.sender = Sender(
@@ -101,30 +104,42 @@ class Sending:
         return step is not None or self.sender.state is not before
 
     def _send_chunks(self) -> None:
-        """Chunks that follow each other, as coded as can be; SAME and the others by turns where both would do."""
-        sender, layout, image = self.sender, self.sender.layout, self.image()
-        chunks = sender.next_chunks(3)
-        for chunk in chunks:
-            start, size = layout.chunk(chunk)
-            if sender.raw_only(chunk):
-                sender.send_chunk(chunk, image[start : start + size])
-            else:
-                sender.digest_chunk(chunk, image[start : start + size])
-        if sender.raw_only(chunks[0]):
-            return
-        start, end = layout.span(chunks)
-        content = bytes(image[start:end])
-        self.runs_coded += 1
+        """Chunks that follow each other, as coded as can be."""
+        for same, group in groupby(self.sender.next_chunks(self.longest), key=self._digest):
+            numbers = list(group)
+            self._send_run(range(numbers[0], numbers[-1] + 1), same=same)
+
+    def _digest(self, chunk: int) -> bool:
+        """Whether the receiver's base has the same chunk, as far as that is known."""
+        sender = self.sender
+        start, size = sender.layout.chunk(chunk)
+        sender.digest_chunk(chunk, self.image()[start : start + size])
+        if sender.raw_only(chunk) or not sender.base:
+            return False
         if sender.base in self.bases:
-            base = bytes(self._image_of(self.bases[sender.base]))[start:end]
-            if content == base:
-                sender.send_run(chunks, SAME, b"")
-            else:
-                sender.send_run(chunks, DIFF, encode(DIFF, content, base))
-        elif sender.base and all(sender.digests.chunk_digest(chunk) == sender.held_digest(chunk) for chunk in chunks):
-            sender.send_run(chunks, SAME, b"")
+            return bytes(self._base()[start : start + size]) == bytes(self.image()[start : start + size])
+        return sender.digests.chunk_digest(chunk) == sender.held_digest(chunk)
+
+    def _base(self) -> memoryview:
+        return memoryview(self._image_of(self.bases[self.sender.base]))
+
+    def _send_run(self, chunks: range, *, same: bool) -> None:
+        sender = self.sender
+        start, end = sender.layout.span(chunks)
+        content = bytes(self.image()[start:end])
+        if same and SAME in sender.codecs:
+            codec, payload = SAME, b""
+        elif DIFF in sender.codecs and sender.base in self.bases and not sender.raw_only(chunks.start):
+            codec, payload = DIFF, encode(DIFF, content, bytes(self._base()[start:end]))
+        elif PLAIN in sender.codecs and not sender.raw_only(chunks.start):
+            codec, payload = PLAIN, content
         else:
-            sender.send_run(chunks, PLAIN, content)
+            for chunk in chunks:
+                at, size = sender.layout.chunk(chunk)
+                sender.send_chunk(chunk, self.image()[at : at + size])
+            return
+        self.runs_coded += 1
+        sender.send_run(chunks, codec, payload)
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:
@@ -161,8 +176,8 @@ class Receiving:
     commits: int = 0
     tamper: Callable[[Receiver, memoryview], None] | None = None
     """Called with the image just before it is verified: memory that went bad."""
-    codes: bool = False
-    """Whether it decodes runs."""
+    codecs: Mapping[int, int] = field(default_factory=dict)
+    """What it decodes, as tests.support.coding does, or says that it does."""
     spoil: Callable[[RunToDecode], bool] | None = None
     """Whether this run does not decode."""
     images: dict[bytes, tuple[Layout, memoryview]] = field(default_factory=dict)
@@ -216,11 +231,11 @@ class Receiving:
     def _ability(self, layout: Layout) -> Ability | None:
         """The current version is a base where it is laid out alike."""
         current = self.current
-        if not self.codes:
+        if not self.codecs:
             return None
         if current is None or current.layout.structure.digest != layout.structure.digest:
-            return ability()
-        return ability(current.digest, current.digests)
+            return ability(codecs=self.codecs)
+        return ability(current.digest, current.digests, self.codecs)
 
     def _decode(self, receiver: Receiver, run: RunToDecode) -> None:
         """Whatever has become of the transfer; its image is there until all of its runs are decoded."""
