@@ -52,6 +52,8 @@ def decode(codec: int, payload: bytes, base: bytes, size: int) -> bytes:
         difference = payload
     elif codec != DIFF:
         raise Undecodable(f"codec {codec}")
+    elif len(payload) % 2:
+        raise Undecodable("half a pair")
     else:
         difference = b"".join(bytes((byte,)) * count for count, byte in zip(payload[::2], payload[1::2], strict=True))
     if len(difference) != size:
