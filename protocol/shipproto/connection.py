@@ -8,13 +8,12 @@ The shell asks where the next bytes belong, receives into exactly that memory an
     socket.sendmsg(connection.take_output())
 
 A DATA payload is received straight into the view that ``landing`` names for its chunk, usually the image
-itself, and its CRC32C is computed piece by piece while the bytes are in cache. A frame whose header or
-payload fails its check is answered by a NACK and costs that one frame; everything worse raises
-ProtocolError, after which the connection is of no more use.
+itself, and its CRC32C is computed piece by piece while the bytes are in cache; the payload of a coded run into
+memory of its own. A frame whose header or payload fails its check is answered by a NACK and costs that one frame;
+everything worse raises ProtocolError, after which the connection is of no more use.
 """
 
-import dataclasses
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -30,15 +29,16 @@ from shipproto.errors import (
     ProtocolError,
     UnexpectedMessage,
 )
-from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude, encode_frame
+from shipproto.frame import FLAG_MORE, KNOWN_FLAGS, MAGIC, PRELUDE_SIZE, Buffer, Prelude, decode_prelude
 from shipproto.handshake import Handshake, Step
-from shipproto.headers import check_body, decode_header, encode_data_header, encode_header
-from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_PAYLOAD, RETAINED_CONTROL_FRAMES
-from shipproto.messages import BY_TYPE, Abort, Auth, Body, Data, Hello, Message, Nack, Ping
+from shipproto.headers import check_body, decode_header
+from shipproto.limits import MAX_HEADER, MAX_PAYLOAD
+from shipproto.messages import SAME, Abort, Auth, Body, Coded, Data, Hello, Message, Nack, Ping
+from shipproto.outbox import Outbox
 
-Landing = Callable[[int, int], memoryview | None]
-"""Given a chunk's number and its payload's size: the memory it belongs into, or None to receive it into
-nothing. Raises ProtocolError where no such chunk was asked for."""
+Landing = Callable[[Data | Coded, int], memoryview | None]
+"""Given the header of a chunk or of a coded run, and its payload's size: the memory that it is received into, or None
+to receive it into nothing. Raises ProtocolError where no such thing was asked for."""
 
 Awaited = Callable[[Message, int], bool]
 """Given a message whose body comes in several frames, and the body's size: whether anybody waits for it. Where nobody
@@ -85,13 +85,34 @@ class ChunkDamaged:
 
 
 @dataclass(frozen=True, slots=True)
+class RunArrived:
+    """A coded run is in the memory that ``landing`` gave, and intact; whether it decodes is the caller's to find out.
+
+    Where it does not, ``nack`` the sequence number.
+    """
+
+    chunks: range
+    codec: int
+    payload: memoryview
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunDamaged:
+    """A coded run arrived damaged. A NACK is on its way."""
+
+    chunks: range
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChunksRefused:
-    """The peer received these chunks damaged and wants them again."""
+    """The peer received these chunks damaged, or in a run that it could not decode, and wants them again."""
 
     chunks: tuple[int, ...]
 
 
-Event = Established | MessageArrived | ChunkArrived | ChunkDamaged | ChunksRefused
+Event = Established | MessageArrived | ChunkArrived | ChunkDamaged | RunArrived | RunDamaged | ChunksRefused
 
 
 @dataclass(slots=True)
@@ -101,17 +122,6 @@ class _Assembly:
     message: Message
     size: int
     pieces: dict[int, memoryview]
-
-
-@dataclass(slots=True)
-class _Retained:
-    """A control frame that the peer may ask for again."""
-
-    kind: int
-    flags: int
-    header: bytes
-    payload: Buffer
-    attempts: int = 1
 
 
 class Connection:
@@ -143,20 +153,15 @@ class Connection:
         self._waste: memoryview | None = None
         self._assemblies: dict[int, _Assembly] = {}
 
-        # Sending.
-        self._output: list[Buffer] = []
-        self._sequence = 0
-        self._next_body = 1
-        self._control: OrderedDict[int, _Retained] = OrderedDict()
-        # Pieces of bodies that went again unasked: the peer may still ask for them by their old numbers.
-        self._moved: deque[int] = deque(maxlen=RETAINED_CONTROL_FRAMES)
-        self._chunk_of: dict[int, int] = {}
-        self.frames_resent = 0
-        """Frames sent again because the peer asked for them: chunks as well as messages."""
+        # Frames that came intact and were of no use: all that were, and those that are still to be asked for.
+        self._useless: set[int] = set()
+        self._refusals: deque[int] = deque()
+
+        self._outbox = Outbox()
         self.bytes_received = 0
 
         if opening := self._handshake.opening():
-            self._emit(opening)
+            self._outbox.put(opening)
 
     # --- state ---------------------------------------------------------------------------------------------
 
@@ -171,6 +176,11 @@ class Connection:
         if self._handshake.peer is None:
             raise LocalError("the handshake is not done")
         return self._handshake.peer
+
+    @property
+    def frames_resent(self) -> int:
+        """Frames sent again because the peer asked for them: chunks as well as messages."""
+        return self._outbox.frames_resent
 
     # --- receiving -----------------------------------------------------------------------------------------
 
@@ -205,7 +215,7 @@ class Connection:
         except ProtocolError as error:
             self._failed = error
             for message in self._handshake.last_words(error) if not self.established else ():
-                self._emit(message)
+                self._outbox.put(message)
             raise
 
     def receive(self, data: Buffer) -> None:
@@ -219,11 +229,11 @@ class Connection:
             data = data[count:]
 
     def withdraw(self) -> None:
-        """Take back the memory that ``landing`` gave: the rest of a chunk under way is received into nothing.
+        """Take back the memory that ``landing`` gave: the rest of what is under way is received into nothing.
 
         To be called between ``buffer_updated`` and the next ``get_buffer``.
         """
-        if isinstance(self._message, Data) and self._payload is not None and not self._discarding:
+        if isinstance(self._message, Data | Coded) and self._payload is not None and not self._discarding:
             self._payload = self._nothing(len(self._payload))
             self._discarding = True
 
@@ -288,10 +298,10 @@ class Connection:
                 self._header = bytes(header)
         elif not self.established:
             raise BadPrelude("the handshake arrived damaged")
-        if isinstance(message, Data):
+        if isinstance(message, Data | Coded):
             if self.landing is None:
-                raise UnexpectedMessage("DATA before anything was asked for")
-            memory = self.landing(message.chunk, prelude.payload_length)
+                raise UnexpectedMessage(f"{type(message).__name__.upper()} before anything was asked for")
+            memory = self.landing(message, prelude.payload_length)
             if memory is not None and len(memory) != prelude.payload_length:
                 raise LocalError("landing returned memory of another size")
             self._payload = memory
@@ -323,6 +333,10 @@ class Connection:
             if prelude.flags or not prelude.payload_length:
                 raise MalformedMessage(f"{type(message).__name__} needs a payload and takes no flags")
             return
+        if isinstance(message, Coded):
+            if prelude.flags or (message.codec == SAME) is bool(prelude.payload_length):
+                raise MalformedMessage(f"Coded takes no flags, and a payload exactly where the codec is not {SAME}")
+            return
         announced = getattr(message, "body_size", 0)
         more = bool(prelude.flags & FLAG_MORE)
         # There is one way to cut a body: full payloads, and a last one that may be shorter.
@@ -338,19 +352,23 @@ class Connection:
         if message is None or (not self._discarding and self._crc != prelude.payload_crc):
             if not self.established:
                 raise BadPrelude("the handshake arrived damaged")
-            if message is None or isinstance(message, Data):
-                self._events.append(
-                    ChunkDamaged(message.chunk if isinstance(message, Data) else None, prelude.sequence)
-                )
+            if isinstance(message, Coded):
+                self._events.append(RunDamaged(_chunks(message), prelude.sequence))
+            elif message is None or isinstance(message, Data):
+                self._events.append(ChunkDamaged(message.chunk if message is not None else None, prelude.sequence))
             self.send(Nack(sequences=(prelude.sequence,)))
             return
         if isinstance(message, Data):
             if not self._discarding:
                 self._events.append(ChunkArrived(message.chunk, payload))
             return
+        if isinstance(message, Coded):
+            if not self._discarding:
+                self._events.append(RunArrived(_chunks(message), message.codec, payload, prelude.sequence))
+            return
         if not self.established:
             for reply in self._handshake.receive(message, self._header):
-                self._emit(reply)
+                self._outbox.put(reply)
             if self._handshake.step is Step.DONE:
                 self._events.append(Established(self.peer))
             return
@@ -358,7 +376,8 @@ class Connection:
 
     def _dispatch(self, message: Message, payload: memoryview, prelude: Prelude) -> None:
         if isinstance(message, Nack):
-            self._resend(message)
+            if chunks := self._outbox.resend(message):
+                self._events.append(ChunksRefused(tuple(chunks)))
         elif isinstance(message, Ping):
             if message.reply:
                 self.send(Ping())
@@ -403,86 +422,39 @@ class Connection:
         """Queue a message. A body of more than MAX_PAYLOAD bytes is split over BODY frames."""
         if not self.established:
             raise LocalError(f"{type(message).__name__} before the handshake is done")
-        self._emit(message, body)
+        self._outbox.put(message, body)
 
     def send_data(self, chunk: int, content: memoryview, crc: int | None = None) -> None:
         """Queue a chunk. ``content`` is not copied and must not change until it has been written; ``crc`` is its
         CRC32C, where that is known already."""
-        sequence = self._sequence
-        head = encode_frame(Data.TYPE, 0, sequence, encode_data_header(chunk), content, crc)
-        self._sequence += 1
-        self._chunk_of[sequence] = chunk
-        self._output += (head, content)
+        self._outbox.put_chunk(chunk, content, crc)
+
+    def send_coded(self, chunks: range, codec: int, payload: Buffer, crc: int | None = None) -> None:
+        """Queue a run of chunks that follow each other, as ``codec`` says it. ``payload`` and ``crc`` as in
+        ``send_data``."""
+        if not chunks or chunks.step != 1 or (codec == SAME) is bool(len(payload)):
+            raise LocalError(f"no coded run: codec {codec}, {len(payload)} bytes, chunks {chunks}")
+        self._outbox.put_run(Coded(chunk=chunks.start, chunks=len(chunks), codec=codec), payload, crc)
+
+    def nack(self, sequence: int) -> None:
+        """The frame of this number arrived intact and is of no use, as a run that does not decode: ask for its chunks
+        again, once. On any thread: it leaves with what is queued next, or is taken next."""
+        if not 0 <= sequence < self._expected or sequence in self._useless:
+            raise LocalError(f"frame {sequence} has not arrived, or was asked for already")
+        self._useless.add(sequence)
+        self._refusals.append(sequence)
 
     def take_output(self) -> list[Buffer]:
         """Everything queued, in order, for one gathering write; the queue is empty afterwards."""
-        output, self._output = self._output, []
-        return output
+        while self._refusals:
+            self._outbox.put(Nack(sequences=(self._refusals.popleft(),)))
+        return self._outbox.take()
 
     @property
     def has_output(self) -> bool:
         """Whether anything is queued."""
-        return bool(self._output)
-
-    def _emit(self, message: Message, body: Buffer = b"") -> None:
-        check_body(message, len(body))
-        if len(body) <= MAX_PAYLOAD:
-            self._emit_frame(_Retained(message.TYPE, 0, encode_header(message), body))
-            return
-        content = memoryview(body)
-        body_id = self._next_body
-        self._next_body += 1
-        announced = type(message)(**{**_fields(message), "body_id": body_id, "body_size": len(content)})
-        self._emit_frame(_Retained(message.TYPE, FLAG_MORE, encode_header(announced), content[:MAX_PAYLOAD]))
-        for offset in range(MAX_PAYLOAD, len(content), MAX_PAYLOAD):
-            piece = encode_header(Body(body_id=body_id, offset=offset))
-            self._emit_frame(_Retained(Body.TYPE, 0, piece, content[offset : offset + MAX_PAYLOAD]))
-
-    def _emit_frame(self, frame: _Retained) -> None:
-        sequence = self._sequence
-        head = encode_frame(frame.kind, frame.flags, sequence, frame.header, frame.payload)
-        self._sequence += 1
-        self._control[sequence] = frame
-        if len(self._control) > RETAINED_CONTROL_FRAMES:
-            self._control.popitem(last=False)
-        self._output.append(head)
-        if len(frame.payload):
-            self._output.append(frame.payload)
-
-    def _resend(self, nack: Nack) -> None:
-        chunks: list[int] = []
-        for sequence in nack.sequences:
-            if sequence in self._chunk_of:
-                chunks.append(self._chunk_of.pop(sequence))
-            elif sequence in self._control:
-                self._resend_control(sequence)
-            elif sequence in self._moved:
-                self._moved.remove(sequence)
-                continue
-            else:
-                raise UnexpectedMessage(f"the peer asks for frame {sequence}, which it has not been sent lately")
-            self.frames_resent += 1
-        if chunks:
-            self._events.append(ChunksRefused(tuple(chunks)))
-
-    def _resend_control(self, sequence: int) -> None:
-        frame = self._control.pop(sequence)
-        if frame.attempts >= MAX_CHUNK_ATTEMPTS:
-            name = BY_TYPE[frame.kind].__name__
-            raise LimitExceeded(f"{name} arrived damaged at the peer {MAX_CHUNK_ATTEMPTS} times")
-        self._emit_frame(dataclasses.replace(frame, attempts=frame.attempts + 1))
-        if not frame.flags & FLAG_MORE:
-            return
-        # The peer could not know what the pieces that followed belonged to, and has dropped them.
-        body_id = decode_header(frame.kind, frame.header).body_id  # type: ignore[attr-defined]
-        for other, piece in list(self._control.items()):
-            if piece.kind == Body.TYPE:
-                body = decode_header(piece.kind, piece.header)
-                if isinstance(body, Body) and body.body_id == body_id:
-                    del self._control[other]
-                    self._moved.append(other)
-                    self._emit_frame(piece)
+        return bool(self._outbox or self._refusals)
 
 
-def _fields(message: Message) -> dict[str, object]:
-    return {name: getattr(message, name) for name in message.__struct_fields__}
+def _chunks(run: Coded) -> range:
+    return range(run.chunk, run.chunk + run.chunks)

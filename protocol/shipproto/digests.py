@@ -97,6 +97,29 @@ class LeafDigests:
         self._known[first:last] = bytes([1]) * (last - first)
         return changed
 
+    def adopt(self, chunks: range, other: "LeafDigests") -> None:
+        """Take the digests of these chunks from another version of the same layout, whose bytes they have."""
+        self.note(*self.layout.chunk_leaves(chunks), other.of_chunks(chunks))
+
+    def of_chunks(self, chunks: range) -> bytes:
+        """The digests of the leaves of chunks that follow each other, one after the other."""
+        first, last = self.layout.chunk_leaves(chunks)
+        return bytes(self._flat[first * DIGEST_SIZE : last * DIGEST_SIZE])
+
+    def chunk_digest(self, chunk: int) -> bytes:
+        """What stands for a chunk whose leaves are known: of a large tensor its leaf's digest, else the digest of its
+        leaves' digests."""
+        leaves = self.of_chunks(range(chunk, chunk + 1))
+        return leaves if chunk < self.layout.large_chunks else leaf_digest(leaves)
+
+    def chunk_digests(self) -> npt.NDArray[np.uint8]:
+        """u8[chunks, 16], of every chunk. Every leaf must be known."""
+        if not self.complete:
+            raise ValueError("a leaf's digest is not known yet")
+        large = self.layout.large_chunks
+        packed = b"".join(map(self.chunk_digest, range(large, self.layout.chunks)))
+        return np.concatenate((self._digests[:large], np.frombuffer(packed, dtype=np.uint8).reshape(-1, DIGEST_SIZE)))
+
     def forget(self, chunk: int) -> None:
         """Take back what was recorded for ``chunk``, so that it can be received again."""
         if chunk < self.layout.large_chunks:

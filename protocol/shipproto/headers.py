@@ -12,16 +12,14 @@ import msgpack
 import msgspec
 
 from shipproto.errors import LimitExceeded, MalformedMessage
-from shipproto.limits import DIGEST_SIZE, MAX_HEADER, MAX_HEADER_DEPTH
-from shipproto.messages import BY_TYPE, MESSAGES, Abort, Attach, DigestIs, Hello, Message, Offer
+from shipproto.limits import MAX_HEADER, MAX_HEADER_DEPTH
+from shipproto.messages import BY_TYPE, MESSAGES, Message
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
     message.TYPE: msgspec.msgpack.Decoder(message) for message in MESSAGES
 }
 _DATA_KEY: Final = b"\x81\xa5chunk"
-_OPTIONAL_16: Final = {Abort.TYPE: "transfer", Attach.TYPE: "digest", DigestIs.TYPE: "digest"}
-"""Fields of 16 bytes or of none."""
 _fields: Final = {message.TYPE: frozenset(message.__struct_fields__) for message in MESSAGES}
 
 
@@ -47,12 +45,8 @@ def decode_header(kind: int, raw: bytes | bytearray | memoryview) -> Message:
     if _encoder.encode(message) != raw:
         # Another spelling of known fields, which is refused, or fields of a later release, which are not.
         _check_unknown(kind, message, bytes(raw))
-    if isinstance(message, Hello) and message.version_min > message.version_max:
-        raise MalformedMessage("Hello: version_min exceeds version_max")
-    if isinstance(message, Offer) and not any(message.transfer):
-        raise MalformedMessage("Offer: a transfer's id is not all zeros")
-    if (field := _OPTIONAL_16.get(kind)) and len(getattr(message, field)) not in (0, DIGEST_SIZE):
-        raise MalformedMessage(f"{BY_TYPE[kind].__name__}: {field} has neither {DIGEST_SIZE} bytes nor none")
+    if flaw := message.flaw():
+        raise MalformedMessage(f"{BY_TYPE[kind].__name__}: {flaw}")
     return message
 
 

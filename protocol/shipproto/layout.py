@@ -118,6 +118,24 @@ class Layout:
         """Start and size of a chunk in the image."""
         return self._starts[number], self._sizes[number]
 
+    def span(self, chunks: range) -> tuple[int, int]:
+        """Start and end in the image of chunks that follow each other, with what lies between them."""
+        last = chunks[-1]
+        return self._starts[chunks[0]], self._starts[last] + self._sizes[last]
+
+    def gaps(self, chunks: range) -> list[tuple[int, int]]:
+        """Start and end of whatever lies between two of these chunks, which follow each other: zeros, of no tensor."""
+        pairs = ((self._starts[chunk] + self._sizes[chunk], self._starts[chunk + 1]) for chunk in chunks[:-1])
+        return [(end, start) for end, start in pairs if end < start]
+
+    def chunk_leaves(self, chunks: range) -> tuple[int, int]:
+        """First leaf and end of the leaves of chunks that follow each other."""
+        first, last = chunks[0], chunks[-1]
+        return (
+            first if first < self.large_chunks else self.packed_leaves(first)[0],
+            last + 1 if last < self.large_chunks else self.packed_leaves(last)[1],
+        )
+
     def chunk_tensors(self, number: int) -> npt.NDArray[np.int64]:
         """Rows of the tensors that a chunk carries bytes of, in the image's order."""
         if number < self.large_chunks:

@@ -51,7 +51,17 @@ MAX_RANGES: Final = 1 << 16
 """Ranges in one WANT. A receiver with a more ragged set asks for a superset: resending is harmless."""
 
 MAX_DIGESTS_BODY: Final = MAX_TENSORS * 16
-"""One 16-byte digest for each tensor."""
+"""One 16-byte digest for each tensor; in HELD, one for each of as many chunks, which are 512 GiB."""
+
+MAX_BASES: Final = 8
+"""Versions that a sender keeps to make deltas from: receivers that have missed more steps get whole chunks."""
+
+MAX_CODECS: Final = 32
+"""Codecs that a receiver names; there are eight."""
+
+MAX_RUN_BYTES: Final = 16 * 1024 * 1024
+"""Decoded bytes of one coded run. Measured on deltas of bfloat16, runs of 16 MiB take a sixtieth less than runs of
+4 MiB; and it is what has to come again, whole, where one does not decode."""
 
 MAX_DETAIL_BODY: Final = 4 * 1024 * 1024
 """What an ABORT or a STATUS may carry: some tens of thousands of mismatched tensors by name."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from shipproto.connection import Connection
 from shipproto.errors import TransferError
 
 
@@ -22,6 +23,22 @@ class ChunkHeld(NamedTuple):
     chunk: int
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class RunToDecode:
+    """A coded run has arrived intact, and its chunks are its own: nothing else writes to them.
+
+    The shell decodes ``payload`` into the image, from the start of the first chunk to the end of the last
+    (``Layout.span``), on any thread, and then calls ``decoded`` or ``undecodable``, whatever has become of the transfer
+    and its connections meanwhile. Until then the image is not to be given back.
+    """
+
+    chunks: range
+    codec: int
+    payload: memoryview
+    connection: Connection
+    sequence: int
+
+
 @dataclass(frozen=True, slots=True)
 class ReadyToVerify:
     """Everything is held and the sender's digests are known; the shell calls ``verify``, on any thread."""
@@ -39,4 +56,4 @@ class TransferAborted:
     error: TransferError
 
 
-ReceiverEvent = StructureArrived | ChunkHeld | ReadyToVerify | CommitRequested | TransferAborted
+ReceiverEvent = StructureArrived | ChunkHeld | RunToDecode | ReadyToVerify | CommitRequested | TransferAborted

@@ -12,21 +12,26 @@ The shell decides (is there such a model, a free slot, are the processes ready) 
 machine keeps the books and talks to the sender. A connection may come and go in every state: ``connected``
 answers a repeated OFFER from where the transfer stands, also when it is over.
 
-Further connections, the lanes, may bring chunks as well, each on a thread of its own: a chunk belongs to whichever
-connection claims it first, and that is the one thing here that may happen on any thread.
+Which connections bring the chunks, and where they land, is in ``reception``.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from shipproto.claims import Claims
-from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Event, MessageArrived
-from shipproto.digests import LeafDigests, version_digest
+from shipproto.aborts import read_abort, send_abort
+from shipproto.agreement import Ability
+from shipproto.connection import (
+    ChunkArrived,
+    ChunkDamaged,
+    Connection,
+    Event,
+    MessageArrived,
+    RunArrived,
+    RunDamaged,
+)
+from shipproto.digests import LeafDigests
 from shipproto.errors import (
     AbortCode,
     LocalError,
@@ -36,35 +41,35 @@ from shipproto.errors import (
     UnexpectedMessage,
 )
 from shipproto.frame import Buffer
+from shipproto.intake import Intake
 from shipproto.layout import Layout
-from shipproto.limits import DIGEST_SIZE, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
     Abort,
     Commit,
     Committed,
     Finish,
     Join,
-    Joined,
     Message,
     Offer,
     Progress,
     Staged,
     StructureIs,
     StructureWanted,
-    Want,
 )
 from shipproto.outcomes import (
     ChunkHeld,
     CommitRequested,
     ReadyToVerify,
     ReceiverEvent,
+    RunToDecode,
     StructureArrived,
     TransferAborted,
 )
 from shipproto.rangeset import RangeSet
-from shipproto.sender import read_abort, send_abort
+from shipproto.reception import Reception
 from shipproto.states import RECEIVER_ENDED, ReceiverState
 from shipproto.structure import Structure
+from shipproto.verification import Verification, check_size
 
 _PROGRESS_CHUNKS: Final = 32
 """A PROGRESS every 16 MiB: often enough for a progress bar at 1 Gbit/s, nothing beside the data itself."""
@@ -98,22 +103,13 @@ class Receiver:
         self.outcome: Committed | None = None
         self.label = offer.label
         self.digest = b""
-        self.layout: Layout | None = None
-        self.held = RangeSet()
         self.chunks_damaged = 0
         self.payload_bytes = 0
-        """Bytes of chunks that arrived intact, those that had to come again included."""
-        self._digests: LeafDigests | None = None
-        self._image: memoryview | None = None
-        self._connection: Connection | None = None
-        # Replaced and never changed: threads that receive look at it.
-        self._lanes: dict[int, Connection] = {}
-        self._lane_limit = 1
-        self._claims = Claims()
-        self._finish: Finish | None = None
-        self._sent_digests: npt.NDArray[np.uint8] | None = None
+        """Bytes of chunks and coded runs that arrived intact, those that had to come again included."""
+        self.runs_undecodable = 0
+        self._reception = Reception(offer)
+        self._verification = Verification()
         self._staged: Staged | None = None
-        self._rounds = 0
         self._stage = "receiving"
 
     @property
@@ -129,38 +125,57 @@ class Receiver:
     @property
     def complete(self) -> bool:
         """Whether every chunk is held."""
-        return self.layout is not None and len(self.held) == self.layout.chunks
+        intake = self._reception.intake
+        return intake is not None and intake.complete
+
+    @property
+    def layout(self) -> Layout | None:
+        """The one that rules; None before it was decided."""
+        intake = self._reception.intake
+        return intake.layout if intake is not None else None
+
+    @property
+    def held(self) -> RangeSet:
+        """The chunks that are in their place."""
+        intake = self._reception.intake
+        return intake.held if intake is not None else RangeSet()
+
+    @property
+    def decoding(self) -> int:
+        """How many runs are being decoded. While there are any the image must not be given back."""
+        intake = self._reception.intake
+        return intake.decoding if intake is not None else 0
 
     @property
     def finishing(self) -> bool:
         """Whether the sender has said that everything wanted was sent."""
-        return self._finish is not None
+        return self._verification.finish is not None
 
     @property
     def attended(self) -> bool:
         """Whether the sender is connected."""
-        return self._connection is not None
+        return self._reception.connection is not None
+
+    @property
+    def lanes(self) -> int:
+        """How many further connections bring chunks."""
+        return len(self._reception.lanes)
 
     @property
     def digests(self) -> LeafDigests:
         """The leaf digests of what has arrived."""
-        if self._digests is None:
-            raise LocalError("the transfer was not accepted")
-        return self._digests
+        return self._reception.books.digests
 
     # --- connections ---------------------------------------------------------------------------------------
 
     def connected(self, connection: Connection, offer: Offer) -> None:
         """The sender (again) offers this transfer on this connection. Answers if it can; raises as ``check_offer``."""
         self.check_offer(offer)
-        # What earlier ones still bring is not waited for, and lands nowhere.
-        self._let_go(lanes=True)
-        self._connection = connection
+        self._reception.connected(connection, offer)
         if self.state is ReceiverState.RECEIVING:
             # The sender starts over: it will say again that it is done.
-            self._finish = self._sent_digests = None
-            self._listen(connection)
-            self._want(self.held.missing(self._require_layout().chunks))
+            self._verification.forget()
+            self._reception.ask()
         elif self.state is ReceiverState.STRUCTURE:
             connection.send(StructureWanted(transfer=self.transfer))
         elif self.state is ReceiverState.STAGED and self._staged is not None:
@@ -180,50 +195,43 @@ class Receiver:
 
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone, and with it the chunk that was arriving on it."""
-        if self._connection is connection:
-            self._let_go(lanes=True)
-            self._connection = None
+        self._reception.disconnected(connection)
 
     def joined(self, connection: Connection, join: Join) -> None:
         """The sender brings chunks on this connection as well. Raises TransferError where that is not wanted."""
-        if self.state is not ReceiverState.RECEIVING or self._image is None or self._connection is None:
+        reception = self._reception
+        taking = reception.intake is not None and reception.intake.image is not None
+        if self.state is not ReceiverState.RECEIVING or not taking or not self.attended:
             raise TransferError(AbortCode.PROTOCOL, f"no lane can join a transfer that is {self.state.name.lower()}")
-        if join.lane >= self._lane_limit or join.lane in self._lanes:
-            raise TransferError(
-                AbortCode.PROTOCOL, f"lane {join.lane} of {self._lane_limit} cannot join, or has joined"
-            )
-        self._lanes = {**self._lanes, join.lane: connection}
-        connection.landing = partial(self._land, connection)
-        connection.send(Joined(lane=join.lane, transfer=self.transfer))
+        reception.join(connection, join)
 
     def parted(self, connection: Connection) -> None:
         """A lane is gone, and with it the chunk that was arriving on it. Nothing may write to the image for it."""
-        self._lanes = {lane: other for lane, other in self._lanes.items() if other is not connection}
-        connection.withdraw()
-        self._give_up_claims(connection)
+        self._reception.part(connection)
 
     def take_on_thread(self, connection: Connection, event: Event) -> None:
         """What has to be done of a lane's event on its thread, before its NACK leaves and ``receive`` is told."""
-        if isinstance(event, ChunkArrived):
-            self.digests.record(event.chunk, event.content)
-        elif isinstance(event, ChunkDamaged) and event.chunk is not None:
-            # It may come again at once, on any connection.
-            self._claims.damaged(event.chunk, connection)
+        self._reception.take_on_thread(connection, event)
 
     def receive(self, connection: Connection, event: Event) -> list[ReceiverEvent]:
         """Take an event of one of the transfer's connections; of the lanes and the latest other one.
 
         Raises UnexpectedMessage or MalformedMessage: that connection is broken, the transfer may go on.
         """
-        lane = connection in self._lanes.values()
-        if connection is not self._connection and not lane:
+        reception = self._reception
+        if not reception.brings(connection):
             return []
-        if isinstance(event, ChunkArrived):
-            return self._arrived(connection, event)
-        if isinstance(event, ChunkDamaged):
+        if isinstance(event, ChunkArrived | RunArrived):
+            taken = reception.take(connection, event)
+            size = len(event.content) if isinstance(event, ChunkArrived) else len(event.payload)
+            if isinstance(taken, RunToDecode):
+                return [taken]
+            return self._took(taken, size) if taken else []
+        lane = connection is not reception.connection
+        if isinstance(event, ChunkDamaged | RunDamaged):
             self.chunks_damaged += 1
-            if event.chunk is not None and not lane:
-                self._claims.damaged(event.chunk, connection)
+            if not lane:
+                reception.take_on_thread(connection, event)
         elif isinstance(event, MessageArrived) and lane:
             raise UnexpectedMessage(f"{type(event.message).__name__} on a lane")
         elif isinstance(event, MessageArrived):
@@ -242,12 +250,13 @@ class Receiver:
 
         Nothing of any other is to be kept: see ``Connection.awaited``. Raises UnexpectedMessage or MalformedMessage.
         """
-        if connection is not self._connection or self.ended or getattr(message, "transfer", b"") != self.transfer:
+        ours = connection is self._reception.connection and getattr(message, "transfer", b"") == self.transfer
+        if not ours or self.ended:
             return False
         if (self.state, type(message)) not in _TRANSITIONS:
             raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
         if isinstance(message, Finish):
-            self._check_digests(size)
+            check_size(size, self._reception.books.layout)
         return True
 
     # --- what the shell decides ----------------------------------------------------------------------------
@@ -257,8 +266,7 @@ class Receiver:
         if self.state is not ReceiverState.OFFERED:
             raise LocalError(f"want_structure in state {self.state.name}")
         self.state = ReceiverState.STRUCTURE
-        if self._connection is not None:
-            self._connection.send(StructureWanted(transfer=self.transfer))
+        self._reception.say(StructureWanted(transfer=self.transfer))
 
     def decode_structure(self, encoded: bytes) -> Structure:
         """The offered structure. Pure, and milliseconds for many tensors: may run on another thread.
@@ -273,85 +281,73 @@ class Receiver:
             raise TransferError(AbortCode.PROTOCOL, "the offered structure has other figures than the offer")
         return structure
 
-    def accept(self, layout: Layout, image: memoryview, *, lanes: int = 1) -> None:
+    def accept(self, layout: Layout, image: memoryview, *, lanes: int = 1, ability: Ability | None = None) -> None:
         """Take the version into ``image``, laid out as ``layout``, whose structure rules from now on; its chunks on at
-        most so many connections at once."""
+        most so many connections at once, and coded runs as far as the sender can make use of ``ability``."""
         if len(image) < layout.size:
             raise LocalError("the image is smaller than its layout")
-        self._image = image
-        self._lane_limit = lanes
-        self._begin(layout, LeafDigests(layout), RangeSet())
+        base = ability.digests if ability is not None else None
+        if base is not None and base.layout.structure.digest != layout.structure.digest:
+            raise LocalError("the base is laid out by another structure")
+        self._begin(Intake(layout, LeafDigests(layout), image), lanes=lanes, ability=ability)
 
     def compare(self, digests: LeafDigests) -> None:
         """Take no bytes, only the sender's digests, to compare with those of a version that is held."""
-        layout = digests.layout
-        self._begin(layout, digests, RangeSet([(0, layout.chunks)]))
+        self._begin(Intake(digests.layout, digests, None))
 
-    def _begin(self, layout: Layout, digests: LeafDigests, held: RangeSet) -> None:
+    def _begin(self, intake: Intake, *, lanes: int = 1, ability: Ability | None = None) -> None:
         if self.state is not ReceiverState.OFFERED:
             raise LocalError(f"accept in state {self.state.name}")
-        self.layout = layout
-        self._digests = digests
-        self.held = held
         self.state = ReceiverState.RECEIVING
-        connection = self._connection
-        if connection is not None:
-            self._listen(connection)
-            self._want(held.missing(layout.chunks))
+        self._reception.begin(intake, lanes=lanes, ability=ability)
+
+    def decoded(self, run: RunToDecode) -> list[ReceiverEvent]:
+        """The run is in the image, and what it consists of may have been added to ``digests``; what has not is now."""
+        return self._took(run.chunks, len(run.payload)) if self._reception.books.decoded(run) else []
+
+    def undecodable(self, run: RunToDecode) -> None:
+        """The run does not decode: its chunks are asked for again, and to come as they are.
+
+        On the connection that brought it, which the shell has to flush unless it is a lane with a thread of its own.
+        Where that is gone they are asked for once everything else has arrived.
+        """
+        if self._reception.undecodable(run):
+            self.runs_undecodable += 1
+            self._check_complete()
 
     def report(self, stage: str) -> None:
         """Tell the sender what is going on; it also shows that this side is alive."""
         self._stage = stage
-        if self._connection is not None:
-            self._connection.send(Progress(held=len(self.held), stage=stage, transfer=self.transfer))
+        self._reception.say(Progress(held=len(self.held), stage=stage, transfer=self.transfer))
 
     def verify(self) -> tuple[int, ...]:
-        """Rows of the tensors whose digests differ from the sender's. Pure: may run on another thread."""
-        if self._sent_digests is None or self._finish is None:
+        """Rows of the tensors whose digests differ from the sender's. Pure: may run on another thread.
+
+        Raises TransferError where the sender contradicts itself.
+        """
+        if not self.finishing:
             raise LocalError("nothing to verify yet")
-        own = self.digests.tensor_digests()
-        differing = np.flatnonzero((own != self._sent_digests).any(axis=1))
-        if not len(differing) and version_digest(self._require_layout(), own) != self._finish.digest:
-            raise TransferError(AbortCode.INTEGRITY, "the sender's version digest is not that of its tensors' digests")
-        return tuple(differing.tolist())
+        return self._verification.differing(self.digests)
 
     def verified(self, differing: tuple[int, ...]) -> bool:
         """Take the result of ``verify``. True: go on and stage. False: tensors were asked for again.
 
         Raises TransferError, naming the tensor, once that has happened MAX_VERIFY_ROUNDS times.
         """
-        if self.state is not ReceiverState.VERIFYING or self._finish is None:
+        finish = self._verification.finish
+        if self.state is not ReceiverState.VERIFYING or finish is None:
             raise LocalError(f"verified in state {self.state.name}")
         if not differing:
-            self.digest = self._finish.digest
-            self.label = self._finish.label
+            self.digest = finish.digest
+            self.label = finish.label
             self.state = ReceiverState.STAGING
             self._stage = "staging"
             return True
-        layout = self._require_layout()
-        names = [layout.structure.names[row] for row in differing]
-        self._rounds += 1
-        if self._rounds >= MAX_VERIFY_ROUNDS or self._image is None:
-            raise TransferError(
-                AbortCode.INTEGRITY,
-                f"the digests of {len(names)} tensors differ from the sender's, the first is {names[0]!r}",
-                tensor=names[0],
-                details=tuple(names),
-            )
-        again = RangeSet()
-        for row in differing:
-            again.add(*layout.tensor_chunks(row))
-        for chunk in again:
-            self.digests.forget(chunk)
-            self._claims.forget(chunk)
-        for start, stop in again.ranges():
-            self.held.discard(start, stop)
-        self._finish = self._sent_digests = None
+        intake = self._reception.books
+        names = [intake.layout.structure.names[row] for row in differing]
+        self._verification.failed(names, repairable=intake.image is not None)
         self.state = ReceiverState.RECEIVING
-        if self._connection is not None and self._connection.landing is None:
-            # It was opened meanwhile, when there was nothing to receive.
-            self._listen(self._connection)
-        self._want(again)
+        self._reception.ask_again(intake.take_back(differing))
         return False
 
     def staged(self, processes: int, stage_seconds: float) -> None:
@@ -361,8 +357,7 @@ class Receiver:
         self.state = ReceiverState.STAGED
         self._stage = "staged"
         self._staged = Staged(processes=processes, stage_seconds=stage_seconds, transfer=self.transfer)
-        if self._connection is not None:
-            self._connection.send(self._staged)
+        self._reception.say(self._staged)
 
     def committed(self, outcome: Committed) -> None:
         """The version is the current one."""
@@ -370,9 +365,8 @@ class Receiver:
             raise LocalError(f"committed in state {self.state.name}")
         self.state = ReceiverState.COMMITTED
         self.outcome = outcome
-        self._close()
-        if self._connection is not None:
-            self._connection.send(outcome)
+        self._reception.close()
+        self._reception.say(outcome)
 
     def abort(self, error: TransferError) -> None:
         """End the transfer from this side."""
@@ -380,16 +374,16 @@ class Receiver:
             return
         self.state = ReceiverState.ABORTED
         self.error = error
-        self._close()
-        if self._connection is not None:
-            send_abort(self._connection, self.transfer, error)
+        self._reception.close()
+        if self._reception.connection is not None:
+            send_abort(self._reception.connection, self.transfer, error)
 
     def forget(self) -> None:
         """Keep how it ended, which is all that a sender that comes back is told: the books of it may be megabytes."""
-        if not self.ended:
-            raise LocalError(f"forget in state {self.state.name}")
-        self.layout = self._digests = self._finish = self._sent_digests = None
-        self.held = RangeSet()
+        if not self.ended or self.decoding:
+            raise LocalError(f"forget in state {self.state.name}, {self.decoding} runs being decoded")
+        self._reception.intake = None
+        self._verification = Verification()
         if (error := self.error) is not None:
             # Another one: this one's traceback holds on to everything that was at hand where it was raised.
             self.error = TransferError(
@@ -405,17 +399,10 @@ class Receiver:
         return [StructureArrived(encoded)]
 
     def _on_finish(self, finish: Finish, body: Buffer) -> list[ReceiverEvent]:
-        self._check_digests(len(body))
         if finish.label != self.offer.label and self.offer.label:
             raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
-        self._finish = finish
-        self._sent_digests = np.frombuffer(bytes(body), dtype=np.uint8).reshape(-1, DIGEST_SIZE)
+        self._verification.note(finish, body, self._reception.books.layout)
         return self._check_complete()
-
-    def _check_digests(self, size: int) -> None:
-        expected = len(self._require_layout().structure) * DIGEST_SIZE
-        if size != expected:
-            raise MalformedMessage(f"FINISH brings {size} bytes of digests where {expected} are due")
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"
@@ -426,74 +413,24 @@ class Receiver:
 
     def _on_abort(self, abort: Abort, body: Buffer) -> list[ReceiverEvent]:
         self.error = read_abort(abort, body)
-        self._close()
+        self._reception.close()
         return [TransferAborted(self.error)]
 
-    def _land(self, connection: Connection, chunk: int, size: int) -> memoryview | None:
-        """The memory for a chunk, or None where it is held or already arriving: it is never overwritten."""
-        if self.ended:
-            return None
-        layout = self._require_layout()
-        if chunk >= layout.chunks:
-            raise MalformedMessage(f"chunk {chunk} of {layout.chunks}")
-        start, expected = layout.chunk(chunk)
-        if size != expected:
-            raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
-        image = self._image
-        if self.state is not ReceiverState.RECEIVING or image is None:
-            return None
-        if connection is not self._connection and connection not in self._lanes.values():
-            return None
-        return image[start : start + size] if self._claims.claim(chunk, connection) else None
-
-    def _arrived(self, connection: Connection, event: ChunkArrived) -> list[ReceiverEvent]:
-        if not self._claims.hold(event.chunk, connection):
-            return []
-        if not self.digests.knows(event.chunk):
-            self.digests.record(event.chunk, event.content)
-        self.held.add(event.chunk)
-        self.payload_bytes += len(event.content)
-        if self.complete or len(self.held) % _PROGRESS_CHUNKS == 0:
+    def _took(self, chunks: range, size: int) -> list[ReceiverEvent]:
+        """These chunks are held since just now; so many bytes brought them."""
+        self.payload_bytes += size
+        if self.complete or len(self.held) % _PROGRESS_CHUNKS < len(chunks):
             self.report("receiving")
-        return [ChunkHeld(event.chunk), *self._check_complete()]
+        return [*map(ChunkHeld, chunks), *self._check_complete()]
 
     def _check_complete(self) -> list[ReceiverEvent]:
-        if self._finish is None or not self.complete:
+        if not self.finishing:
             return []
-        self.state = ReceiverState.VERIFYING
-        self._stage = "verifying"
-        return [ReadyToVerify()]
-
-    def _want(self, missing: RangeSet) -> None:
-        if self._connection is not None:
-            digest = self._require_layout().structure.digest
-            want = Want(lanes=self._lane_limit, structure=digest, transfer=self.transfer)
-            self._connection.send(want, missing.encode())
-
-    def _listen(self, connection: Connection) -> None:
-        connection.landing = partial(self._land, connection)
-        structure = self._require_layout().structure
-        if structure.digest != self.offer.structure:
-            connection.send(StructureIs(transfer=self.transfer), structure.encoded)
-
-    def _let_go(self, *, lanes: bool) -> None:
-        """Nothing that connections still bring lands in the image; of lanes, once their threads have ended."""
-        for connection in (self._connection, *(self._lanes.values() if lanes else ())):
-            if connection is not None:
-                self.parted(connection)
-
-    def _give_up_claims(self, connection: Connection) -> None:
-        for chunk in self._claims.give_up(connection):
-            # It may have been digested already, and will come again.
-            self.digests.forget(chunk)
-
-    def _close(self) -> None:
-        """Let go of the image: its memory may be reused."""
-        self._let_go(lanes=False)
-        self._image = None
-        self._claims = Claims()
-
-    def _require_layout(self) -> Layout:
-        if self.layout is None:
-            raise LocalError("the transfer was not accepted")
-        return self.layout
+        if self.complete:
+            self.state = ReceiverState.VERIFYING
+            self._stage = "verifying"
+            return [ReadyToVerify()]
+        if self._reception.ask_for_lost():
+            # The sender has nothing more to send until it has heard that, and will then say again that it is done.
+            self._verification.forget()
+        return []

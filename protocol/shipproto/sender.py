@@ -14,26 +14,27 @@ the chunk and hands it to ``send_chunk``.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from shipproto.aborts import read_abort, send_abort
+from shipproto.agreement import Agreement
 from shipproto.connection import ChunksRefused, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
 from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
-from shipproto.limits import MAX_CHUNK_ATTEMPTS, MAX_HEADER, MAX_NAME, MAX_TEXT, MAX_VERIFY_ROUNDS
+from shipproto.limits import DIGEST_SIZE, MAX_HEADER, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
     Abort,
     Commit,
     Committed,
     Finish,
+    Held,
     Join,
     Joined,
     Message,
@@ -44,10 +45,11 @@ from shipproto.messages import (
     StructureWanted,
     Want,
 )
-from shipproto.names import harmless
+from shipproto.outgoing import Outgoing
 from shipproto.rangeset import RangeSet
+from shipproto.sources import sources
 from shipproto.states import SENDER_ENDED, SenderState
-from shipproto.structure import Structure, alike, rows_in
+from shipproto.structure import Structure, rows_in
 
 
 class SendChunk(NamedTuple):
@@ -78,12 +80,13 @@ _TRANSITIONS: Final[Mapping[tuple[SenderState, type[Message]], tuple[_Handler, S
     (SenderState.STAGED, Progress): ("_on_progress", None),
     (SenderState.COMMITTING, Progress): ("_on_progress", None),
     (SenderState.COMMITTING, Committed): ("_on_committed", SenderState.COMMITTED),
-    # The receiver's structure may be overtaken by what follows it, where a frame of it was damaged.
+    # The receiver's structure, or HELD, may be overtaken by what follows it, where a frame of it was damaged.
     **{
         (state, StructureIs): ("_on_late_structure", None)
         for state in SenderState
         if state not in SENDER_ENDED and state is not SenderState.OFFERED
     },
+    **{(state, Held): ("_on_held", None) for state in SenderState if state not in SENDER_ENDED},
     **{(state, Abort): ("_on_abort", SenderState.ABORTED) for state in SenderState if state not in SENDER_ENDED},
 }
 """What is allowed when: the handler, and the state that follows (None: the handler decides)."""
@@ -95,6 +98,9 @@ class Sender:
     structure    what is offered
     label        the version's label, or None: then ``make_label`` is given the version digest and returns one
     transfer     TRANSFER_ID_SIZE bytes that name the transfer, across connections and after its end
+    bases        digests of the versions that deltas can be made from, at most MAX_BASES; may be replaced between
+                 connections
+    incremental  the receiver is to tell what it holds where none of those is its current version
 
     Raises LocalError where what it is to say would not be a valid message.
     """
@@ -108,11 +114,15 @@ class Sender:
         label: str | None,
         make_label: Callable[[bytes], str],
         metadata: Mapping[str, str] | None = None,
+        bases: Sequence[bytes] = (),
+        incremental: bool = False,
     ) -> None:
         self.transfer = transfer
         self.model = model
         self.label = label
         self.offered = structure
+        self.bases = tuple(bases)
+        self.incremental = incremental
         self.state = SenderState.OFFERED
         self.committed: Committed | None = None
         self.staged: Staged | None = None
@@ -123,29 +133,28 @@ class Sender:
         """Chunks that the receiver holds, as it last said."""
         self.stage = ""
         self.lanes = 1
-        """Connections that the receiver takes DATA on."""
-        self.chunks_resent = Counter[int]()
-        """How often each chunk went again because it had arrived damaged."""
+        """Connections that the receiver takes chunks on."""
+        self.agreed = Agreement()
+        """What coded runs may be."""
         self._make_label = make_label
         self._metadata = dict(metadata or {})
         self._accepted = False
         self._connection: Connection | None = None
         self._early_want: tuple[Want, bytes] | None = None
-        self._pending = RangeSet()
-        # Chunks that were handed out to be read, digested and sent.
-        self._out: set[int] = set()
+        self._held_digests = b""
         self._structure_sent = False
         self._rounds = 0
         self._adopt(structure)
-        _check_own(self._offer())
+        self._latest_offer = self._offer()
+        _check_own(self._latest_offer)
 
     def _adopt(self, structure: Structure) -> None:
         """Send in this structure: the offered one, or the receiver's."""
         # First of all, so that a receiver cannot have a layout made of more than was offered.
-        self.source_rows, self.equal_rows = _sources(self.offered, structure)
+        self.source_rows, self.equal_rows = sources(self.offered, structure)
         self.layout = Layout.of(structure)
         self.digests = LeafDigests(self.layout)
-        self._unknown = iter(range(self.layout.chunks))
+        self._outgoing = Outgoing(self.layout)
 
     # --- what the shell does -------------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class Sender:
     @property
     def sending(self) -> bool:
         """Whether chunks are waiting to be handed out."""
-        return self.state in (SenderState.SENDING, SenderState.FINISHING) and bool(self._pending)
+        return self.state in (SenderState.SENDING, SenderState.FINISHING) and bool(self._outgoing.wanted)
 
     @property
     def skipped(self) -> list[str]:
@@ -166,6 +175,30 @@ class Sender:
         missing = rows_in(offered, self.layout.structure) < 0
         return [offered[row] for row in np.flatnonzero(missing).tolist()]
 
+    @property
+    def chunks_resent(self) -> Counter[int]:
+        """How often each chunk went again because it had arrived damaged, or could not be decoded."""
+        return self._outgoing.refused
+
+    @property
+    def base(self) -> bytes:
+        """The version that coded runs build on: one of ``bases``, or another, of which this side knows no more than
+        ``held_digest`` says; empty where there is none."""
+        return self.agreed.base
+
+    @property
+    def codecs(self) -> Mapping[int, int]:
+        """What the receiver decodes on this connection, and how fast, in MB/s of content; 0 where it does not know."""
+        return self.agreed.codecs
+
+    def held_digest(self, chunk: int) -> bytes | None:
+        """The digest (``LeafDigests.chunk_digest``) of this chunk of ``base``, where the receiver has told it."""
+        return self._held_digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE] or None
+
+    def raw_only(self, chunk: int) -> bool:
+        """Whether the chunk must travel as DATA. Of a run that ``next_chunks`` hands out all must, or none."""
+        return not self.agreed.codecs or chunk in self._outgoing.refused
+
     def connected(self, connection: Connection) -> None:
         """A connection to the receiver is established: offer, or offer again."""
         if self.ended:
@@ -173,14 +206,18 @@ class Sender:
         self._connection = connection
         self._early_want = None
         self._structure_sent = False
-        self._pending = RangeSet()
-        self._out.clear()
+        self._outgoing.restart()
         self.lanes = 1
+        self.agreed = Agreement()
+        self._held_digests = b""
         self.state = SenderState.OFFERED
-        connection.send(self._offer())
+        self._latest_offer = self._offer()
+        connection.send(self._latest_offer)
 
     def _offer(self) -> Offer:
         return Offer(
+            bases=self.bases,
+            incremental=self.incremental,
             label=self.label or "",
             metadata=self._metadata,
             model=self.model,
@@ -195,36 +232,36 @@ class Sender:
         """What to do now; None means wait for the receiver. Queues FINISH once everything has been sent."""
         if self.state not in (SenderState.SENDING, SenderState.FINISHING):
             return None
-        if self._pending:
+        if self._outgoing.wanted:
             return SendChunk(self.next_chunks(1)[0])
-        if self.state is SenderState.SENDING and not self._out:
+        if self.state is SenderState.SENDING and not self._outgoing.out:
             if not self.digests.complete:
-                return DigestChunk(self._next_unknown())
+                return DigestChunk(self._outgoing.next_undigested(self.digests))
             self._finish()
         return None
 
     def next_chunks(self, most: int) -> range:
-        """Chunks to send, on the transfer's own connection or a lane, that follow each other and are all of large
-        tensors or all packed. None of them: then nothing is to be sent at the moment."""
+        """Chunks to send, on the transfer's own connection or a lane, that follow each other, and are all of large
+        tensors or all packed, all ``raw_only`` or none. None of them: then nothing is to be sent at the moment."""
         if self.state not in (SenderState.SENDING, SenderState.FINISHING):
             return range(0)
-        chunks = self._pending.pop_run(most, self.layout.large_chunks)
-        self._out.update(chunks)
-        return chunks
-
-    def _next_unknown(self) -> int:
-        for chunk in self._unknown:
-            if not self.digests.knows(chunk):
-                return chunk
-        # A step was asked for before the one before it was done.
-        self._unknown = iter(range(self.layout.chunks))
-        return self._next_unknown()
+        return self._outgoing.hand_out(most)
 
     def send_chunk(self, chunk: int, content: memoryview) -> None:
         """Digest a chunk and queue its frame. Raises TransferError if a tensor's bytes have changed."""
         self.digest_chunk(chunk, content)
         self._require().send_data(chunk, content)
         self.sent(range(chunk, chunk + 1))
+
+    def send_run(self, chunks: range, codec: int, payload: Buffer) -> None:
+        """Queue a coded run of chunks that were handed out, are not ``raw_only``, and have been digested.
+
+        On a lane that is ``Connection.send_coded``, and then ``sent``.
+        """
+        if codec not in self.agreed.codecs:
+            raise LocalError(f"the receiver did not ask for codec {codec}")
+        self._require().send_coded(chunks, codec, payload)
+        self.sent(chunks)
 
     def digest_chunk(self, chunk: int, content: memoryview) -> None:
         """Digest a chunk, whether it travels or not. On any thread, each for the chunks that were handed out to it.
@@ -242,7 +279,7 @@ class Sender:
 
     def sent(self, chunks: range) -> None:
         """Chunks that were handed out have been digested, and are queued on some connection. On any thread."""
-        self._out.difference_update(chunks)
+        self._outgoing.sent(chunks)
 
     def _check_unchanged(self, changed: int | None) -> None:
         if changed is not None:
@@ -288,7 +325,7 @@ class Sender:
         if self.ended:
             return
         if isinstance(event, ChunksRefused):
-            self._refused(event.chunks)
+            self._outgoing.come_back(event.chunks)
         elif isinstance(event, MessageArrived):
             message = event.message
             if getattr(message, "transfer", b"") not in (self.transfer, b""):
@@ -309,7 +346,7 @@ class Sender:
         Raises TransferError where it does not, or the transfer is broken; UnexpectedMessage where the lane is.
         """
         if isinstance(event, ChunksRefused):
-            self._refused(event.chunks)
+            self._outgoing.come_back(event.chunks)
         elif isinstance(event, MessageArrived):
             if isinstance(event.message, Joined) and event.message.transfer == self.transfer:
                 return True
@@ -336,8 +373,21 @@ class Sender:
         if self._early_want is not None:
             self._on_want(*self._early_want)
 
+    def _on_held(self, _held: Held, body: Buffer) -> None:
+        if not self.incremental:
+            raise UnexpectedMessage("HELD that was not offered to be heard")
+        self._held_digests = bytes(body)
+        if self.state is not SenderState.OFFERED:
+            # Before WANT the layout is not known for certain.
+            self._check_held()
+
+    def _check_held(self) -> None:
+        if len(self._held_digests) not in (0, self.layout.chunks * DIGEST_SIZE):
+            raise MalformedMessage(f"HELD of {len(self._held_digests)} bytes for {self.layout.chunks} chunks")
+
     def _on_want(self, want: Want, body: Buffer) -> None:
-        if self.state is SenderState.FINISHING:
+        again = self.state is SenderState.FINISHING
+        if again:
             self._rounds += 1
             if want.structure != self.layout.structure.digest:
                 raise MalformedMessage("WANT names another structure than before")
@@ -350,11 +400,16 @@ class Sender:
                 # The structure that rules is still under way: a piece of it was damaged and comes again.
                 self._early_want = (want, bytes(body))
                 return
+        # What is asked for again travels as it is, whatever WANT says.
+        agreed = Agreement() if again else Agreement.on(want, self._latest_offer)
+        wanted = RangeSet.decode(body, self.layout.chunks)
+        self._check_held()
         self._early_want = None
         self._accepted = True
         self.lanes = want.lanes
-        self._pending = RangeSet.decode(body, self.layout.chunks)
-        self.held = self.layout.chunks - len(self._pending)
+        self.agreed = agreed
+        self._outgoing.wanted = wanted
+        self.held = self.layout.chunks - len(wanted)
         self.state = SenderState.SENDING
 
     def _on_progress(self, progress: Progress, _body: Buffer) -> None:
@@ -375,18 +430,6 @@ class Sender:
     def _on_abort(self, abort: Abort, body: Buffer) -> None:
         self.error = read_abort(abort, body)
 
-    def _refused(self, chunks: tuple[int, ...]) -> None:
-        for chunk in chunks:
-            self.chunks_resent[chunk] += 1
-            self._pending.add(chunk)
-            if self.chunks_resent[chunk] >= MAX_CHUNK_ATTEMPTS:
-                names = self.layout.chunk_names(chunk)
-                raise TransferError(
-                    AbortCode.INTEGRITY,
-                    f"chunk {chunk} ({_listing(names)}) arrived damaged {MAX_CHUNK_ATTEMPTS} times",
-                    tensor=names[0],
-                )
-
     def _finish(self) -> None:
         tensor_digests = self.digests.tensor_digests()
         digest = version_digest(self.layout, tensor_digests)
@@ -404,35 +447,6 @@ class Sender:
         return self._connection
 
 
-def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int64], list[tuple[int, int]]]:
-    """For each wanted row the offered row that has its bytes, and pairs of offered rows that must be equal.
-
-    The wanted structure may lack offered tensors (non-persistent buffers) and may tie what was offered
-    apart; it can contain nothing that was not offered. Raises MalformedMessage otherwise.
-    """
-    if wanted is offered:
-        return np.arange(len(offered), dtype=np.int64), []
-    rows = rows_in(wanted.names, offered)
-    there = np.flatnonzero(rows >= 0)
-    same = alike(wanted, there, offered, rows[there])
-    if not bool(same.all()):
-        name = wanted.names[int(there[np.argmin(same)])]
-        raise MalformedMessage(f"the receiver wants tensor {name!r} with another dtype or shape than was offered")
-    # Of each group of the wanted structure: the bytes that the first offered tensor of the group has.
-    groups, sources = wanted.primary[there], offered.primary[rows[there]]
-    firsts, first = np.unique(groups, return_index=True)
-    chosen = np.full(len(wanted), -1, dtype=np.int64)
-    chosen[firsts] = sources[first]
-    differs = np.flatnonzero(chosen[groups] != sources)
-    equal = list(zip(chosen[groups[differs]].tolist(), sources[differs].tolist(), strict=True))
-    absent = np.flatnonzero(rows < 0)
-    rows[absent] = chosen[wanted.primary[absent]]
-    if not bool((rows >= 0).all()):
-        name = wanted.names[int(np.argmin(rows))]
-        raise MalformedMessage(f"the receiver wants tensor {name!r}, which was not offered")
-    return rows, equal
-
-
 def _check_own(message: Message) -> None:
     try:
         header = encode_header(message)
@@ -441,42 +455,3 @@ def _check_own(message: Message) -> None:
         raise LocalError(f"not a valid message: {error}") from error
     if len(header) > MAX_HEADER:
         raise LocalError(f"{type(message).__name__} needs {len(header)} bytes; at most {MAX_HEADER} fit")
-
-
-def send_abort(connection: Connection, transfer: bytes, error: TransferError) -> None:
-    """Queue the ABORT that says what ``error`` says. A list of details that is too long loses its end."""
-    details = [harmless(detail) for detail in error.details]
-    body = msgspec.msgpack.encode(details) if details else b""
-    while len(body) > Abort.MAX_BODY:
-        details = [*details[: (len(details) - 1) // 2], "and more"]
-        body = msgspec.msgpack.encode(details)
-    abort = Abort(
-        code=error.code,
-        message=harmless(str(error), MAX_TEXT),
-        tensor=harmless(error.tensor, MAX_NAME),
-        transfer=transfer,
-    )
-    connection.send(abort, body)
-
-
-def read_abort(abort: Abort, body: Buffer) -> TransferError:
-    """The error that a peer's ABORT stands for. An unknown code, from a later release, reads as internal."""
-    try:
-        code = AbortCode(abort.code)
-    except ValueError:
-        code = AbortCode.INTERNAL
-    try:
-        details = msgspec.msgpack.decode(body, type=list[str]) if len(body) else []
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedMessage(f"Abort: {error}") from error
-    return TransferError(
-        code,
-        harmless(abort.message),
-        tensor=harmless(abort.tensor),
-        details=tuple(harmless(detail) for detail in details),
-    )
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -311,7 +311,7 @@ def _incoming(daemon):
 
 
 def _taken(daemon):
-    return len(_incoming(daemon).receiver._lanes)
+    return _incoming(daemon).receiver.lanes
 
 
 def _held(daemon):

@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from shipproto.aborts import read_abort
 from shipproto.connection import Connection, Established
 from shipproto.errors import ProtocolError, TransferError
-from shipproto.frame import PRELUDE_SIZE, decode_prelude, encode_frame
+from shipproto.frame import decode_prelude
 from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
 from shipproto.limits import MAX_HEADER, MAX_PAYLOAD, MAX_STRUCTURE_BODY
-from shipproto.messages import BY_TYPE, Abort
+from shipproto.messages import BY_TYPE, Abort, Coded, Data
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
-from shipproto.sender import Sender, read_abort
+from shipproto.sender import Sender
 from shipproto.status import decode_status, decode_verification
 from shipproto.structure import Structure
+from tests.fuzz import coded
+from tests.fuzz.records import framed, records
 from tests.support import naive
 from tests.support.golden.book import Golden
 from tests.support.link import Receiving, Sending, nonce, output_of
@@ -74,12 +77,16 @@ def connection(data: bytes) -> None:
         return
     mode, data = data[0], data[1:]
     chunks = {number: bytearray(100) for number in range(3)}
+
+    def landing(message: Data | Coded, size: int) -> memoryview | None:
+        return memoryview(chunks[message.chunk])[:size] if message.chunk in chunks and size <= 100 else None
+
     side = Connection(
         initiator=bool(mode & 1),
         nonce=nonce(1),
         agent="here",
         token=_TOKEN if mode & 2 else None,
-        landing=lambda chunk, size: memoryview(chunks[chunk])[:size] if chunk in chunks and size <= 100 else None,
+        landing=landing,
     )
     step = (mode >> 2) or len(data) + 1
     try:
@@ -165,35 +172,6 @@ def bodies(data: bytes) -> None:
 
 
 # --- conversations -----------------------------------------------------------------------------------------------
-
-_RECORD: Final = struct.Struct(">BBHHB")
-"""A frame as the fuzzer sees it: type, flags, lengths of header and payload, and what is wrong with it. The sequence
-number and the checks are put right, so that mutations get past them."""
-
-
-def records(stream: bytes) -> bytes:
-    """A stream of frames as records."""
-    return b"".join(
-        _RECORD.pack(frame.kind, frame.flags, len(frame.header), len(frame.payload), 0) + frame.header + frame.payload
-        for frame in naive.frames(stream)
-    )
-
-
-def framed(data: bytes) -> Iterator[bytes]:
-    """The frames that records stand for. Bits of the last byte: damage the header, or the payload, or skip a number."""
-    sequence = at = 0
-    while at + _RECORD.size <= len(data):
-        kind, flags, head, body, wrong = _RECORD.unpack_from(data, at)
-        at += _RECORD.size
-        raw_header, payload = data[at : at + head][:MAX_HEADER], data[at + head : at + head + body]
-        at += head + body
-        frame = bytearray(encode_frame(kind, flags, sequence, raw_header, payload) + payload)
-        if wrong & 1 and raw_header:
-            frame[PRELUDE_SIZE] ^= 0x40
-        if wrong & 2 and payload:
-            frame[-1] ^= 0x40
-        sequence += 2 if wrong & 4 else 1
-        yield bytes(frame)
 
 
 def frames(data: bytes) -> None:
@@ -321,4 +299,6 @@ TARGETS: Final = {
     "frames": Target(frames, lambda: [records(data) for data in _inputs("connection") if _cut(data)]),
     "receiver": Target(receiver, _receiver_seeds),
     "sender": Target(sender, lambda: _conversations("sender")),
+    "coded-receiver": Target(coded.receiver, coded.receiver_seeds),
+    "coded-sender": Target(coded.sender, coded.sender_seeds),
 }

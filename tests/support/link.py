@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
-from shipproto.connection import Connection, Established, Event
+from shipproto.connection import Connection, Established, Event, Landing
 from shipproto.errors import ProtocolError
 from shipproto.sender import Sender
 from shipproto.states import SenderState
@@ -89,9 +89,7 @@ def nonce(seed: int) -> bytes:
     return bytes((seed + at) & 0xFF for at in range(32))
 
 
-def handshaken(
-    *, token: bytes | None = None, landing: Callable[[int, int], memoryview | None] | None = None
-) -> tuple[Connection, Connection]:
+def handshaken(*, token: bytes | None = None, landing: Landing | None = None) -> tuple[Connection, Connection]:
     """An initiator and an acceptor, established, with nothing queued. ``landing`` is the acceptor's."""
     initiator = Connection(initiator=True, nonce=nonce(1), agent="left", token=token)
     acceptor = Connection(initiator=False, nonce=nonce(101), agent="right", token=token, landing=landing)

@@ -13,6 +13,7 @@ from tests.support.golden.bad_contents import reject_other_bodies, reject_struct
 from tests.support.golden.bad_frames import reject_bodies, reject_frames, reject_handshakes
 from tests.support.golden.bad_headers import reject_headers
 from tests.support.golden.book import Book
+from tests.support.golden.coded import accept_coded, reject_coded
 from tests.support.golden.connections import accept_connections
 from tests.support.golden.contents import accept_bodies, accept_structures
 from tests.support.golden.messages import accept_messages
@@ -25,6 +26,7 @@ CHAPTERS: Final = (
     accept_structures,
     accept_bodies,
     accept_conversations,
+    accept_coded,
     reject_frames,
     reject_bodies,
     reject_handshakes,
@@ -32,6 +34,7 @@ CHAPTERS: Final = (
     reject_structures,
     reject_other_bodies,
     reject_conversations,
+    reject_coded,
 )
 
 

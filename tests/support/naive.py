@@ -29,7 +29,7 @@ ITEMSIZE = {
 TYPES = {
     "Hello": 1, "Auth": 2, "Body": 3, "Nack": 4, "Ping": 5,
     "Offer": 16, "StructureWanted": 17, "StructureIs": 18, "Want": 19, "Data": 20, "Progress": 21, "Finish": 22,
-    "Staged": 23, "Commit": 24, "Committed": 25, "Abort": 26, "Join": 27, "Joined": 28,
+    "Staged": 23, "Commit": 24, "Committed": 25, "Abort": 26, "Join": 27, "Joined": 28, "Coded": 29, "Held": 30,
     "StatusRequest": 32, "StatusIs": 33, "VerifyRequest": 34, "VerifyIs": 35,
     "Attach": 48, "Attached": 49, "Images": 50, "Fill": 51, "Filled": 52, "Arriving": 53, "Stage": 54,
     "StageReady": 55, "Swap": 56, "Swapped": 57, "Unstage": 58, "Release": 59, "Evicted": 60, "DigestRequest": 61,
@@ -292,6 +292,20 @@ def version_digest(tensors: Iterable[Tensor], contents: Mapping[str, bytes], lea
     said += [size.to_bytes(8, "little") for tensor in rows for size in tensor.shape]
     said += [tensor_digest(contents[tensor.name], leaf) for tensor in rows]
     return digest(b"".join(said))
+
+
+def chunk_digests(tensors: Sequence[Tensor], contents: Mapping[str, bytes], leaf: int = LEAF) -> list[bytes]:
+    """Of a slice of a large tensor its digest; of a packed chunk that of its tensors' digests."""
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+    drawn = picture(tensors, leaf)
+    said = []
+    for start, size, names in drawn.chunks:
+        if sizes[names[0]] >= leaf:
+            at = start - drawn.offsets[names[0]]
+            said.append(digest(contents[names[0]][at : at + size]))
+        else:
+            said.append(digest(b"".join(digest(contents[name]) for name in names)))
+    return said
 
 
 # --- range sets --------------------------------------------------------------------------------------------------

@@ -8,17 +8,20 @@ Installed     a version that it has committed
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
+from shipproto.agreement import Ability
 from shipproto.connection import Connection, Event, MessageArrived
-from shipproto.digests import LeafDigests
+from shipproto.digests import LeafDigests, digest_image
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
-from shipproto.messages import Committed, Offer
-from shipproto.outcomes import CommitRequested, ReadyToVerify, ReceiverEvent, StructureArrived
+from shipproto.messages import SAME, Committed, Offer
+from shipproto.outcomes import CommitRequested, ReadyToVerify, ReceiverEvent, RunToDecode, StructureArrived
 from shipproto.receiver import Receiver
 from shipproto.sender import DigestChunk, SendChunk, Sender
 from shipproto.states import ReceiverState, SenderState
 from shipproto.structure import Structure
+from tests.support.coding import DIFF, PLAIN, Undecodable, ability, decode_into, encode
 from tests.support.models import make_image, read_image
 
 
@@ -33,10 +36,22 @@ class Sending:
         transfer: bytes = b"T" * 16,
         model: str = "m",
         label: str | None = "v1",
+        bases: Mapping[bytes, Mapping[str, bytes]] | None = None,
+        incremental: bool = False,
+        longest: int = 3,
     ) -> None:
         self.data = data
+        self.longest = longest
+        self.bases = bases or {}
+        self.runs_coded = 0
         self.sender = Sender(
-            transfer=transfer, model=model, structure=structure, label=label, make_label=lambda digest: digest.hex()[:8]
+            transfer=transfer,
+            model=model,
+            structure=structure,
+            label=label,
+            make_label=lambda digest: digest.hex()[:8],
+            bases=tuple(self.bases),
+            incremental=incremental,
         )
         self._image: tuple[Layout, bytearray] | None = None
 
@@ -48,10 +63,15 @@ class Sending:
             for left, right in self.sender.equal_rows:
                 if self.data[offered[left]] != self.data[offered[right]]:
                     raise TransferError(AbortCode.MISMATCH, f"{offered[left]!r} and {offered[right]!r} differ")
-            rows = self.sender.source_rows.tolist()
-            data = {name: self.data[offered[row]] for name, row in zip(layout.structure.names, rows, strict=True)}
-            self._image = layout, make_image(layout, data)
+            self._image = layout, self._image_of(self.data)
         return memoryview(self._image[1])
+
+    def _image_of(self, data: Mapping[str, bytes]) -> bytearray:
+        layout, offered = self.sender.layout, self.sender.offered.names
+        rows = self.sender.source_rows.tolist()
+        return make_image(
+            layout, {name: data[offered[row]] for name, row in zip(layout.structure.names, rows, strict=True)}
+        )
 
     def on_event(self, event: Event) -> None:
         """Hand an event to the machine."""
@@ -64,6 +84,9 @@ class Sending:
             self.sender.commit()
             return True
         step = None
+        if self.sender.sending and self.sender.codecs:
+            self._guard(self._send_chunks)
+            return True
 
         def do() -> None:
             nonlocal step
@@ -79,6 +102,44 @@ class Sending:
 
         self._guard(do)
         return step is not None or self.sender.state is not before
+
+    def _send_chunks(self) -> None:
+        """Chunks that follow each other, as coded as can be."""
+        for same, group in groupby(self.sender.next_chunks(self.longest), key=self._digest):
+            numbers = list(group)
+            self._send_run(range(numbers[0], numbers[-1] + 1), same=same)
+
+    def _digest(self, chunk: int) -> bool:
+        """Whether the receiver's base has the same chunk, as far as that is known."""
+        sender = self.sender
+        start, size = sender.layout.chunk(chunk)
+        sender.digest_chunk(chunk, self.image()[start : start + size])
+        if sender.raw_only(chunk) or not sender.base:
+            return False
+        if sender.base in self.bases:
+            return bytes(self._base()[start : start + size]) == bytes(self.image()[start : start + size])
+        return sender.digests.chunk_digest(chunk) == sender.held_digest(chunk)
+
+    def _base(self) -> memoryview:
+        return memoryview(self._image_of(self.bases[self.sender.base]))
+
+    def _send_run(self, chunks: range, *, same: bool) -> None:
+        sender = self.sender
+        start, end = sender.layout.span(chunks)
+        content = bytes(self.image()[start:end])
+        if same and SAME in sender.codecs:
+            codec, payload = SAME, b""
+        elif DIFF in sender.codecs and sender.base in self.bases and not sender.raw_only(chunks.start):
+            codec, payload = DIFF, encode(DIFF, content, bytes(self._base()[start:end]))
+        elif PLAIN in sender.codecs and not sender.raw_only(chunks.start):
+            codec, payload = PLAIN, content
+        else:
+            for chunk in chunks:
+                at, size = sender.layout.chunk(chunk)
+                sender.send_chunk(chunk, self.image()[at : at + size])
+            return
+        self.runs_coded += 1
+        sender.send_run(chunks, codec, payload)
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:
@@ -115,6 +176,12 @@ class Receiving:
     commits: int = 0
     tamper: Callable[[Receiver, memoryview], None] | None = None
     """Called with the image just before it is verified: memory that went bad."""
+    codecs: Mapping[int, int] = field(default_factory=dict)
+    """What it decodes, as tests.support.coding does, or says that it does."""
+    spoil: Callable[[RunToDecode], bool] | None = None
+    """Whether this run does not decode."""
+    images: dict[bytes, tuple[Layout, memoryview]] = field(default_factory=dict)
+    """By transfer, also after its end: a run may still be being decoded into it."""
 
     def on_event(self, connection: Connection, event: Event) -> None:
         """Take an event of a connection. Raises ProtocolError."""
@@ -157,10 +224,39 @@ class Receiving:
         if current is not None and current.label == receiver.offer.label:
             receiver.compare(current.digests)
         else:
-            receiver.accept(layout, memoryview(bytearray(layout.size)))
+            image = memoryview(bytearray(layout.size))
+            self.images[receiver.transfer] = layout, image
+            receiver.accept(layout, image, ability=self._ability(layout))
+
+    def _ability(self, layout: Layout) -> Ability | None:
+        """The current version is a base where it is laid out alike."""
+        current = self.current
+        if not self.codecs:
+            return None
+        if current is None or current.layout.structure.digest != layout.structure.digest:
+            return ability(codecs=self.codecs)
+        return ability(current.digest, current.digests, self.codecs)
+
+    def _decode(self, receiver: Receiver, run: RunToDecode) -> None:
+        """Whatever has become of the transfer; its image is there until all of its runs are decoded."""
+        current = self.current
+        layout, image = self.images[receiver.transfer]
+        try:
+            if self.spoil is not None and self.spoil(run):
+                start, end = layout.span(run.chunks)
+                image[start:end] = bytes([0x5A]) * (end - start)
+                raise Undecodable("spoilt")
+            decode_into(run, layout, image, memoryview(current.image) if current is not None else None)
+        except Undecodable:
+            receiver.undecodable(run)
+        else:
+            for outcome in receiver.decoded(run):
+                self._on_outcome(receiver, outcome)
 
     def _on_outcome(self, receiver: Receiver, outcome: ReceiverEvent) -> None:
-        if isinstance(outcome, StructureArrived):
+        if isinstance(outcome, RunToDecode):
+            self.work.append(lambda: self._decode(receiver, outcome))
+        elif isinstance(outcome, StructureArrived):
             self.work.append(lambda: self._settle(receiver, outcome.encoded))
         elif isinstance(outcome, ReadyToVerify):
             self.work.append(lambda: self._verify(receiver))
@@ -192,17 +288,14 @@ class Receiving:
     def _verify(self, receiver: Receiver) -> None:
         if receiver.state is not ReceiverState.VERIFYING:
             return
-        if self.tamper is not None and receiver._image is not None:
-            self.tamper(receiver, receiver._image)
-            again = LeafDigests(receiver._require_layout())
-            for chunk in range(receiver._require_layout().chunks):
-                start, size = receiver._require_layout().chunk(chunk)
-                again.record(chunk, receiver._image[start : start + size])
-            receiver._digests = again
+        intake = receiver._reception.books
+        if self.tamper is not None and intake.image is not None:
+            self.tamper(receiver, intake.image)
+            intake.digests = digest_image(intake.layout, intake.image)
         try:
             differing = receiver.verify()
             current = self.current
-            if receiver._image is None:
+            if intake.image is None:
                 assert current is not None
                 if differing:
                     raise TransferError(AbortCode.LABEL_CONFLICT, f"{current.label!r} is taken")
@@ -220,8 +313,8 @@ class Receiving:
             receiver.staged(1, 0.25)
 
     def _commit(self, receiver: Receiver) -> None:
-        layout, image = receiver.layout, receiver._image
-        assert layout is not None
+        intake = receiver._reception.books
+        layout, image = intake.layout, intake.image
         assert image is not None
         kept = image.obj
         assert isinstance(kept, bytearray)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from shipproto.aborts import read_abort
 from shipproto.connection import (
     ChunkArrived,
     ChunkDamaged,
@@ -17,18 +18,19 @@ from shipproto.connection import (
     Established,
     Event,
     MessageArrived,
+    RunArrived,
+    RunDamaged,
 )
 from shipproto.digests import digest_image
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.layout import Layout
-from shipproto.messages import Abort, Message
+from shipproto.messages import Abort, Coded, Data, Message
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
-from shipproto.sender import read_abort
 from shipproto.status import decode_status, decode_verification
 from shipproto.structure import Structure
 from tests.support import naive
-from tests.support.link import Chop, Receiving, Sending, output_of, pieces
+from tests.support.link import Chop, Installed, Receiving, Sending, output_of, pieces
 from tests.support.models import contents, make_image, read_image
 
 DIRECTORY: Final = Path(__file__).resolve().parents[2] / "protocol" / "vectors"
@@ -101,6 +103,12 @@ def describe_event(event: Event) -> dict[str, Any]:
         return {"event": "chunk", "chunk": event.chunk, "content": spell(bytes(event.content))}
     if isinstance(event, ChunkDamaged):
         return {"event": "damaged", "chunk": event.chunk, "sequence": event.sequence}
+    if isinstance(event, RunArrived):
+        chunks = [event.chunks.start, event.chunks.stop]
+        return {"event": "run", "chunks": chunks, "codec": event.codec, "payload": spell(bytes(event.payload))}
+    if isinstance(event, RunDamaged):
+        chunks = [event.chunks.start, event.chunks.stop]
+        return {"event": "run-damaged", "chunks": chunks, "sequence": event.sequence}
     assert isinstance(event, ChunksRefused)
     return {"event": "refused", "chunks": list(event.chunks)}
 
@@ -142,8 +150,10 @@ def make_connection(vector: Vector) -> Connection:
     """The side under test."""
     asked = {int(chunk): memoryview(bytearray(size)) for chunk, size in vector.get("asked", {}).items()}
 
-    def landing(chunk: int, _size: int) -> memoryview | None:
-        return asked.get(chunk)
+    def landing(message: Data | Coded, size: int) -> memoryview | None:
+        if isinstance(message, Coded):
+            return memoryview(bytearray(size))
+        return asked.get(message.chunk)
 
     return Connection(
         initiator=vector["role"] == "initiator",
@@ -172,7 +182,12 @@ def _connection(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.R
 def _receiver(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.Random) -> None:
     """An acceptor that receives: it has the given structure (or takes any) and does everything at once."""
     resident = Structure.decode(read(vector["structure"])) if "structure" in vector else None
-    receiving = Receiving(resident=resident)
+    receiving = Receiving(
+        resident=resident, codecs={int(number): speed for number, speed in vector.get("codecs", {}).items()}
+    )
+    if "base" in vector:
+        assert resident is not None
+        receiving.current = _version(resident, vector["base"])
     connection = make_connection(vector)
 
     def act(event: Event) -> None:
@@ -185,7 +200,8 @@ def _receiver(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.Ran
     found["state"] = receiver.state.name
     if receiver.error is not None:
         raise receiver.error
-    if receiving.current is not None:
+    if receiving.commits:
+        assert receiving.current is not None
         found["digest"] = receiving.current.digest.hex()
         expected = contents(receiving.current.layout.structure)
         assert receiving.current.content == expected
@@ -200,6 +216,12 @@ def _sender(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.Rando
         transfer=bytes.fromhex(vector["transfer"]),
         model=vector["model"],
         label=vector.get("label"),
+        bases={
+            version.digest: version.content
+            for version in (_version(structure, base) for base in vector.get("bases", ()))
+        },
+        incremental=vector.get("incremental", False),
+        longest=32,
     )
     connection = make_connection(vector)
 
@@ -215,6 +237,16 @@ def _sender(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.Rando
     found["state"] = sending.sender.state.name
     if sending.sender.error is not None:
         raise sending.sender.error
+
+
+def _version(structure: Structure, changed: Iterable[str]) -> Installed:
+    """A version before the one that the vector is about: these tensors are others in it."""
+    data, other = contents(structure), contents(structure, 1)
+    content = {name: (other if name in changed else data)[name] for name in structure.names}
+    layout = Layout(structure)
+    image = make_image(layout, content)
+    digests = digest_image(layout, memoryview(image))
+    return Installed("v0", digests.version_digest(), layout, image, digests, content)
 
 
 def _converse(

@@ -7,7 +7,7 @@ import pytest
 from shipproto.connection import ChunkArrived, ChunkDamaged, Connection, Established, MessageArrived
 from shipproto.errors import AuthFailed, BadPrelude, ForeignPeer, LocalError, MalformedMessage, UnexpectedMessage
 from shipproto.limits import MAX_PAYLOAD
-from shipproto.messages import Body, Data, Evicted, Hello, Ping, StructureIs
+from shipproto.messages import Body, Coded, Data, Evicted, Hello, Ping, StructureIs
 from tests.support import naive
 from tests.support.acceptor import COMMIT, TRANSFER, acceptor, after_hello, greeted
 from tests.support.link import CHOPS, Chop, feed, handshaken, nonce, output_of
@@ -21,11 +21,11 @@ class Landing:
         self.memory = {chunk: bytearray(b"\xee" * size) for chunk, size in sizes.items()}
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, chunk: int, size: int) -> memoryview | None:
-        self.asked.append((chunk, size))
-        if chunk not in self.memory:
+    def __call__(self, message: Data | Coded, size: int) -> memoryview | None:
+        self.asked.append((message.chunk, size))
+        if message.chunk not in self.memory:
             return None
-        return memoryview(self.memory[chunk])
+        return memoryview(self.memory[message.chunk])
 
 
 # --- the handshake -----------------------------------------------------------------------------------------------
@@ -208,8 +208,8 @@ def test_a_chunk_that_is_not_wanted_is_not_checked() -> None:
 
 
 def test_landing_that_raises_ends_the_connection() -> None:
-    def landing(chunk: int, size: int) -> memoryview | None:
-        raise MalformedMessage(f"chunk {chunk}, {size} bytes")
+    def landing(message: Data | Coded, size: int) -> memoryview | None:
+        raise MalformedMessage(f"chunk {message.chunk}, {size} bytes")
 
     connection = acceptor(landing=landing)
     fed = feed(connection, after_hello().add("Data", {"chunk": 3}, b"12345").data)
@@ -219,7 +219,7 @@ def test_landing_that_raises_ends_the_connection() -> None:
 def test_landing_that_returns_memory_of_another_size_is_a_bug_here() -> None:
     """Found here: the memory was kept, and the next bytes went into it."""
     memory = bytearray(4)
-    connection = acceptor(landing=lambda chunk, size: memoryview(memory))
+    connection = acceptor(landing=lambda message, size: memoryview(memory))
     with pytest.raises(LocalError, match="another size"):
         feed(connection, after_hello().add("Data", {"chunk": 3}, b"12345").data)
     connection.get_buffer()[:1] = b"x"

@@ -242,8 +242,7 @@ def test_a_connection_that_never_joined_lands_nothing() -> None:
     with pytest.raises(UnexpectedMessage, match="DATA before"):
         right.receive(output_of(left))
     stranger, _ = handshaken()
-    assert pair.there._land(stranger, 0, pair.layout.chunk(0)[1]) is None
-    assert Data.TYPE == 20
+    assert pair.there._reception._land(stranger, Data(chunk=0), pair.layout.chunk(0)[1]) is None
 
 
 def test_a_refusal_is_raised_and_another_transfers_answer_is_none() -> None:

@@ -39,6 +39,8 @@ TRANSPORT: Sequence[tuple[str, dict, bytes]] = (
     ("Ping", {}, b""),
     ("Ping", {"reply": True}, b""),
     ("Data", {"chunk": 0xFFFFFFFF}, b""),
+    ("Coded", {"chunk": 0, "chunks": 1, "codec": 1}, b""),
+    ("Coded", {"chunk": 0xFFFFFFFF, "chunks": 0xFFFFFFFF, "codec": 255}, b""),
 )
 ALL = (*HANDSHAKE, *TRANSPORT, *GOLDEN)
 IDS = [f"{name}-{at}" for at, (name, _, _) in enumerate(ALL)]

@@ -3,12 +3,13 @@
 import msgspec
 import pytest
 
+from shipproto.aborts import send_abort
 from shipproto.connection import ChunkArrived, ChunkDamaged, Established, MessageArrived
 from shipproto.errors import AbortCode, LocalError, TransferError
 from shipproto.messages import Abort, Committed, Want
 from shipproto.outcomes import ChunkHeld, StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.sender import DigestChunk, SendChunk, send_abort
+from shipproto.sender import DigestChunk, SendChunk
 from shipproto.states import ReceiverState, SenderState
 from tests.support import naive
 from tests.support.link import feed, handshaken, output_of
@@ -137,7 +138,7 @@ def test_only_what_is_missing_travels_again() -> None:
     assert len(pair.there.held) == sent
     pair.connect()
     pair.send_all()
-    assert list(pair.left._chunk_of.values()) == list(range(sent, pair.layout.chunks))
+    assert list(pair.left._outbox._chunks_of.values()) == list(range(sent, pair.layout.chunks))
     pair.finish_from_anywhere()
 
 
@@ -153,7 +154,7 @@ def test_finish_may_be_said_on_two_connections() -> None:
         # The chunk that arrives damaged is asked for, but the connection breaks before that is heard.
         data[-1] ^= frame.name == "Data" and frame.fields["chunk"] == 1
         pair._to_receiver(bytes(data))
-    assert pair.there._finish is not None
+    assert pair.there.finishing
     assert pair.there.held.missing(pair.layout.chunks) == RangeSet([(1, 2)])
     assert pair.there.state is ReceiverState.RECEIVING
     pair.connect()
@@ -257,7 +258,7 @@ def test_the_same_transfer_with_other_content_is_refused() -> None:
         with pytest.raises(TransferError) as caught:
             pair.there.connected(handshaken()[1], offer)
         assert caught.value.code is AbortCode.PROTOCOL
-        assert pair.there._connection is pair.right, "the connection that it has stays"
+        assert pair.there._reception.connection is pair.right, "the connection that it has stays"
     pair.accept()
     pair.finish_from_anywhere()
 

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from shipproto.aborts import read_abort, send_abort
 from shipproto.connection import ChunksRefused, MessageArrived
 from shipproto.digests import digest_image
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, TransferError, UnexpectedMessage
@@ -13,6 +14,7 @@ from shipproto.messages import (
     Commit,
     Committed,
     Finish,
+    Held,
     Message,
     Offer,
     Progress,
@@ -24,7 +26,7 @@ from shipproto.messages import (
 from shipproto.outcomes import StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
 from shipproto.receiver import Receiver
-from shipproto.sender import SendChunk, read_abort, send_abort
+from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState, SenderState
 from shipproto.structure import Structure
 from tests.support import naive
@@ -99,7 +101,7 @@ def test_misuse_of_the_receiver() -> None:
     with pytest.raises(LocalError, match="smaller than its layout"):
         there.accept(pair.layout, memoryview(bytearray(pair.layout.size - 1)))
     with pytest.raises(LocalError, match="not accepted"):
-        there._require_layout()
+        _ = there._reception.books
     pair.accept()
     with pytest.raises(LocalError, match="accept in state RECEIVING"):
         there.accept(pair.layout, memoryview(pair.image))
@@ -137,11 +139,11 @@ def test_reading_ahead_of_the_digests() -> None:
 # --- what is allowed when ----------------------------------------------------------------------------------------
 
 TO_SENDER: dict[SenderState, set[type[Message]]] = {
-    SenderState.OFFERED: {StructureWanted, StructureIs, Want, Staged, Committed, Progress, Abort},
-    SenderState.SENDING: {StructureIs, Progress, Abort},
-    SenderState.FINISHING: {StructureIs, Progress, Want, Staged, Committed, Abort},
-    SenderState.STAGED: {StructureIs, Progress, Abort},
-    SenderState.COMMITTING: {StructureIs, Progress, Committed, Abort},
+    SenderState.OFFERED: {StructureWanted, StructureIs, Held, Want, Staged, Committed, Progress, Abort},
+    SenderState.SENDING: {StructureIs, Held, Progress, Abort},
+    SenderState.FINISHING: {StructureIs, Held, Progress, Want, Staged, Committed, Abort},
+    SenderState.STAGED: {StructureIs, Held, Progress, Abort},
+    SenderState.COMMITTING: {StructureIs, Held, Progress, Committed, Abort},
 }
 TO_RECEIVER: dict[ReceiverState, set[type[Message]]] = {
     ReceiverState.OFFERED: {Abort},

@@ -22,13 +22,13 @@ from shipd.client.receipt import Receipt
 from shipd.errors import OutcomeUnknown, ShipError
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipproto.aborts import read_abort
 from shipproto.connection import MessageArrived
 from shipproto.errors import LocalError, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.limits import MAX_LANES
 from shipproto.messages import Abort, Message, StatusIs, StatusRequest, VerifyIs, VerifyRequest
 from shipproto.names import check_label
-from shipproto.sender import read_abort
 from shipproto.status import Status, Verification, decode_status, decode_verification
 
 if TYPE_CHECKING:

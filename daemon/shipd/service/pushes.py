@@ -9,10 +9,10 @@ from shipd.service.metrics import Metrics
 from shipd.service.models import Model
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
+from shipproto.aborts import send_abort
 from shipproto.errors import AbortCode, TransferError
 from shipproto.messages import Join, Offer
 from shipproto.receiver import Receiver
-from shipproto.sender import send_abort
 
 log = logging.getLogger("shipd.service")
 

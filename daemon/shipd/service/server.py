@@ -25,6 +25,7 @@ from shipd.service.socketfile import SocketFile
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
+from shipproto.aborts import send_abort
 from shipproto.connection import ChunkArrived, Connection, Established, Event, MessageArrived
 from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
@@ -53,7 +54,6 @@ from shipproto.messages import (
     VerifyRequest,
 )
 from shipproto.resident import Resident
-from shipproto.sender import send_abort
 from shipproto.status import encode
 
 log = logging.getLogger("shipd.service")

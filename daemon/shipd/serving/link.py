@@ -22,6 +22,7 @@ from shipd.serving.follower import Follower
 from shipd.serving.version import Version
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import Lane, Waker
+from shipproto.aborts import read_abort
 from shipproto.connection import Event, MessageArrived
 from shipproto.errors import MalformedMessage, ProtocolError
 from shipproto.frame import Buffer
@@ -48,7 +49,6 @@ from shipproto.messages import (
 )
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
-from shipproto.sender import read_abort
 
 log = logging.getLogger("shipd.serving")
 

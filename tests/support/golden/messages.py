@@ -21,10 +21,18 @@ from tests.support.naive import encode_ranges
 MESSAGES: Final[Sequence[tuple[str, dict[str, Any], bytes]]] = (
     ("Offer", OFFER, b""),
     ("Offer", {"model": "m", "nbytes": 0, "resumed": True, "structure": DIGEST, "tensors": 0, **T}, b""),
+    ("Offer", {**OFFER, "bases": [DIGEST, bytes(16)], "incremental": True}, b""),
     ("StructureWanted", T, b""),
     ("StructureIs", T, b"any body"),
     ("Want", {"structure": DIGEST, **T}, encode_ranges([(0, 3), (7, 8)])),
     ("Want", {"lanes": 16, "structure": DIGEST, **T}, b""),
+    (
+        "Want",
+        {"base": DIGEST, "codecs": [1, 2, 255], "speeds": [0, 4096, 4_294_967_295], "structure": DIGEST, **T},
+        encode_ranges([(0, 3)]),
+    ),
+    ("Want", {"codecs": [2], "speeds": [1], "structure": DIGEST, **T}, b""),
+    ("Held", T, DIGEST * 3),
     ("Join", {"lane": 1, **T}, b""),
     ("Joined", {"lane": 15, **T}, b""),
     ("Progress", {"held": 4_294_967_295, "stage": "receiving", **T}, b""),

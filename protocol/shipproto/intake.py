@@ -1,0 +1,174 @@
+"""What of a version has arrived, and where the rest of it lands: the books that a receiver keeps of its chunks.
+
+Whom a chunk is taken from is in ``claims``; what is said to the sender about it, in ``receiver``.
+"""
+
+from shipproto.claims import Claims
+from shipproto.connection import ChunkArrived, Connection, RunArrived
+from shipproto.digests import LeafDigests
+from shipproto.errors import LimitExceeded, LocalError, MalformedMessage
+from shipproto.layout import Layout
+from shipproto.limits import MAX_RUN_BYTES
+from shipproto.messages import SAME, Coded
+from shipproto.outcomes import RunToDecode
+from shipproto.rangeset import RangeSet
+
+
+class Intake:
+    """The chunks of one transfer.
+
+    layout   the one that rules
+    digests  of what has arrived; or of a version that is held, where only digests are compared
+    image    where chunks land; None where none is to
+    """
+
+    def __init__(self, layout: Layout, digests: LeafDigests, image: memoryview | None) -> None:
+        self.layout = layout
+        self.digests = digests
+        self.image = image
+        self.held = RangeSet() if image is not None else RangeSet([(0, layout.chunks)])
+        self.lost = RangeSet()
+        """Chunks of runs that did not decode, and whose connection, the only one on which to say so, is gone."""
+        self.closed = False
+        """The transfer is over: nothing lands any more."""
+        self._claims = Claims()
+        self._decoding: set[RunToDecode] = set()
+
+    @property
+    def decoding(self) -> int:
+        """How many runs are being decoded."""
+        return len(self._decoding)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is held."""
+        return len(self.held) == self.layout.chunks
+
+    def missing(self) -> RangeSet:
+        """What is neither held nor being decoded."""
+        missing = self.held.missing(self.layout.chunks)
+        for run in self._decoding:
+            missing.discard(run.chunks.start, run.chunks.stop)
+        return missing
+
+    # --- chunks --------------------------------------------------------------------------------------------
+
+    def check(self, chunk: int, size: int) -> None:
+        """Raises MalformedMessage where there is no such chunk, or it has another size."""
+        if chunk >= self.layout.chunks:
+            raise MalformedMessage(f"chunk {chunk} of {self.layout.chunks}")
+        expected = self.layout.chunk(chunk)[1]
+        if size != expected:
+            raise MalformedMessage(f"chunk {chunk} has {size} bytes where {expected} are due")
+
+    def place(self, chunk: int, connection: Connection) -> memoryview | None:
+        """The memory for a chunk that begins to arrive, or None where it is held or already arriving: it is never
+        overwritten. On any thread."""
+        image = self.image
+        if image is None or not self._claims.claim(chunk, connection):
+            return None
+        start, size = self.layout.chunk(chunk)
+        return image[start : start + size]
+
+    def arrived(self, event: ChunkArrived, connection: Connection) -> bool:
+        """A chunk is in its place, intact. False where it was not this connection's to bring, or is held already."""
+        if not self._claims.hold(event.chunk, connection):
+            return False
+        if not self.digests.knows(event.chunk):
+            self.digests.record(event.chunk, event.content)
+        self.held.add(event.chunk)
+        return True
+
+    def damaged(self, chunk: int, connection: Connection) -> None:
+        """A chunk has arrived damaged, and may come again on any connection. On any thread."""
+        self._claims.damaged(chunk, connection)
+
+    # --- runs ----------------------------------------------------------------------------------------------
+
+    def check_run(self, run: Coded) -> None:
+        """Raises MalformedMessage where there are no such chunks, LimitExceeded where they are too much for one run."""
+        stop = run.chunk + run.chunks
+        if stop > self.layout.chunks:
+            raise MalformedMessage(f"chunks [{run.chunk}, {stop}) of {self.layout.chunks}")
+        start, end = self.layout.span(range(run.chunk, stop))
+        if run.codec != SAME and end - start > MAX_RUN_BYTES:
+            raise LimitExceeded(f"a run of {end - start} bytes; at most {MAX_RUN_BYTES}")
+
+    def claim_run(self, event: RunArrived, connection: Connection) -> None:
+        """A run has arrived: its chunks are received nowhere else. On any thread, that of ``connection``."""
+        free = self._claims.claim_run(event.chunks, connection, event.sequence)
+        if 0 < free < len(event.chunks):
+            # What is held or arriving must not be overwritten: the others come again one by one.
+            connection.nack(event.sequence)
+
+    def begin(self, event: RunArrived, connection: Connection) -> RunToDecode | None:
+        """The run is to be decoded, if its chunks were claimed for it."""
+        if not self._claims.decode_run(event.chunks, connection, event.sequence):
+            return None
+        run = RunToDecode(event.chunks, event.codec, event.payload, connection, event.sequence)
+        self._decoding.add(run)
+        return run
+
+    def decoded(self, run: RunToDecode) -> bool:
+        """The run is in its place. False where the transfer is over."""
+        image = self._end(run)
+        if image is None:
+            return False
+        for chunk in run.chunks:
+            if not self.digests.knows(chunk):
+                start, size = self.layout.chunk(chunk)
+                self.digests.record(chunk, image[start : start + size])
+        self._claims.hold_run(run.chunks)
+        self.held.add(run.chunks.start, run.chunks.stop)
+        return True
+
+    def undecodable(self, run: RunToDecode) -> bool:
+        """The run does not decode, and its chunks have to come again. False where the transfer is over."""
+        image = self._end(run)
+        if image is None:
+            return False
+        self._claims.drop_run(run.chunks)
+        for chunk in run.chunks:
+            self.digests.forget(chunk)
+        self._clear(image, run.chunks)
+        return True
+
+    def _end(self, run: RunToDecode) -> memoryview | None:
+        if run not in self._decoding:
+            raise LocalError("no such run is being decoded")
+        self._decoding.remove(run)
+        return None if self.closed else self.image
+
+    def _clear(self, image: memoryview, chunks: range) -> None:
+        """Chunks that come one by one leave as it is what a run has written between them; deltas of later versions rely
+        on its being zeros."""
+        for start, end in self.layout.gaps(chunks):
+            image[start:end] = bytes(end - start)
+
+    # --- ends ----------------------------------------------------------------------------------------------
+
+    def give_up(self, connection: Connection) -> None:
+        """A connection brings nothing any more."""
+        for chunk in self._claims.give_up(connection):
+            # It may have been digested already, and will come again.
+            self.digests.forget(chunk)
+
+    def take_back(self, rows: tuple[int, ...]) -> RangeSet:
+        """The chunks that carry these tensors, which have to come again although they were held."""
+        assert self.image is not None
+        again = RangeSet()
+        for row in rows:
+            again.add(*self.layout.tensor_chunks(row))
+        for chunk in again:
+            self.digests.forget(chunk)
+            self._claims.forget(chunk)
+        for start, stop in again.ranges():
+            self.held.discard(start, stop)
+            self._clear(self.image, range(max(0, start - 1), min(stop + 1, self.layout.chunks)))
+        return again
+
+    def close(self) -> None:
+        """Let go of the image: its memory may be reused once nothing is being decoded."""
+        self.closed = True
+        self.image = None
+        self._claims = Claims()
