@@ -70,6 +70,9 @@ class Slot:
     generation: int = 0
     state: SlotState = SlotState.FREE
     digests: LeafDigests | None = None
+    before: LeafDigests | None = None
+    """Those of what was whole in the memory before the filling that is under way; for chunks that it has not written
+    yet they still hold."""
     leases: set[Lease] = field(default_factory=set)
     readers: set[int] = field(default_factory=set)
     """Processes whose session ended while they had a lease: while they live they may still read this memory."""
@@ -111,7 +114,7 @@ class SlotPool:
             raise ValueError(f"slot {slot.index} is in use")
         slot.generation = next(_generations)
         slot.state = SlotState.FILLING
-        slot.digests = None
+        slot.before, slot.digests = slot.digests, None
 
     def commit(self, slot: Slot, digests: LeafDigests) -> None:
         """The slot's content is the current version; the slot of the previous one becomes free."""
@@ -119,12 +122,12 @@ class SlotPool:
             if other.state is SlotState.COMMITTED:
                 other.state = SlotState.FREE
         slot.state = SlotState.COMMITTED
-        slot.digests = digests
+        slot.before, slot.digests = None, digests
 
     def discard(self, slot: Slot) -> None:
         """What was being filled is worth nothing."""
         slot.state = SlotState.FREE
-        slot.digests = None
+        slot.before = slot.digests = None
 
     def lease(self, session: int, slot: Slot) -> None:
         """Take a lease on the slot's present generation."""
@@ -161,7 +164,7 @@ class SlotPool:
         slot.memory = ImageMemory(f"{self.name}:{slot.index}", self.layout.size)
         slot.leases.clear()
         slot.readers.clear()
-        slot.digests = None
+        slot.before = slot.digests = None
         return old
 
     def close(self) -> None:

@@ -1,32 +1,207 @@
 """Coded runs on their way into an image: decoded and digested on threads, from the current version's image into the next.
 
-The loop hands runs over and is told when they are in their place. A thread takes one run after the other, so what waits
-is encoded, and small; past ``MOST_WAITING`` bytes the connection that brings more is not read.
+The loop hands runs over and is told when they are in their place. What waits is still encoded, and so small; where it
+becomes too much, whoever brings more is made to wait.
 """
 
 import asyncio
+import contextlib
 import logging
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeVar
+
+import numpy as np
 
 from shipd.codecs import registry
 from shipd.codecs.codec import CodecError
-from shipd.service.speeds import DecodingSpeeds
+from shipproto.agreement import Ability
 from shipproto.digests import LeafDigests
+from shipproto.layout import Layout
 from shipproto.outcomes import RunToDecode
 
 log = logging.getLogger("shipd.transfer")
 
-MOST_WAITING: Final = 8 << 20
-"""Bytes of payloads, and of what their decoders take at most beside the image."""
+MOST_WAITING: Final = 4 << 20
+"""Bytes of payloads that wait to be decoded: beyond it nothing more is taken from connections that bring runs."""
+
+_AT_ONCE: Final = 2
+"""Runs of one push that are decoded at the same time. Measured, one core decodes what 10 Gbit/s bring."""
+
+_SMOOTHING: Final = 0.5
+
+_T = TypeVar("_T")
+
+
+class Worker(Protocol):
+    """Runs ``function`` off the loop."""
+
+    async def __call__(self, function: Callable[..., _T], *arguments: object) -> _T: ...
+
+
+class Speeds:
+    """How fast each codec has been decoded here lately, in bytes of content a second; 0 until it has been."""
+
+    def __init__(self) -> None:
+        self._speeds: dict[int, float] = {}
+
+    def learn(self, codec: int, size: int, seconds: float) -> None:
+        """``size`` bytes took so many seconds of a thread's time."""
+        if seconds > 0 and size:
+            speed = size / seconds
+            self._speeds[codec] = self._speeds.get(codec, speed) * (1 - _SMOOTHING) + speed * _SMOOTHING
+
+    def ability(self, base: "Ground | None") -> Ability:
+        """What can be agreed on with a sender: every codec there is, and those that need a base where there is one."""
+        deltas = {number for number, codec in registry.BY_NUMBER.items() if codec.delta}
+        codecs = {
+            number: int(self._speeds.get(number, 0.0) / 1e6)
+            for number in registry.DECODABLE
+            if base is not None or number not in deltas | {registry.SAME}
+        }
+        if base is None:
+            return Ability(codecs=codecs)
+        return Ability(base=base.digest, digests=base.digests, codecs=codecs, deltas=deltas)
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What runs are decoded from: the current version's image and its digests."""
+    """What runs are decoded from: the current version, in an image of the same layout."""
 
     digest: bytes
     image: memoryview
     digests: LeafDigests
+
+
+@dataclass(slots=True)
+class Target:
+    """Where runs are decoded into. ``before`` are the digests of what the image held until now, where that was whole:
+    chunks that are the base's already need not be copied."""
+
+    layout: Layout
+    image: memoryview
+    digests: LeafDigests
+    before: LeafDigests | None
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def decode(self, run: RunToDecode, base: Ground | None) -> tuple[int, float]:
+        """Put a run into its place, and digest it: bytes of content, and what decoding them took of a thread's time.
+
+        On any thread. Raises CodecError where the payload is none.
+        """
+        if run.codec == registry.SAME:
+            assert base is not None
+            self._copy(run.chunks, base)
+            return 0, 0.0
+        start, end = self.layout.span(run.chunks)
+        codec = registry.BY_NUMBER[run.codec]
+        began = time.thread_time()
+        codec.decode(run.payload, base.image[start:end] if codec.delta and base else None, self.image[start:end])
+        seconds = time.thread_time() - began
+        for chunk in run.chunks:
+            first, size = self.layout.chunk(chunk)
+            self.digests.record(chunk, self.image[first : first + size])
+        return end - start, seconds
+
+    def _copy(self, chunks: range, base: Ground) -> None:
+        """The same as in the base, whose digests are known."""
+        for chunk in chunks:
+            if self.closed.is_set():
+                return
+            if self.before is not None and self.before.chunk_digest(chunk) == base.digests.chunk_digest(chunk):
+                continue
+            start, size = self.layout.chunk(chunk)
+            # numpy lets go of the GIL while it copies.
+            np.copyto(
+                np.frombuffer(self.image[start : start + size], dtype=np.uint8),
+                np.frombuffer(base.image[start : start + size], dtype=np.uint8),
+            )
+        self.digests.adopt(chunks, base.digests)
+
+
+class Decoding:
+    """The runs of one push. Belongs to the loop.
+
+    took        is told of each run that is in its place
+    refused     is told of each that does not decode
+    hold_back   is told whether the push's own connection is to be read at the moment
+    """
+
+    def __init__(
+        self,
+        work: Worker,
+        speeds: Speeds,
+        *,
+        took: Callable[[RunToDecode], None],
+        refused: Callable[[RunToDecode], None],
+        hold_back: Callable[[bool], None],
+    ) -> None:
+        self._work = work
+        self._speeds = speeds
+        self._took = took
+        self._refused = refused
+        self._hold_back = hold_back
+        self._target: Target | None = None
+        self._base: Ground | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._waiting = 0
+        """Bytes of payloads."""
+        self.decoded_bytes = 0
+        """Bytes of content that coded runs stood for, those of SAME included."""
+
+    def begin(self, target: Target, base: Ground | None) -> None:
+        """Runs may arrive from here on."""
+        self._target, self._base = target, base
+
+    def submit(self, run: RunToDecode) -> None:
+        """Decode a run as soon as there is a thread for it."""
+        self._waiting += len(run.payload)
+        if self._waiting > MOST_WAITING:
+            self._hold_back(True)  # noqa: FBT003  named where it is defined
+        task = asyncio.get_running_loop().create_task(self._decode(run), name="decode")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def end(self) -> None:
+        """Until nothing writes into the image any more, which takes a moment at most."""
+        if self._target is not None:
+            self._target.closed.set()
+        while self._running:
+            # Whoever wants this over sooner would have the image given back too soon.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(self._running)
+
+    async def _decode(self, run: RunToDecode) -> None:
+        target = self._target
+        assert target is not None
+        done = False
+        try:
+            async with self._turns:
+                if not target.closed.is_set():
+                    size, seconds = await self._work(target.decode, run, self._base)
+                    self._speeds.learn(run.codec, size, seconds)
+                    done = True
+        except CodecError as error:
+            log.warning(
+                "a coded run does not decode and is asked for as it is",
+                extra={
+                    "codec": registry.NAMES[run.codec],
+                    "chunks": f"{run.chunks.start} to {run.chunks.stop - 1}",
+                    "tensor": target.layout.chunk_names(run.chunks.start)[0],
+                    "why": str(error),
+                },
+            )
+        except Exception:
+            log.exception("decoding failed unexpectedly")
+        self._waiting -= len(run.payload)
+        if self._waiting <= MOST_WAITING // 2:
+            self._hold_back(False)  # noqa: FBT003
+        if done:
+            start, end = target.layout.span(run.chunks)
+            self.decoded_bytes += end - start
+            self._took(run)
+        else:
+            self._refused(run)

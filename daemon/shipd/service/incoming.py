@@ -10,14 +10,13 @@ interrupts it.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final
 
 from shipd.images.slots import Slot, SlotPool
-from shipd.service.config import Config
+from shipd.service.decoding import Decoding, Ground, Target
+from shipd.service.host import Host
 from shipd.service.lanes import Lanes
-from shipd.service.matching import mismatches, summarise
-from shipd.service.models import ImageStore, Model, Version
+from shipd.service.models import Model, Version
 from shipd.service.rollout import Outcome, Rollout
 from shipd.service.vacancy import take_slot
 from shipd.transfer.peer import Peer
@@ -51,25 +50,6 @@ _COMMIT_SECONDS: Final = 600.0
 _T = TypeVar("_T")
 
 
-class Host(Protocol):
-    """What a push needs of the daemon around it."""
-
-    config: Config
-    images: ImageStore
-
-    async def work(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Run ``function`` off the loop."""
-
-    def background(self, function: Callable[[Callable[[], bool]], object]) -> None:
-        """Run ``function`` off the loop, some time; it is given a way to see that it should stop."""
-
-    def lane_ended(self, received: int, resent: int) -> None:
-        """A further connection is gone, which took so many bytes and resent so many frames as one."""
-
-    def finished(self, incoming: "Incoming") -> None:
-        """The push is over."""
-
-
 class Incoming:
     """One push of one version into one model."""
 
@@ -89,7 +69,10 @@ class Incoming:
         self._verify_seconds = 0.0
         self._slot: Slot | None = None
         self._pool: SlotPool | None = None
-        self._structure: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._settling = Settling(host, model, self.receiver, self.flush)
+        self._decoding = Decoding(
+            host.work, host.speeds, took=self._took, refused=self._not_decoded, hold_back=self._hold_back
+        )
         self._verify = asyncio.Event()
         self._commit_requested = asyncio.Event()
         self._reason: TransferError | None = None
@@ -160,14 +143,18 @@ class Incoming:
             self._lanes.take()
 
     def _on_event(self, connection: Connection, event: Event) -> None:
-        for outcome in self.receiver.receive(connection, event):
+        self._note(self.receiver.receive(connection, event))
+
+    def _note(self, outcomes: list[ReceiverEvent]) -> None:
+        for outcome in outcomes:
             self._moved = asyncio.get_running_loop().time()
             if isinstance(outcome, ChunkHeld):
                 if self._rollout is not None:
                     self._rollout.arrived(outcome.chunk, last=self.receiver.complete)
             elif isinstance(outcome, StructureArrived):
-                if not self._structure.done():
-                    self._structure.set_result(outcome.encoded)
+                self._settling.arrived(outcome.encoded)
+            elif isinstance(outcome, RunToDecode):
+                self._decoding.submit(outcome)
             elif isinstance(outcome, ReadyToVerify):
                 self._verify.set()
             elif isinstance(outcome, CommitRequested):
@@ -175,6 +162,18 @@ class Incoming:
                 self._commit_requested.set()
             elif isinstance(outcome, TransferAborted):
                 self.fail(outcome.error)
+
+    def _took(self, run: RunToDecode) -> None:
+        self._note(self.receiver.decoded(run))
+        self.flush()
+
+    def _not_decoded(self, run: RunToDecode) -> None:
+        self.receiver.undecodable(run)
+        self.flush()
+
+    def _hold_back(self, much: bool) -> None:
+        if self.peer is not None:
+            self.peer.hold_back(much)
 
     def flush(self) -> None:
         """Write what the receiver has to say."""
@@ -208,18 +207,18 @@ class Incoming:
                 "push offered",
                 extra={**self._context(), "label": offer.label, "bytes": offer.nbytes, "resumed": offer.resumed},
             )
-            layout = await self._settle_structure(offer)
+            layout = await self._settling.layout(offer)
             version = self.model.version
             if version is not None and offer.label == version.label:
                 await self._compare(layout, version)
                 return
-            pool = await self._choose_pool(layout)
+            pool, own = await self._settling.pool(layout)
+            self._pool = pool if own else None
             slot, evicted = await take_slot(self._host.images, self.model, pool, self._host.config.stage_timeout)
             self._slot = slot
             rollout = self._rollout = Rollout(self._host.config, self.model, pool, slot, self.receiver.transfer)
             rollout.left += evicted
-            self.receiver.accept(pool.layout, slot.memory.view, lanes=self._lane_limit())
-            self.flush()
+            self._accept(pool, slot)
             await self._receive()
             self._refuse_conflict()
             if self.receiver.ended:
@@ -241,75 +240,24 @@ class Incoming:
             self._abort(TransferError(AbortCode.INTERNAL, "the daemon failed; its log says how"))
         finally:
             reporter.cancel()
+            await self._decoding.end()
             self._clean_up()
+
+    def _accept(self, pool: SlotPool, slot: Slot) -> None:
+        """Take chunks into ``slot``; coded ones as far as there is a version that they can build on."""
+        ability, ground = None, None
+        if self._host.config.incremental:
+            version = self.model.version
+            if version is not None and pool is self.model.pool and version.slot.digests is not None:
+                ground = Ground(version.digest, version.slot.memory.view, version.slot.digests)
+            ability = self._host.speeds.ability(ground)
+        self.receiver.accept(pool.layout, slot.memory.view, lanes=self._lane_limit(), ability=ability)
+        self._decoding.begin(Target(pool.layout, slot.memory.view, self.receiver.digests, slot.before), ground)
+        self.flush()
 
     def _lane_limit(self) -> int:
         """Over the Unix socket, one connection is as fast as any number."""
         return self._host.config.max_lanes if isinstance(self.peer, StreamPeer) else 1
-
-    async def _settle_structure(self, offer: Offer) -> Layout:
-        """The layout to receive in: the resident model's, where there is one."""
-        pool = self.model.pool
-        if pool is not None and pool.layout.structure.digest == offer.structure:
-            return pool.layout
-        self.receiver.want_structure()
-        self.flush()
-        patience = self._host.config.stall + self._host.config.resume_window
-        try:
-            async with asyncio.timeout(patience):
-                encoded = await self._structure
-        except TimeoutError:
-            raise TransferError(AbortCode.STALLED, f"the structure did not arrive within {patience:.0f} s") from None
-        offered = await self._host.work(self.receiver.decode_structure, encoded)
-        resident = self.model.structure
-        if resident is not None:
-            problems = await self._host.work(mismatches, offered, resident, self.model.transient)
-            if not problems:
-                assert self.model.pool is not None
-                return self.model.pool.layout
-            if self.model.sessions:
-                raise TransferError(AbortCode.MISMATCH, summarise(problems, self.model.name), details=tuple(problems))
-        if not len(offered):
-            raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
-        self._check_size(offered)
-        return await self._host.work(Layout, offered)
-
-    def _check_size(self, structure: Structure) -> None:
-        """Refuse what cannot fit before anything is laid out for it: a few bytes can describe terabytes."""
-        size = structure.total_bytes
-        declared = self.model.declared
-        if declared is not None and size > declared.limit:
-            raise TransferError(
-                AbortCode.MEMORY_LIMIT,
-                f"model {self.model.name!r} may have {format_bytes(declared.limit)} (max_bytes), and this version has "
-                f"{format_bytes(size)}",
-            )
-        limit = self._host.images.budget.limit
-        if size > limit:
-            raise TransferError(
-                AbortCode.MEMORY_LIMIT,
-                f"model {self.model.name!r}: this version has {format_bytes(size)}, more than the daemon's "
-                f"memory_limit ({format_bytes(limit)})",
-            )
-
-    async def _choose_pool(self, layout: Layout) -> SlotPool:
-        """The model's images, or new ones where those are laid out otherwise and nothing is attached to them."""
-        self._check_size(layout.structure)
-        # Not while a process attaches, which may be laying out images as well.
-        async with self.model.lock:
-            pool = self.model.pool
-            if pool is not None and pool.layout.structure.digest == layout.structure.digest:
-                return pool
-            if self.model.sessions:
-                raise TransferError(
-                    AbortCode.BUSY,
-                    f"a process has just attached model {self.model.name!r} with other tensors: push again",
-                )
-            self._pool = pool = self._host.images.make_pool(self.model, layout, 2)
-        for slot in pool.slots:
-            # The first touch of fresh memory costs 0.5 to 3 s a GB: better ahead of the loop than on it.
-            self._host.background(slot.memory.mapping.populate)
-        return pool
 
     async def _receive(self) -> None:
         """Until everything has arrived and its digests are the sender's."""

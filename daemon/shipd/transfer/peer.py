@@ -28,6 +28,9 @@ class Peer(Protocol):
     def flush(self) -> None:
         """Write what the connection has queued."""
 
+    def hold_back(self, much: bool) -> None:
+        """Take nothing more from the peer for now, or go on."""
+
     def close(self, reason: str = "") -> None:
         """Write what is queued and close."""
 

@@ -49,6 +49,8 @@ class StreamPeer(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._farewell: asyncio.TimerHandle | None = None
         self._closed = False
+        self._unread = False
+        self._held_back = False
 
     # --- what the transport calls --------------------------------------------------------------------------
 
@@ -105,11 +107,19 @@ class StreamPeer(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """The peer does not read its answers: then it is not listened to either, or they would pile up here."""
-        if self._transport is not None and not self._closed:
-            self._transport.pause_reading()
+        self._unread = True
+        self._listen()
 
     def resume_writing(self) -> None:
-        if self._transport is not None and not self._closed:
+        self._unread = False
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._transport is None or self._closed:
+            return
+        if self._unread or self._held_back:
+            self._transport.pause_reading()
+        else:
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -126,6 +136,12 @@ class StreamPeer(asyncio.BufferedProtocol):
     def closed(self) -> bool:
         """Whether nothing more can be sent."""
         return self._closed
+
+    def hold_back(self, much: bool) -> None:
+        """Take nothing more from the peer for now, or go on."""
+        if much != self._held_back:
+            self._held_back = much
+            self._listen()
 
     def send(self, message: Message, body: Buffer = b"") -> None:
         """Queue a message and write what is queued."""

@@ -74,6 +74,7 @@ class UnixPeer:
         """Bytes that the peer has not taken, beyond what the kernel keeps for it."""
         self._writing = False
         self._paused = False
+        self._held_back = False
         self._closed = False
         self._closing = False
         sock.settimeout(0)
@@ -155,7 +156,7 @@ class UnixPeer:
                         checked = digested
                 if self.closed:
                     return
-                if self.backlog > _HIGH_WATER:
+                if self.backlog > _HIGH_WATER or self._held_back:
                     break
         except ProtocolError as error:
             self.error = error
@@ -168,11 +169,23 @@ class UnixPeer:
             self.flush()
             self._pause()
 
+    def hold_back(self, much: bool) -> None:
+        """Take nothing more from the peer for now, or go on."""
+        self._held_back = much
+        if much:
+            self._pause()
+        elif self._paused and not self.closed and not self._outgoing:
+            self._resume()
+
     def _pause(self) -> None:
         """A peer that does not read its answers is not listened to either, or they would pile up here."""
-        if self.backlog > _HIGH_WATER and not self.closed and not self._paused:
+        if (self.backlog > _HIGH_WATER or self._held_back) and not self.closed and not self._paused:
             self._paused = True
             self._loop.remove_reader(self._sock.fileno())
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._loop.add_reader(self._sock.fileno(), self._readable)
 
     def _queue(self, piece: Buffer, fds: tuple[int, ...] = ()) -> None:
         self._outgoing.append((memoryview(piece), fds))
@@ -205,9 +218,8 @@ class UnixPeer:
             self._loop.remove_writer(self._sock.fileno())
         if self._closing:
             self._lose()
-        elif self._paused:
-            self._paused = False
-            self._loop.add_reader(self._sock.fileno(), self._readable)
+        elif self._paused and not self._held_back:
+            self._resume()
 
     def _lose(self) -> None:
         if self._closed:

@@ -1,0 +1,96 @@
+"""In which layout, and in whose images, a push is received: settled before its first chunk."""
+
+import asyncio
+from collections.abc import Callable
+
+from shipd.images.slots import SlotPool
+from shipd.service.host import Host
+from shipd.service.matching import mismatches, summarise
+from shipd.service.models import Model
+from shipd.units import format_bytes
+from shipproto.errors import AbortCode, TransferError
+from shipproto.layout import Layout
+from shipproto.messages import Offer
+from shipproto.receiver import Receiver
+from shipproto.structure import Structure
+
+
+class Settling:
+    """Of one push. ``flush`` writes what the receiver has to say. Everything raises TransferError where it cannot be."""
+
+    def __init__(self, host: Host, model: Model, receiver: Receiver, flush: Callable[[], None]) -> None:
+        self._host = host
+        self._model = model
+        self._receiver = receiver
+        self._flush = flush
+        self._encoded: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def arrived(self, encoded: bytes) -> None:
+        """The offered structure has come."""
+        if not self._encoded.done():
+            self._encoded.set_result(encoded)
+
+    async def layout(self, offer: Offer) -> Layout:
+        """The layout to receive in: the resident model's, where there is one."""
+        pool = self._model.pool
+        if pool is not None and pool.layout.structure.digest == offer.structure:
+            return pool.layout
+        self._receiver.want_structure()
+        self._flush()
+        patience = self._host.config.stall + self._host.config.resume_window
+        try:
+            async with asyncio.timeout(patience):
+                encoded = await self._encoded
+        except TimeoutError:
+            raise TransferError(AbortCode.STALLED, f"the structure did not arrive within {patience:.0f} s") from None
+        offered = await self._host.work(self._receiver.decode_structure, encoded)
+        resident = self._model.structure
+        if resident is not None:
+            problems = await self._host.work(mismatches, offered, resident, self._model.transient)
+            if not problems:
+                assert self._model.pool is not None
+                return self._model.pool.layout
+            if self._model.sessions:
+                raise TransferError(AbortCode.MISMATCH, summarise(problems, self._model.name), details=tuple(problems))
+        if not len(offered):
+            raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
+        self._check_size(offered)
+        return await self._host.work(Layout, offered)
+
+    def _check_size(self, structure: Structure) -> None:
+        """Refuse what cannot fit before anything is laid out for it: a few bytes can describe terabytes."""
+        size = structure.total_bytes
+        declared = self._model.declared
+        if declared is not None and size > declared.limit:
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT,
+                f"model {self._model.name!r} may have {format_bytes(declared.limit)} (max_bytes), and this version has "
+                f"{format_bytes(size)}",
+            )
+        limit = self._host.images.budget.limit
+        if size > limit:
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT,
+                f"model {self._model.name!r}: this version has {format_bytes(size)}, more than the daemon's "
+                f"memory_limit ({format_bytes(limit)})",
+            )
+
+    async def pool(self, layout: Layout) -> tuple[SlotPool, bool]:
+        """The model's images; or new ones, which are the caller's, where those are laid out otherwise and nothing is
+        attached to them. Which of the two."""
+        self._check_size(layout.structure)
+        # Not while a process attaches, which may be laying out images as well.
+        async with self._model.lock:
+            pool = self._model.pool
+            if pool is not None and pool.layout.structure.digest == layout.structure.digest:
+                return pool, False
+            if self._model.sessions:
+                raise TransferError(
+                    AbortCode.BUSY,
+                    f"a process has just attached model {self._model.name!r} with other tensors: push again",
+                )
+            pool = self._host.images.make_pool(self._model, layout, 2)
+        for slot in pool.slots:
+            # The first touch of fresh memory costs 0.5 to 3 s a GB: better ahead of the loop than on it.
+            self._host.background(slot.memory.mapping.populate)
+        return pool, True
