@@ -135,6 +135,10 @@ class Layout:
         at = number - self.large_chunks
         return self.large_chunks + self._packs[at], self.large_chunks + self._packs[at + 1]
 
+    def chunk_leaves(self, number: int) -> tuple[int, int]:
+        """First leaf and end of the leaves in a chunk, packed or not."""
+        return (number, number + 1) if number < self.large_chunks else self.packed_leaves(number)
+
     def packed_places(self, number: int) -> list[slice]:
         """Where each tensor of a packed chunk lies in the chunk, in the image's order."""
         at = number - self.large_chunks

@@ -142,7 +142,7 @@ class Sender:
     def _adopt(self, structure: Structure) -> None:
         """Send in this structure: the offered one, or the receiver's."""
         # First of all, so that a receiver cannot have a layout made of more than was offered.
-        self.source_rows, self.equal_rows = _sources(self.offered, structure)
+        self.source_rows, self.equal_rows = sources(self.offered, structure)
         self.layout = Layout.of(structure)
         self.digests = LeafDigests(self.layout)
         self._unknown = iter(range(self.layout.chunks))
@@ -404,7 +404,7 @@ class Sender:
         return self._connection
 
 
-def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int64], list[tuple[int, int]]]:
+def sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int64], list[tuple[int, int]]]:
     """For each wanted row the offered row that has its bytes, and pairs of offered rows that must be equal.
 
     The wanted structure may lack offered tensors (non-persistent buffers) and may tie what was offered
@@ -419,12 +419,12 @@ def _sources(offered: Structure, wanted: Structure) -> tuple[npt.NDArray[np.int6
         name = wanted.names[int(there[np.argmin(same)])]
         raise MalformedMessage(f"the receiver wants tensor {name!r} with another dtype or shape than was offered")
     # Of each group of the wanted structure: the bytes that the first offered tensor of the group has.
-    groups, sources = wanted.primary[there], offered.primary[rows[there]]
+    groups, roots = wanted.primary[there], offered.primary[rows[there]]
     firsts, first = np.unique(groups, return_index=True)
     chosen = np.full(len(wanted), -1, dtype=np.int64)
-    chosen[firsts] = sources[first]
-    differs = np.flatnonzero(chosen[groups] != sources)
-    equal = list(zip(chosen[groups[differs]].tolist(), sources[differs].tolist(), strict=True))
+    chosen[firsts] = roots[first]
+    differs = np.flatnonzero(chosen[groups] != roots)
+    equal = list(zip(chosen[groups[differs]].tolist(), roots[differs].tolist(), strict=True))
     absent = np.flatnonzero(rows < 0)
     rows[absent] = chosen[wanted.primary[absent]]
     if not bool((rows >= 0).all()):

@@ -22,7 +22,7 @@ from shipd.service.matching import mismatches
 from shipproto.digests import LeafDigests
 from shipproto.errors import MalformedMessage
 from shipproto.layout import Layout
-from shipproto.sender import Sender, _sources
+from shipproto.sender import Sender, sources
 from shipproto.structure import Structure, alike, rows_in, same_shapes
 from tests.property.strategies import LEAF, dtypes, examples, models, names, shapes
 from tests.support import naive
@@ -173,10 +173,10 @@ def test_where_the_receivers_tensors_come_from(drawn) -> None:
     expected = naive_sources(offered, wanted)
     if isinstance(expected, str):
         with pytest.raises(MalformedMessage, match="the receiver wants tensor") as caught:
-            _sources(offered, wanted)
+            sources(offered, wanted)
         assert f"tensor {expected!r}" in str(caught.value)
         return
-    rows, equal = _sources(offered, wanted)
+    rows, equal = sources(offered, wanted)
     assert (rows.tolist(), equal) == expected
 
 
