@@ -80,6 +80,14 @@ def test_models_of_every_size(cache: VersionCache, sizes: tuple[int, ...]) -> No
     assert_kept(cache, version)
 
 
+def test_padding_is_zeros(cache: VersionCache) -> None:
+    """Behind the last chunk of each large tensor, which are not full, and between packed ones."""
+    with leaves_of(512):
+        version = Version.of(model(1301, 1001, 77, 600, 33))
+        assert keep(cache, version) is None
+        assert_kept(cache, version)
+
+
 def test_a_receiver_that_lacks_what_is_offered(cache: VersionCache) -> None:
     ruling, offered = build([row for row in SMALL if row.name != "steps"]), build(SMALL)
     version = Version.of(ruling)

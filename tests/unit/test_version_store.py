@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import numpy as np
@@ -448,6 +449,24 @@ def test_a_fork_while_locks_are_held(generator: np.random.Generator) -> None:
     with history._lock, store._lock, STORE._lock:
         assert in_child(child) == ""
     assert_reads(base, first)
+
+
+@forking
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is wiped in children on Linux alone")
+def test_a_child_shares_no_page(generator: np.random.Generator) -> None:
+    """Else the next version would have the kernel copy every page that it writes to, for as long as the child lives."""
+    store = VersionStore()
+    version = Version.of(model(90000))
+    advance(store, version)
+    (history,) = store._histories.values()
+    image = history._image
+    assert image is not None
+    assert image.any()
+
+    def child() -> None:
+        assert not image.any()
+
+    assert in_child(child) == ""
 
 
 def test_every_structure_is_remembered_in_bounds() -> None:
