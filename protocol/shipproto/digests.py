@@ -73,12 +73,8 @@ class LeafDigests:
         ``content`` is the chunk as it lies in the image. Returns None, or the row of the first tensor
         whose digest was known already and is another now: its bytes have changed.
         """
-        if chunk < self.layout.large_chunks:
-            return self.note(chunk, chunk + 1, leaf_digest(content))
-        first, last = self.layout.packed_leaves(chunk)
-        # Nothing here is Python code for each tensor: that would cost more than to digest it.
-        parts = map(content.__getitem__, self.layout.packed_places(chunk))
-        return self.note(first, last, b"".join(map(leaf_digest, parts)))
+        first, last = self.layout.chunk_leaves(chunk)
+        return self.note(first, last, leaf_digests(self.layout, chunk, content))
 
     def note(self, first: int, last: int, digests: bytes) -> int | None:
         """Remember the digests of leaves [first, last), one after the other.
@@ -99,11 +95,11 @@ class LeafDigests:
 
     def adopt(self, chunks: range, other: "LeafDigests") -> None:
         """Take the digests of these chunks from another version of the same layout, whose bytes they have."""
-        self.note(*self.layout.chunk_leaves(chunks), other.of_chunks(chunks))
+        self.note(*self.layout.run_leaves(chunks), other.of_chunks(chunks))
 
     def of_chunks(self, chunks: range) -> bytes:
         """The digests of the leaves of chunks that follow each other, one after the other."""
-        first, last = self.layout.chunk_leaves(chunks)
+        first, last = self.layout.run_leaves(chunks)
         return bytes(self._flat[first * DIGEST_SIZE : last * DIGEST_SIZE])
 
     def chunk_digest(self, chunk: int) -> bytes:
@@ -128,6 +124,11 @@ class LeafDigests:
         first, last = self.layout.packed_leaves(chunk)
         self._known[first:last] = bytes(last - first)
 
+    @property
+    def encoded(self) -> bytes:
+        """The digests of all leaves, one after the other; zeros where one is not known yet."""
+        return bytes(self._flat)
+
     def tensor_digests(self) -> npt.NDArray[np.uint8]:
         """u8[n, 16], one row for each name of the structure, tied ones included. Every leaf must be known."""
         if not self.complete:
@@ -146,6 +147,14 @@ class LeafDigests:
     def version_digest(self) -> bytes:
         """16 bytes that stand for every name, dtype, shape and byte of the version."""
         return version_digest(self.layout, self.tensor_digests())
+
+
+def leaf_digests(layout: Layout, chunk: int, content: memoryview) -> bytes:
+    """The digests of a chunk's leaves, 16 bytes each; ``content`` is the chunk as it lies in the image."""
+    if chunk < layout.large_chunks:
+        return leaf_digest(content)
+    # Nothing here is Python code for each tensor: that would cost more than to digest it.
+    return b"".join(map(leaf_digest, map(content.__getitem__, layout.packed_places(chunk))))
 
 
 def version_digest(layout: Layout, tensor_digests: npt.NDArray[np.uint8]) -> bytes:

@@ -128,7 +128,7 @@ class Layout:
         pairs = ((self._starts[chunk] + self._sizes[chunk], self._starts[chunk + 1]) for chunk in chunks[:-1])
         return [(end, start) for end, start in pairs if end < start]
 
-    def chunk_leaves(self, chunks: range) -> tuple[int, int]:
+    def run_leaves(self, chunks: range) -> tuple[int, int]:
         """First leaf and end of the leaves of chunks that follow each other."""
         first, last = chunks[0], chunks[-1]
         return (
@@ -152,6 +152,10 @@ class Layout:
         """First leaf and end of the leaves in a packed chunk; leaf ``large_chunks + k`` is ``small[k]``."""
         at = number - self.large_chunks
         return self.large_chunks + self._packs[at], self.large_chunks + self._packs[at + 1]
+
+    def chunk_leaves(self, number: int) -> tuple[int, int]:
+        """First leaf and end of the leaves in a chunk, packed or not."""
+        return (number, number + 1) if number < self.large_chunks else self.packed_leaves(number)
 
     def packed_places(self, number: int) -> list[slice]:
         """Where each tensor of a packed chunk lies in the chunk, in the image's order."""

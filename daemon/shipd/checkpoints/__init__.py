@@ -1,6 +1,7 @@
 """Where a push reads its tensors from: checkpoint files and state dicts in memory, all as one ``Source``.
 
     source            what a source is, and ``open_source``, which makes one from whatever a user hands over
+    chunks            the chunks of a layout, read out of a source
     opened            an open file: typed errors, and noticing that it changed
     content           what a file is, judged by its bytes and never by its name
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
