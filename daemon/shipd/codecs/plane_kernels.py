@@ -1,0 +1,67 @@
+"""Which kernels split words into planes and put them together again: compiled where that is possible, else numpy's.
+
+Both write the same bytes. What they are given has been checked: kernels look at no length but that of the words.
+"""
+
+import functools
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shipd.codecs.compiled import numba_module
+
+Bytes = npt.NDArray[np.uint8]
+AnyWord = TypeVar("AnyWord", bound=np.unsignedinteger[Any])
+
+
+class PlaneKernels(Protocol):
+    """What there is to call. All arrays are C-contiguous and aligned; n is the number of words."""
+
+    def split_exponents(self, words: npt.NDArray[np.uint16], exponents: Bytes, rest: Bytes) -> None:
+        """Each word rotated left by one bit: the upper byte into ``exponents[n]``, the lower one into ``rest[n]``."""
+
+    def merge_exponents(self, exponents: Bytes, rest: Bytes, words: npt.NDArray[np.uint16]) -> None:
+        """What split_exponents was given."""
+
+    def split_steps(self, content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: Bytes) -> int:
+        """How far each word is from the base's, as zigzag (shipd.codecs.words) and at most 255; the largest of all.
+
+        The largest is not cut off at 255.
+        """
+
+    def apply_steps(self, codes: Bytes, words: npt.NDArray[np.uint16]) -> None:
+        """Move each word of a base so far as ``codes[n]`` says, in place."""
+
+    def split_differences(self, content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint32], planes: Bytes) -> None:
+        """How far each word is from the base's, as zigzag: byte k, the lowest first, into ``planes[k]`` of [4, n]."""
+
+    def apply_differences(
+        self, first: Bytes, second: Bytes, third: Bytes, fourth: Bytes, words: npt.NDArray[np.uint32]
+    ) -> None:
+        """Move each word of a base so far as the planes of split_differences say, in place."""
+
+    def split_words(self, words: npt.NDArray[AnyWord], planes: Bytes) -> None:
+        """Byte k of each word, the lowest first, into ``planes[k]`` of [bytes of a word, n]."""
+
+    def xor_planes(self, planes: Bytes, words: npt.NDArray[AnyWord]) -> None:
+        """XOR the words that split_words was given into ``words``."""
+
+
+@functools.cache
+def _compiled() -> PlaneKernels | None:
+    if numba_module() is None:
+        return None
+    from shipd.codecs import planes_compiled
+
+    return planes_compiled
+
+
+def plane_kernels(*words: npt.NDArray[AnyWord]) -> PlaneKernels:
+    """The kernels for these arrays: the compiled ones take no word that lies across its alignment."""
+    compiled = _compiled()
+    if compiled is not None and all(array.flags.aligned for array in words):
+        return compiled
+    from shipd.codecs import planes_numpy
+
+    return planes_numpy

@@ -1,0 +1,134 @@
+"""The kernels of the plane codecs (shipd.codecs.plane_kernels), compiled by numba. Importing this imports and compiles.
+
+Each loop is one that the compiler makes vector code of: every intermediate result is cut to the word's width at once,
+because numba computes in 64 bits otherwise, and nothing branches.
+"""
+
+from typing import Final
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import types
+
+_AnyWord = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
+_Bytes = npt.NDArray[np.uint8]
+
+_BLOCK: Final = 1 << 12
+"""Words: what is gone through once for each plane stays in the first cache."""
+
+
+def _array(item: types.Type, dimensions: int = 1, *, written: bool = False) -> types.Array:
+    return types.Array(item, dimensions, "C", readonly=not written)
+
+
+_U8: Final = _array(types.uint8)
+_U8_OUT: Final = _array(types.uint8, written=True)
+_PLANES: Final = _array(types.uint8, 2)
+_PLANES_OUT: Final = _array(types.uint8, 2, written=True)
+_U16: Final = _array(types.uint16)
+_U16_OUT: Final = _array(types.uint16, written=True)
+_U32: Final = _array(types.uint32)
+_U32_OUT: Final = _array(types.uint32, written=True)
+_WORDS: Final = (_U16, _U32, _array(types.uint64))
+_WORDS_OUT: Final = (_U16_OUT, _U32_OUT, _array(types.uint64, written=True))
+
+
+@numba.njit([types.void(_U16, _U8_OUT, _U8_OUT)], nogil=True, cache=True)
+def split_exponents(words: npt.NDArray[np.uint16], exponents: _Bytes, rest: _Bytes) -> None:
+    """See PlaneKernels."""
+    for at in range(len(words)):
+        word = words[at]
+        exponents[at] = np.uint8(np.uint16(word >> np.uint16(7)))
+        rest[at] = np.uint8(np.uint16(np.uint16(word << np.uint16(1)) | np.uint16(word >> np.uint16(15))))
+
+
+@numba.njit([types.void(_U8, _U8, _U16_OUT)], nogil=True, cache=True)
+def merge_exponents(exponents: _Bytes, rest: _Bytes, words: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    for at in range(len(words)):
+        low = np.uint16(rest[at])
+        upper = np.uint16(np.uint16(exponents[at]) << np.uint16(7))
+        words[at] = upper | np.uint16(np.uint16(low >> np.uint16(1)) | np.uint16(low << np.uint16(15)))
+
+
+@numba.njit([types.int64(_U16, _U16, _U8_OUT)], nogil=True, cache=True)
+def split_steps(content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: _Bytes) -> int:
+    """See PlaneKernels."""
+    largest = np.uint16(0)
+    for at in range(len(content)):
+        new, old = content[at], base[at]
+        # The key: see shipd.codecs.words. An arithmetic shift makes all ones of a set sign.
+        new = np.uint16(new ^ np.uint16(np.uint16(np.int16(new) >> np.int16(15)) | np.uint16(0x8000)))
+        old = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
+        step = np.uint16(new - old)
+        step = np.uint16(np.uint16(step << np.uint16(1)) ^ np.uint16(np.int16(step) >> np.int16(15)))
+        largest = max(largest, step)
+        codes[at] = np.uint8(min(step, np.uint16(255)))
+    return int(largest)
+
+
+@numba.njit([types.void(_U8, _U16_OUT)], nogil=True, cache=True)
+def apply_steps(codes: _Bytes, words: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    for at in range(len(words)):
+        old, code = words[at], np.uint16(codes[at])
+        key = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
+        step = np.uint16(np.uint16(code >> np.uint16(1)) ^ np.uint16(np.uint16(0) - np.uint16(code & np.uint16(1))))
+        key = np.uint16(key + step)
+        words[at] = key ^ np.uint16(np.uint16(~np.uint16(np.int16(key) >> np.int16(15))) | np.uint16(0x8000))
+
+
+@numba.njit([types.void(_U32, _U32, _PLANES_OUT)], nogil=True, cache=True)
+def split_differences(content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint32], planes: _Bytes) -> None:
+    """See PlaneKernels."""
+    for at in range(len(content)):
+        new, old = content[at], base[at]
+        new = np.uint32(new ^ np.uint32(np.uint32(np.int32(new) >> np.int32(31)) | np.uint32(0x80000000)))
+        old = np.uint32(old ^ np.uint32(np.uint32(np.int32(old) >> np.int32(31)) | np.uint32(0x80000000)))
+        code = np.uint32(new - old)
+        code = np.uint32(np.uint32(code << np.uint32(1)) ^ np.uint32(np.int32(code) >> np.int32(31)))
+        planes[0, at] = np.uint8(code)
+        planes[1, at] = np.uint8(np.uint32(code >> np.uint32(8)))
+        planes[2, at] = np.uint8(np.uint32(code >> np.uint32(16)))
+        planes[3, at] = np.uint8(np.uint32(code >> np.uint32(24)))
+
+
+@numba.njit([types.void(_U8, _U8, _U8, _U8, _U32_OUT)], nogil=True, cache=True)
+def apply_differences(
+    first: _Bytes, second: _Bytes, third: _Bytes, fourth: _Bytes, words: npt.NDArray[np.uint32]
+) -> None:
+    """See PlaneKernels."""
+    for at in range(len(words)):
+        lower = np.uint32(np.uint32(first[at]) | np.uint32(np.uint32(second[at]) << np.uint32(8)))
+        upper = np.uint32(np.uint32(third[at]) | np.uint32(np.uint32(fourth[at]) << np.uint32(8)))
+        code = np.uint32(lower | np.uint32(upper << np.uint32(16)))
+        old = words[at]
+        key = np.uint32(old ^ np.uint32(np.uint32(np.int32(old) >> np.int32(31)) | np.uint32(0x80000000)))
+        step = np.uint32(np.uint32(code >> np.uint32(1)) ^ np.uint32(np.uint32(0) - np.uint32(code & np.uint32(1))))
+        key = np.uint32(key + step)
+        words[at] = key ^ np.uint32(np.uint32(~np.uint32(np.int32(key) >> np.int32(31))) | np.uint32(0x80000000))
+
+
+@numba.njit([types.void(words, _PLANES_OUT) for words in _WORDS], nogil=True, cache=True)
+def split_words(words: _AnyWord, planes: _Bytes) -> None:
+    """See PlaneKernels."""
+    for start in range(0, len(words), _BLOCK):
+        block = words[start : start + _BLOCK]
+        for number in range(planes.shape[0]):
+            plane = planes[number, start : start + _BLOCK]
+            shift = words.dtype.type(8 * number)
+            for at in range(len(block)):
+                plane[at] = np.uint8(block[at] >> shift)
+
+
+@numba.njit([types.void(_PLANES, words) for words in _WORDS_OUT], nogil=True, cache=True)
+def xor_planes(planes: _Bytes, words: _AnyWord) -> None:
+    """See PlaneKernels."""
+    for start in range(0, len(words), _BLOCK):
+        block = words[start : start + _BLOCK]
+        for number in range(planes.shape[0]):
+            plane = planes[number, start : start + _BLOCK]
+            shift = words.dtype.type(8 * number)
+            for at in range(len(block)):
+                block[at] ^= words.dtype.type(words.dtype.type(plane[at]) << shift)
