@@ -63,7 +63,7 @@ def test_for_a_run_of_another_length(name: str) -> None:
     codec, content, base, dtype = RUNS[name]
     payload = codec.encode(content, base, dtype=dtype, most=ENOUGH)
     assert payload is not None
-    for size in (0, 2, 8, len(content) - 2, len(content) + 8, 2 * len(content)):
+    for size in (0, 8, len(content) - 8, len(content) + 8, 2 * len(content)):
         assert outcome(codec, payload, None if base is None else bytes(size), size) is None
 
 
@@ -87,30 +87,47 @@ def test_a_plane_is_itself_or_a_shorter_frame() -> None:
     refused(XPH, ones, 202)
 
 
-def escaped(count: int, codes: bytes, *steps: int) -> bytes:
-    return struct.pack("<I", count) + codes + struct.pack(f"<{len(steps)}H", *steps)
+def steps(pairs: bytes, medium: bytes, *large: int, counts: tuple[int, int, int] | None = None) -> bytes:
+    head = counts or (len(pairs), len(medium), len(large))
+    return struct.pack("<3I", *head) + pairs + medium + struct.pack(f"<{len(large)}H", *large)
 
 
-def test_escaped_steps_are_those_that_are_marked() -> None:
-    base = np.arange(16_000, 16_004, dtype=np.uint16)
-    steps = np.array([3, 255, 0, 65535], dtype=np.uint16)
-    payload = escaped(2, b"\x03\xff\x00\xff", 255, 65535)
-    assert decoded(DUH, payload, base.tobytes(), 8) == unzigzag(steps, base).tobytes()
-    assert decoded(DUH, payload, base.tobytes(), 8, in_place=True) == unzigzag(steps, base).tobytes()
-    for bad in (
-        escaped(2, b"\x03\xff\x00\xff", 254, 65535),
-        escaped(2, b"\x03\xff\x00\xff", 255, 0),
-        escaped(1, b"\x03\xff\x00\xff", 255),
-        escaped(2, b"\x03\xff\x00\x00", 255, 255),
-        escaped(0, b"\x03\xff\x00\xff"),
-        escaped(1, b"\x03\xff\x00\xff", 255, 65535),
-        escaped(3, b"\x03\xff\x00\xff", 255, 65535),
-        escaped(0xFFFFFFFF, b"\x03\xff\x00\xff", 255, 65535),
-        escaped(0x80000000, b"\x03\xff\x00\xff", 255, 65535),
-    ):
-        refused(DUH, bad, 8, base.tobytes())
-        with without_numba():
-            refused(DUH, bad, 8, base.tobytes())
+def test_steps_too_large_for_half_a_byte() -> None:
+    base = np.arange(16_000, 16_005, dtype=np.uint16)
+    expected = unzigzag(np.array([3, 15, 269, 270, 65535], dtype=np.uint16), base).tobytes()
+    payload = steps(b"\xf3\xff\x0f", b"\x00\xfe\xff\xff", 270, 65535)
+    assert decoded(DUH, payload, base.tobytes(), 10) == expected
+    assert decoded(DUH, payload, base.tobytes(), 10, in_place=True) == expected
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        steps(b"\xf3\xff\x1f", b"\x00\xfe\xff\xff", 270, 65535),
+        steps(b"\xf3\xff\xff", b"\x00\xfe\xff\xff\x00", 270, 65535),
+        steps(b"\xf3\xff\x0f", b"\x00\xfe\xff\xff", 269, 65535),
+        steps(b"\xf3\xff\x0f", b"\x00\xfe\xff\xff", 270, 0),
+        steps(b"\xf3\xff\x0f", b"\x00\xfe\xff\xff", 270),
+        steps(b"\xf3\xff\x0f", b"\x00\xfe\xff\xff", 270, 270, 270),
+        steps(b"\xf3\xff\x0f", b"\x00\xfe\xfd\xff", 270, 65535),
+        steps(b"\xf3\xff\x0f", b"\x00\xfe\xff", 270),
+        steps(b"\xf3\xff\x0e", b"\x00\xfe\xff\xff", 270, 65535),
+        steps(b"\xf3\xff", b"\x00\xfe\xff\xff", 270, 65535),
+        steps(b"\xf3\xff\x0f\x00", b"\x00\xfe\xff\xff", 270, 65535),
+        *(
+            steps(b"\xf3\xff\x0f", b"\x00\xfe\xff\xff", 270, 65535, counts=counts)
+            for counts in (
+                (2, 4, 2), (4, 4, 2), (3, 3, 2), (3, 5, 2), (3, 4, 1), (3, 4, 3), (0, 4, 2), (7, 0, 2), (3, 0, 4),
+                (0xFFFFFFFF, 4, 2), (3, 0xFFFFFFFF, 2), (3, 4, 0xFFFFFFFF), (3, 4, 0x80000000),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_steps_that_are_not_what_they_are_marked_as(payload: bytes) -> None:
+    base = np.arange(16_000, 16_005, dtype=np.uint16).tobytes()
+    refused(DUH, payload, 10, base)
+    with without_numba():
+        refused(DUH, payload, 10, base)
 
 
 def test_lengths_of_planes_add_up() -> None:
@@ -139,8 +156,9 @@ def test_heads_of_planes() -> None:
 
 BOMBS = {
     "xph": (XPH, squeeze_entropy(bytes(64 << 20)) + bytes(1000), 2000),
-    "duh": (DUH, bytes(4) + squeeze(bytes(64 << 20)), 2000),
-    "duh of escapes": (DUH, escaped(0, squeeze(b"\xff" * 1000)), 2000),
+    "duh": (DUH, steps(squeeze(bytes(64 << 20)), b""), 2000),
+    "duh of large steps": (DUH, steps(bytes(500), squeeze(bytes(64 << 20)), counts=(500, 1000, 0)), 2000),
+    "duh of more steps than words": (DUH, steps(bytes(500), squeeze(bytes(64 << 20)), counts=(500, 64 << 20, 0)), 2000),
     "f32d": (F32D, struct.pack("<4I", *[len(squeeze(bytes(64 << 20)))] * 4) + squeeze(bytes(64 << 20)) * 4, 4000),
     "planes": (PLANES, b"\x01\x00" + struct.pack("<I", len(squeeze(bytes(64 << 20)))) + squeeze(bytes(64 << 20)), 9000),
 }  # fmt: skip

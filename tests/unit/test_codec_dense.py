@@ -74,7 +74,7 @@ def test_planes_of_arbitrary_bytes(content, dtype) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_nothing(codec) -> None:
     payload = comes_back(codec, b"", base_for(codec, b""))
-    assert len(payload) == {XPH: 0, DUH: 4, F32D: 16, PLANES: 6}[codec]
+    assert len(payload) == {XPH: 0, DUH: 12, F32D: 16, PLANES: 6}[codec]
 
 
 @pytest.mark.parametrize("codec", [XPH, DUH])
@@ -103,7 +103,7 @@ def test_exponents_make_bfloat16_a_third_shorter() -> None:
 def test_steps_of_a_fifth_of_the_words() -> None:
     values = like_weights(CHUNK)
     payload = comes_back(DUH, bfloat16(stepped(values, 0.2)), bfloat16(values), BF16)
-    assert len(payload) < 2 * CHUNK / 6
+    assert len(payload) < 2 * CHUNK / 8
 
 
 def test_differences_of_floats() -> None:
@@ -140,8 +140,8 @@ def test_noise_costs_no_more_than_heads() -> None:
     assert len(comes_back(XPH, content, None)) == CHUNK
     assert len(comes_back(F32D, content, base)) == CHUNK + 16
     assert len(comes_back(PLANES, content, base, F32)) == CHUNK + 2 + 16
-    # Each step of more than 254 is escaped: this codec is not for them.
-    assert len(comes_back(DUH, content, base)) < 1.1 * CHUNK
+    # Most steps are large: this codec is not for them.
+    assert len(comes_back(DUH, content, base)) < 1.3 * CHUNK
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------

@@ -84,11 +84,42 @@ def test_steps(both, size: int | None) -> None:
     for kernels in both:
         codes = np.empty(len(run), dtype=np.uint8)
         assert kernels.split_steps(run, base, codes) == (expected.max() if len(run) else 0)
-        assert (codes == np.minimum(expected, 255)).all()
+        assert (codes == np.minimum(expected, 15)).all()
+        applied = base.copy()
+        kernels.apply_steps(np.minimum(expected, 255).astype(np.uint8), applied)
+        small = expected <= 255
+        assert (applied[small] == run[small]).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_steps_beyond_15(both, size: int, share: float) -> None:
+    run, base = words(size, np.uint16), words(size, np.uint16, 2)
+    near = np.random.default_rng(3).random(size) >= share
+    base[near] = run[near]
+    expected = zigzag(run, base)
+    groups = np.zeros(-(-size // 8), dtype=np.uint64)
+    codes = groups.view(np.uint8)
+    for kernels in both:
+        kernels.split_steps(run, base, codes)
+        beyond = np.empty(np.count_nonzero(codes == 15), dtype=np.uint16)
+        kernels.gather_steps(run, base, groups, beyond)
+        assert (beyond == expected[expected >= 15]).all()
         applied = base.copy()
         kernels.apply_steps(codes, applied)
-        small = expected < 255
-        assert (applied[small] == run[small]).all()
+        kernels.correct_steps(groups, beyond, applied)
+        assert (applied == run).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pairs(both, size: int) -> None:
+    codes = words(2 * size, np.uint8) & np.uint8(15)
+    for kernels in both:
+        pairs, parted = np.empty(size, dtype=np.uint8), np.empty_like(codes)
+        kernels.pair_steps(codes.view(np.uint16), pairs)
+        assert (pairs == codes[::2] + 16 * codes[1::2]).all()
+        kernels.part_steps(pairs, parted.view(np.uint16))
+        assert (parted == codes).all()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -120,7 +151,7 @@ def test_words(both, kind, size: int) -> None:
 
 def test_both_offer_every_kernel(both) -> None:
     names = [name for name, _ in inspect.getmembers(plane_kernels.PlaneKernels, inspect.isfunction) if name[0] != "_"]
-    assert len(names) == 8
+    assert len(names) == 12
     for kernels in both:
         assert all(callable(getattr(kernels, name)) for name in names)
 

@@ -25,13 +25,36 @@ class PlaneKernels(Protocol):
         """What split_exponents was given."""
 
     def split_steps(self, content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: Bytes) -> int:
-        """How far each word is from the base's, as zigzag (shipd.codecs.words) and at most 255; the largest of all.
+        """How far each word is from the base's, as zigzag (shipd.codecs.words) and at most 15; the largest of all.
 
-        The largest is not cut off at 255.
+        The largest is not cut off at 15. ``codes[m]`` may be longer than the words are.
         """
 
+    def gather_steps(
+        self,
+        content: npt.NDArray[np.uint16],
+        base: npt.NDArray[np.uint16],
+        codes: npt.NDArray[np.uint64],
+        beyond: npt.NDArray[np.uint16],
+    ) -> None:
+        """The whole step of each word whose code is 15. There are as many codes of 15 as ``beyond`` has places.
+
+        codes   of split_steps, eight in each number; zeros after the last word
+        """
+
+    def pair_steps(self, codes: npt.NDArray[np.uint16], pairs: Bytes) -> None:
+        """Two bytes below 16 each into one: the first (the lower byte of each code) is its lower half."""
+
+    def part_steps(self, pairs: Bytes, codes: npt.NDArray[np.uint16]) -> None:
+        """What pair_steps was given."""
+
     def apply_steps(self, codes: Bytes, words: npt.NDArray[np.uint16]) -> None:
-        """Move each word of a base so far as ``codes[n]`` says, in place."""
+        """Move each word of a base so far as ``codes[m]`` says, in place."""
+
+    def correct_steps(
+        self, codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16], words: npt.NDArray[np.uint16]
+    ) -> None:
+        """After apply_steps: move what was moved by 15 as far as gather_steps has found instead."""
 
     def split_differences(self, content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint32], planes: Bytes) -> None:
         """How far each word is from the base's, as zigzag: byte k, the lowest first, into ``planes[k]`` of [4, n]."""

@@ -28,9 +28,10 @@ _PLANES: Final = _array(types.uint8, 2)
 _PLANES_OUT: Final = _array(types.uint8, 2, written=True)
 _U16: Final = _array(types.uint16)
 _U16_OUT: Final = _array(types.uint16, written=True)
+_U64: Final = _array(types.uint64)
 _U32: Final = _array(types.uint32)
 _U32_OUT: Final = _array(types.uint32, written=True)
-_WORDS: Final = (_U16, _U32, _array(types.uint64))
+_WORDS: Final = (_U16, _U32, _U64)
 _WORDS_OUT: Final = (_U16_OUT, _U32_OUT, _array(types.uint64, written=True))
 
 
@@ -52,31 +53,104 @@ def merge_exponents(exponents: _Bytes, rest: _Bytes, words: npt.NDArray[np.uint1
         words[at] = upper | np.uint16(np.uint16(low >> np.uint16(1)) | np.uint16(low << np.uint16(15)))
 
 
+@numba.njit(nogil=True, cache=True)
+def _step(new: np.uint16, old: np.uint16) -> np.uint16:
+    """How far two words are apart, as zigzag (shipd.codecs.words). An arithmetic shift makes all ones of a set sign."""
+    new = np.uint16(new ^ np.uint16(np.uint16(np.int16(new) >> np.int16(15)) | np.uint16(0x8000)))
+    old = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
+    step = np.uint16(new - old)
+    return np.uint16(np.uint16(step << np.uint16(1)) ^ np.uint16(np.int16(step) >> np.int16(15)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _stepped(old: np.uint16, code: np.uint16) -> np.uint16:
+    """The word that is so far from ``old``."""
+    key = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
+    step = np.uint16(np.uint16(code >> np.uint16(1)) ^ np.uint16(np.uint16(0) - np.uint16(code & np.uint16(1))))
+    key = np.uint16(key + step)
+    return np.uint16(key ^ np.uint16(np.uint16(~np.uint16(np.int16(key) >> np.int16(15))) | np.uint16(0x8000)))
+
+
 @numba.njit([types.int64(_U16, _U16, _U8_OUT)], nogil=True, cache=True)
 def split_steps(content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: _Bytes) -> int:
     """See PlaneKernels."""
     largest = np.uint16(0)
     for at in range(len(content)):
-        new, old = content[at], base[at]
-        # The key: see shipd.codecs.words. An arithmetic shift makes all ones of a set sign.
-        new = np.uint16(new ^ np.uint16(np.uint16(np.int16(new) >> np.int16(15)) | np.uint16(0x8000)))
-        old = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
-        step = np.uint16(new - old)
-        step = np.uint16(np.uint16(step << np.uint16(1)) ^ np.uint16(np.int16(step) >> np.int16(15)))
+        step = _step(content[at], base[at])
         largest = max(largest, step)
-        codes[at] = np.uint8(min(step, np.uint16(255)))
+        codes[at] = np.uint8(min(step, np.uint16(15)))
     return int(largest)
+
+
+@numba.njit(nogil=True, cache=True)
+def _marks(codes: np.uint64) -> np.uint64:
+    """Of eight bytes below 16, the top bit of each that is 15."""
+    # Adding 127 sets the top bit of every difference but none.
+    tops = np.uint64((codes ^ np.uint64(0x0F0F0F0F0F0F0F0F)) + np.uint64(0x7F7F7F7F7F7F7F7F))
+    return np.uint64(~tops & np.uint64(0x8080808080808080))
+
+
+@numba.njit(nogil=True, cache=True)
+def _byte_of(mark: np.uint64) -> np.int64:
+    """Which byte has ``mark`` as its top bit: every byte below gives one, and the product adds them up."""
+    below = np.uint64(((mark >> np.uint64(7)) - np.uint64(1)) & np.uint64(0x0101010101010101))
+    return np.int64(np.uint64(below * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@numba.njit([types.void(_U16, _U16, _U64, _U16_OUT)], nogil=True, cache=True)
+def gather_steps(
+    content: npt.NDArray[np.uint16],
+    base: npt.NDArray[np.uint16],
+    codes: npt.NDArray[np.uint64],
+    beyond: npt.NDArray[np.uint16],
+) -> None:
+    """See PlaneKernels."""
+    found = 0
+    for group in range(len(codes)):
+        marks = _marks(codes[group])
+        while marks != np.uint64(0):
+            rest = np.uint64(marks & (marks - np.uint64(1)))
+            at = 8 * group + _byte_of(np.uint64(marks ^ rest))
+            beyond[found] = _step(content[at], base[at])
+            found += 1
+            marks = rest
+
+
+@numba.njit([types.void(_U64, _U16, _U16_OUT)], nogil=True, cache=True)
+def correct_steps(codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16], words: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    found = 0
+    for group in range(len(codes)):
+        marks = _marks(codes[group])
+        while marks != np.uint64(0):
+            rest = np.uint64(marks & (marks - np.uint64(1)))
+            at = 8 * group + _byte_of(np.uint64(marks ^ rest))
+            # 15 is eight down, 16 is eight up.
+            words[at] = _stepped(_stepped(words[at], np.uint16(16)), beyond[found])
+            found += 1
+            marks = rest
+
+
+@numba.njit([types.void(_U16, _U8_OUT)], nogil=True, cache=True)
+def pair_steps(codes: npt.NDArray[np.uint16], pairs: _Bytes) -> None:
+    """See PlaneKernels."""
+    for at in range(len(codes)):
+        pairs[at] = np.uint8(np.uint16(codes[at] | np.uint16(codes[at] >> np.uint16(4))))
+
+
+@numba.njit([types.void(_U8, _U16_OUT)], nogil=True, cache=True)
+def part_steps(pairs: _Bytes, codes: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    for at in range(len(codes)):
+        both = np.uint16(pairs[at])
+        codes[at] = np.uint16(both | np.uint16(both << np.uint16(4))) & np.uint16(0x0F0F)
 
 
 @numba.njit([types.void(_U8, _U16_OUT)], nogil=True, cache=True)
 def apply_steps(codes: _Bytes, words: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     for at in range(len(words)):
-        old, code = words[at], np.uint16(codes[at])
-        key = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
-        step = np.uint16(np.uint16(code >> np.uint16(1)) ^ np.uint16(np.uint16(0) - np.uint16(code & np.uint16(1))))
-        key = np.uint16(key + step)
-        words[at] = key ^ np.uint16(np.uint16(~np.uint16(np.int16(key) >> np.int16(15))) | np.uint16(0x8000))
+        words[at] = _stepped(words[at], np.uint16(codes[at]))
 
 
 @numba.njit([types.void(_U32, _U32, _PLANES_OUT)], nogil=True, cache=True)

@@ -51,14 +51,55 @@ def split_steps(content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], c
     for block in _blocks(len(content)):
         steps = zigzag(content[block], base[block])
         largest = max(largest, int(steps.max()))
-        codes[block] = np.minimum(steps, np.uint16(255))
+        codes[block][: len(steps)] = np.minimum(steps, np.uint16(15))
     return largest
+
+
+def gather_steps(
+    content: npt.NDArray[np.uint16],
+    base: npt.NDArray[np.uint16],
+    codes: npt.NDArray[np.uint64],
+    beyond: npt.NDArray[np.uint16],
+) -> None:
+    """See PlaneKernels."""
+    found = 0
+    for block in _blocks(len(content)):
+        places = np.flatnonzero(codes.view(np.uint8)[block] == 15)
+        beyond[found : found + len(places)] = zigzag(content[block][places], base[block][places])
+        found += len(places)
+
+
+def pair_steps(codes: npt.NDArray[np.uint16], pairs: _Bytes) -> None:
+    """See PlaneKernels."""
+    for block in _blocks(len(codes)):
+        pairs[block] = codes[block] | codes[block] >> np.uint16(4)
+
+
+def part_steps(pairs: _Bytes, codes: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    for block in _blocks(len(codes)):
+        both = pairs[block].astype(np.uint16)
+        both |= both << np.uint16(4)
+        np.bitwise_and(both, np.uint16(0x0F0F), out=codes[block])
 
 
 def apply_steps(codes: _Bytes, words: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     for block in _blocks(len(words)):
-        words[block] = unzigzag(codes[block].astype(np.uint16), words[block])
+        part = words[block]
+        part[:] = unzigzag(codes[block][: len(part)].astype(np.uint16), part)
+
+
+def correct_steps(codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16], words: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    found = 0
+    for block in _blocks(len(words)):
+        places = np.flatnonzero(codes.view(np.uint8)[block] == 15)
+        part = words[block]
+        # 15 is eight down, 16 is eight up.
+        base = unzigzag(np.full(len(places), 16, dtype=np.uint16), part[places])
+        part[places] = unzigzag(beyond[found : found + len(places)], base)
+        found += len(places)
 
 
 def split_differences(content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint32], planes: _Bytes) -> None:
