@@ -18,9 +18,6 @@ from shipproto.frame import Buffer
 _SAMPLE: Final = 16 * 1024
 """Bytes of a plane that are packed both ways to see which is shorter; what is not twice as long is packed whole."""
 
-_WORTH: Final = 63 / 64
-"""Share of the sample's length below which it is worth the time of unpacking: less is noise."""
-
 _LENGTH: Final = np.dtype("<u4")
 """Of a packed plane."""
 
@@ -39,10 +36,9 @@ def pack_best(plane: Bytes) -> Buffer:
         return _shorter(plane, min(squeeze_entropy(plane.data), squeeze(plane.data), key=len))
     middle = len(plane) // 2
     sample = plane[middle : middle + _SAMPLE].data
-    entropy, repetitions = len(squeeze_entropy(sample)), len(squeeze(sample))
-    if min(entropy, repetitions) > _WORTH * _SAMPLE:
-        return plane.data
-    return _shorter(plane, (squeeze_entropy if entropy <= repetitions else squeeze)(plane.data))
+    # Of noise the first is done in no time, so noise needs no test of its own.
+    better = squeeze_entropy if len(squeeze_entropy(sample)) <= len(squeeze(sample)) else squeeze
+    return _shorter(plane, better(plane.data))
 
 
 def _shorter(plane: Bytes, frame: bytes) -> Buffer:
