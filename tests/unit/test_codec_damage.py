@@ -13,6 +13,7 @@ from shipd.codecs.planes import PLANES
 from shipd.codecs.words import unzigzag
 from shipd.codecs.xph import XPH
 from shipd.codecs.zstd import squeeze, squeeze_entropy
+from tests.support import naive_dense
 from tests.support.runs import ENOUGH, bfloat16, decoded, like_weights, outcome, without_numba
 
 WORDS = 96
@@ -29,6 +30,13 @@ RUNS = {
     "planes with a base": (PLANES, STEPPED.tobytes() + b"r", VALUES.tobytes() + b"s", 2),
     "planes of bytes": (PLANES, bytes(range(20)) * 9, bytes(180), 23),
 }
+
+
+def naive_outcome(codec, payload: bytes, base: bytes | None, size: int) -> bytes | None:
+    try:
+        return naive_dense.DECODERS[codec.name](payload, base, size)
+    except naive_dense.Refused:
+        return None
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -54,6 +62,7 @@ def test_every_bit_changed(name: str) -> None:
         changed = bytearray(payload)
         changed[bit // 8] ^= 1 << bit % 8
         found = outcome(codec, bytes(changed), base, len(content))
+        assert naive_outcome(codec, bytes(changed), base, len(content)) == found
         with without_numba():
             assert outcome(codec, bytes(changed), base, len(content)) == found
 
@@ -71,8 +80,10 @@ def test_for_a_run_of_another_length(name: str) -> None:
 
 
 def refused(codec, payload: bytes, size: int, base: bytes | None = None) -> None:
+    given = base if base is not None or not codec.delta else bytes(size)
     with pytest.raises(CodecError):
-        decoded(codec, payload, base if base is not None or not codec.delta else bytes(size), size)
+        decoded(codec, payload, given, size)
+    assert naive_outcome(codec, payload, given, size) is None
 
 
 def test_a_plane_is_itself_or_a_shorter_frame() -> None:

@@ -11,11 +11,14 @@ from shipd.codecs.f32d import F32D
 from shipd.codecs.planes import PLANES
 from shipd.codecs.xph import XPH
 from shipproto.dtypes import BY_NAME, DTYPES
+from tests.support import naive_dense
 from tests.support.runs import ENOUGH, bfloat16, decoded, like_weights, whole_runs, without_numba
 
 BF16, F32 = BY_NAME["bfloat16"].code, BY_NAME["float32"].code
 CODECS = (XPH, DUH, F32D, PLANES)
 CHUNK = 512 * 1024
+MOST_NAIVELY = 4096
+"""Bytes of a run that the second decoder is asked about too: it has one word after the other."""
 
 
 def encoded(codec, content: bytes, base: bytes | None, dtype: int = 0) -> bytes:
@@ -29,6 +32,8 @@ def encoded(codec, content: bytes, base: bytes | None, dtype: int = 0) -> bytes:
 
 def comes_back(codec, content: bytes, base: bytes | None, dtype: int = 0) -> bytes:
     payload = encoded(codec, content, base, dtype)
+    if len(content) <= MOST_NAIVELY:
+        assert naive_dense.DECODERS[codec.name](payload, base, len(content)) == content
     for in_place in (False, True):
         assert decoded(codec, payload, base, len(content), in_place=in_place) == content
         with without_numba():
@@ -38,6 +43,27 @@ def comes_back(codec, content: bytes, base: bytes | None, dtype: int = 0) -> byt
 
 def base_for(codec, base: bytes) -> bytes | None:
     return base if codec.delta else None
+
+
+# --- SPEC.md's examples --------------------------------------------------------------------------------------------
+
+EXAMPLES = {
+    "A.2": (XPH, "803f 80bf c03f 0100", None, "7f7f7f00 00018002"),
+    "A.5": (DUH, "803f 7f3f 8040", "803f 803f 803f", "02000000 01000000 01000000 100f ff 0002"),
+    "A.6": (F32D, "2c01803f 010080bf", "0000803f 000080bf", "02000000" * 4 + "5801 0200 0000 0000"),
+    "A.7": (PLANES, "010203040506070809", "01" * 9, "0401" + "02000000" * 4 + "0004 0307 0206 0509 08"),
+}
+
+
+@pytest.mark.parametrize("section", EXAMPLES)
+def test_the_examples_of_the_specification(section: str) -> None:
+    codec, *texts = EXAMPLES[section]
+    content, base, payload = (None if text is None else bytes.fromhex(text) for text in texts)
+    assert content is not None
+    assert payload is not None
+    assert decoded(codec, payload, base, len(content)) == content
+    assert naive_dense.DECODERS[codec.name](payload, base, len(content)) == content
+    assert codec.encode(content, base, dtype=F32, most=ENOUGH) == payload
 
 
 # --- arbitrary runs ------------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 Both write the same bytes. What they are given has been checked: kernels look at no length but that of the words.
 """
 
-import functools
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from shipd.codecs.compiled import numba_module
+from shipd.codecs import planes_numpy
+from shipd.codecs.compiled import kernels
 
 Bytes = npt.NDArray[np.uint8]
 AnyWord = TypeVar("AnyWord", bound=np.unsignedinteger[Any])
@@ -71,20 +71,9 @@ class PlaneKernels(Protocol):
         """XOR the words that split_words was given into ``words``."""
 
 
-@functools.cache
-def _compiled() -> PlaneKernels | None:
-    if numba_module() is None:
-        return None
-    from shipd.codecs import planes_compiled
-
-    return planes_compiled
-
-
 def plane_kernels(*words: npt.NDArray[AnyWord]) -> PlaneKernels:
     """The kernels for these arrays: the compiled ones take no word that lies across its alignment."""
-    compiled = _compiled()
+    compiled = kernels()
     if compiled is not None and all(array.flags.aligned for array in words):
-        return compiled
-    from shipd.codecs import planes_numpy
-
+        return compiled.planes
     return planes_numpy

@@ -6,10 +6,11 @@ because numba computes in 64 bits otherwise, and nothing branches.
 
 from typing import Final
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from numba import types
+
+from shipd.codecs.compiled import kernel
 
 _AnyWord = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 _Bytes = npt.NDArray[np.uint8]
@@ -35,7 +36,7 @@ _WORDS: Final = (_U16, _U32, _U64)
 _WORDS_OUT: Final = (_U16_OUT, _U32_OUT, _array(types.uint64, written=True))
 
 
-@numba.njit([types.void(_U16, _U8_OUT, _U8_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U16, _U8_OUT, _U8_OUT)])
 def split_exponents(words: npt.NDArray[np.uint16], exponents: _Bytes, rest: _Bytes) -> None:
     """See PlaneKernels."""
     for at in range(len(words)):
@@ -44,7 +45,7 @@ def split_exponents(words: npt.NDArray[np.uint16], exponents: _Bytes, rest: _Byt
         rest[at] = np.uint8(np.uint16(np.uint16(word << np.uint16(1)) | np.uint16(word >> np.uint16(15))))
 
 
-@numba.njit([types.void(_U8, _U8, _U16_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U8, _U8, _U16_OUT)])
 def merge_exponents(exponents: _Bytes, rest: _Bytes, words: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     for at in range(len(words)):
@@ -53,7 +54,7 @@ def merge_exponents(exponents: _Bytes, rest: _Bytes, words: npt.NDArray[np.uint1
         words[at] = upper | np.uint16(np.uint16(low >> np.uint16(1)) | np.uint16(low << np.uint16(15)))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _step(new: np.uint16, old: np.uint16) -> np.uint16:
     """How far two words are apart, as zigzag (shipd.codecs.words). An arithmetic shift makes all ones of a set sign."""
     new = np.uint16(new ^ np.uint16(np.uint16(np.int16(new) >> np.int16(15)) | np.uint16(0x8000)))
@@ -62,7 +63,7 @@ def _step(new: np.uint16, old: np.uint16) -> np.uint16:
     return np.uint16(np.uint16(step << np.uint16(1)) ^ np.uint16(np.int16(step) >> np.int16(15)))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _stepped(old: np.uint16, code: np.uint16) -> np.uint16:
     """The word that is so far from ``old``."""
     key = np.uint16(old ^ np.uint16(np.uint16(np.int16(old) >> np.int16(15)) | np.uint16(0x8000)))
@@ -71,7 +72,7 @@ def _stepped(old: np.uint16, code: np.uint16) -> np.uint16:
     return np.uint16(key ^ np.uint16(np.uint16(~np.uint16(np.int16(key) >> np.int16(15))) | np.uint16(0x8000)))
 
 
-@numba.njit([types.int64(_U16, _U16, _U8_OUT)], nogil=True, cache=True)
+@kernel([types.int64(_U16, _U16, _U8_OUT)])
 def split_steps(content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: _Bytes) -> int:
     """See PlaneKernels."""
     largest = np.uint16(0)
@@ -82,7 +83,7 @@ def split_steps(content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], c
     return int(largest)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _marks(codes: np.uint64) -> np.uint64:
     """Of eight bytes below 16, the top bit of each that is 15."""
     # Adding 127 sets the top bit of every difference but none.
@@ -90,14 +91,14 @@ def _marks(codes: np.uint64) -> np.uint64:
     return np.uint64(~tops & np.uint64(0x8080808080808080))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _byte_of(mark: np.uint64) -> np.int64:
     """Which byte has ``mark`` as its top bit: every byte below gives one, and the product adds them up."""
     below = np.uint64(((mark >> np.uint64(7)) - np.uint64(1)) & np.uint64(0x0101010101010101))
     return np.int64(np.uint64(below * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@numba.njit([types.void(_U16, _U16, _U64, _U16_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U16, _U16, _U64, _U16_OUT)])
 def gather_steps(
     content: npt.NDArray[np.uint16],
     base: npt.NDArray[np.uint16],
@@ -116,7 +117,7 @@ def gather_steps(
             marks = rest
 
 
-@numba.njit([types.void(_U64, _U16, _U16_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U64, _U16, _U16_OUT)])
 def correct_steps(codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16], words: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     found = 0
@@ -131,14 +132,14 @@ def correct_steps(codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16],
             marks = rest
 
 
-@numba.njit([types.void(_U16, _U8_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U16, _U8_OUT)])
 def pair_steps(codes: npt.NDArray[np.uint16], pairs: _Bytes) -> None:
     """See PlaneKernels."""
     for at in range(len(codes)):
         pairs[at] = np.uint8(np.uint16(codes[at] | np.uint16(codes[at] >> np.uint16(4))))
 
 
-@numba.njit([types.void(_U8, _U16_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U8, _U16_OUT)])
 def part_steps(pairs: _Bytes, codes: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     for at in range(len(codes)):
@@ -146,14 +147,14 @@ def part_steps(pairs: _Bytes, codes: npt.NDArray[np.uint16]) -> None:
         codes[at] = np.uint16(both | np.uint16(both << np.uint16(4))) & np.uint16(0x0F0F)
 
 
-@numba.njit([types.void(_U8, _U16_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U8, _U16_OUT)])
 def apply_steps(codes: _Bytes, words: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     for at in range(len(words)):
         words[at] = _stepped(words[at], np.uint16(codes[at]))
 
 
-@numba.njit([types.void(_U32, _U32, _PLANES_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U32, _U32, _PLANES_OUT)])
 def split_differences(content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint32], planes: _Bytes) -> None:
     """See PlaneKernels."""
     for at in range(len(content)):
@@ -168,7 +169,7 @@ def split_differences(content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint
         planes[3, at] = np.uint8(np.uint32(code >> np.uint32(24)))
 
 
-@numba.njit([types.void(_U8, _U8, _U8, _U8, _U32_OUT)], nogil=True, cache=True)
+@kernel([types.void(_U8, _U8, _U8, _U8, _U32_OUT)])
 def apply_differences(
     first: _Bytes, second: _Bytes, third: _Bytes, fourth: _Bytes, words: npt.NDArray[np.uint32]
 ) -> None:
@@ -184,7 +185,7 @@ def apply_differences(
         words[at] = key ^ np.uint32(np.uint32(~np.uint32(np.int32(key) >> np.int32(31))) | np.uint32(0x80000000))
 
 
-@numba.njit([types.void(words, _PLANES_OUT) for words in _WORDS], nogil=True, cache=True)
+@kernel([types.void(words, _PLANES_OUT) for words in _WORDS])
 def split_words(words: _AnyWord, planes: _Bytes) -> None:
     """See PlaneKernels."""
     for start in range(0, len(words), _BLOCK):
@@ -196,7 +197,7 @@ def split_words(words: _AnyWord, planes: _Bytes) -> None:
                 plane[at] = np.uint8(block[at] >> shift)
 
 
-@numba.njit([types.void(_PLANES, words) for words in _WORDS_OUT], nogil=True, cache=True)
+@kernel([types.void(_PLANES, words) for words in _WORDS_OUT])
 def xor_planes(planes: _Bytes, words: _AnyWord) -> None:
     """See PlaneKernels."""
     for start in range(0, len(words), _BLOCK):
