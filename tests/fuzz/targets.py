@@ -1,15 +1,21 @@
 """What is fuzzed: for each target, ``fuzz_one(data)`` and the seeds that inputs are made from.
 
 The invariant of all of them: the input is accepted, or refused with ProtocolError (TransferError and LocalError where
-the core's documentation says so), and never anything else; what is accepted has one encoding; and neither time nor
-memory grows beyond what the input paid for.
+the core's documentation says so, CodecError by a decoder), and never anything else; what is accepted has one encoding
+(but for zstd frames); and neither time nor memory grows beyond what the input paid for.
 """
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
+import numpy as np
+
+from shipd.codecs.codec import Codec, CodecError
+from shipd.codecs.registry import CODECS
 from shipproto.aborts import read_abort
 from shipproto.connection import Connection, Established
 from shipproto.errors import ProtocolError, TransferError
@@ -29,6 +35,7 @@ from tests.support import naive
 from tests.support.golden.book import Golden
 from tests.support.link import Receiving, Sending, nonce, output_of
 from tests.support.models import SMALL, build, contents
+from tests.support.runs import without_numba
 from tests.support.vectors import load, read
 
 _LARGEST_SEED: Final = 4096
@@ -241,6 +248,56 @@ def sender(data: bytes) -> None:
         assert machine.committed.digest == machine.digest
 
 
+# --- codecs ------------------------------------------------------------------------------------------------------
+
+_LARGEST_RUN: Final = 2048
+_BASE: Final = np.cumsum(np.random.default_rng(1).integers(-2, 3, _LARGEST_RUN // 2)).astype(np.int16).tobytes()
+
+
+def decoder(codec: Codec) -> Callable[[bytes], None]:
+    """A byte that says whether there is a base, and where; two of the run's length; and the payload."""
+
+    def fuzz_one(data: bytes) -> None:
+        if len(data) < 3:
+            return
+        mode, size, payload = data[0], int.from_bytes(data[1:3], "little") % (_LARGEST_RUN + 1), data[3:]
+        base = _BASE[:size] if codec.delta or mode & 1 else None
+        results: list[bytes | None] = []
+        for forced in (False, True):
+            out = bytearray(_BASE[:size])
+            with without_numba() if forced else contextlib.nullcontext():
+                try:
+                    codec.decode(payload, out if base is not None and mode & 2 else base, memoryview(out))
+                except CodecError:
+                    results.append(None)
+                else:
+                    results.append(bytes(out))
+            assert len(out) == size
+        assert results[0] == results[1], "numpy makes something else of it"
+        if results[0] is not None:
+            again = codec.encode(results[0], base, dtype=0, most=1 << 20)
+            assert again is not None
+            out = bytearray(size)
+            codec.decode(again, base, memoryview(out))
+            assert out == results[0]
+
+    return fuzz_one
+
+
+def _decoder_seeds(codec: Codec) -> list[bytes]:
+    seeds = []
+    for size in (0, 8, 64, 1000, _LARGEST_RUN):
+        base = _BASE[:size]
+        near = (np.frombuffer(base, dtype=np.int16) + np.arange(size // 2, dtype=np.int16) % 40 // 19).tobytes()
+        for content in (base, near, bytes(size), _BASE[::-1][:size]):
+            for mode in (0, 3):
+                given = base if codec.delta or mode & 1 else None
+                payload = codec.encode(content, given, dtype=1 + size % 4, most=1 << 20)
+                if payload is not None:
+                    seeds.append(bytes((mode,)) + size.to_bytes(2, "little") + payload)
+    return seeds
+
+
 # --- seeds -------------------------------------------------------------------------------------------------------
 
 
@@ -301,4 +358,4 @@ TARGETS: Final = {
     "sender": Target(sender, lambda: _conversations("sender")),
     "coded-receiver": Target(coded.receiver, coded.receiver_seeds),
     "coded-sender": Target(coded.sender, coded.sender_seeds),
-}
+} | {f"codec-{codec.name}": Target(decoder(codec), partial(_decoder_seeds, codec)) for codec in CODECS}

@@ -22,7 +22,6 @@ from shipd.service.vacancy import take_slot
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
-from shipd.units import format_bytes
 from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
@@ -33,7 +32,6 @@ from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, Struct
 from shipproto.receiver import Receiver
 from shipproto.states import ReceiverState
 from shipproto.status import FailedPush
-from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.transfer")
 

@@ -1,0 +1,32 @@
+"""Every codec there is, by the number that it has on the wire and by the name that it has in messages."""
+
+from types import MappingProxyType
+from typing import Final
+
+from shipd.codecs.codec import Codec
+from shipd.codecs.duh import DUH
+from shipd.codecs.f32d import F32D
+from shipd.codecs.planes import PLANES
+from shipd.codecs.xph import XPH
+
+RAW: Final = 0
+"""The bytes themselves, which travel as DATA: no codec, and no number of one on the wire. What it is called here."""
+
+SAME: Final = 1
+"""The run equals its base: no payload, and nothing to decode."""
+
+CODECS: Final[tuple[Codec, ...]] = (
+    XPH,
+    DUH,
+    F32D,
+    PLANES,
+)
+
+BY_NUMBER: Final = MappingProxyType({codec.number: codec for codec in CODECS})
+BY_NAME: Final = MappingProxyType({codec.name: codec for codec in CODECS})
+
+DECODABLE: Final = (SAME, *sorted(BY_NUMBER))
+"""What can be decoded here, ascending: what a receiver names in WANT."""
+
+NAMES: Final = MappingProxyType({RAW: "raw", SAME: "same"} | {codec.number: codec.name for codec in CODECS})
+"""What each number is called in messages, those that are no codecs included."""

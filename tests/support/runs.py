@@ -1,0 +1,66 @@
+"""Runs for the tests of codecs: words that are special, words that are like a model's, and bases near and far."""
+
+import contextlib
+from typing import Final
+from unittest import mock
+
+import numpy as np
+from hypothesis import strategies as st
+
+from shipd.codecs.codec import Codec, CodecError
+
+SPECIAL: Final = {
+    # Zeros, denormals, ones, infinities, NaNs of several payloads; of bfloat16 and of float16.
+    2: (0, 0x8000, 1, 0x8001, 0x7F, 0x3F80, 0xBF80, 0x3C00, 0x7F80, 0xFF80, 0x7FC0, 0xFFC1, 0x7C00, 0x7C01, 0xFFFF),
+    4: (0, 0x80000000, 1, 0x80000001, 0x3F800000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFFFFFFF),
+    8: (0, 1 << 63, 1, 0x3FF0 << 48, 0x7FF0 << 48, 0xFFF8 << 48, (0x7FF0 << 48) + 1, (1 << 64) - 1),
+}  # fmt: skip
+ENOUGH: Final = 1 << 40
+"""More bytes than any payload has."""
+
+
+@st.composite
+def whole_runs(draw: st.DrawFn, width: int, most: int = 200) -> tuple[bytes, bytes]:
+    """A run of words of ``width`` bytes, at most ``most`` of them, and a base: equal, near, or of other words."""
+    word = st.integers(0, (1 << 8 * width) - 1) | st.sampled_from(SPECIAL[width])
+    content = draw(st.lists(word, max_size=most))
+    step = draw(st.sampled_from((0, 1, 127, 128, 1 << (8 * width - 1))))
+    steps = draw(st.lists(st.integers(-step, step), min_size=len(content), max_size=len(content)))
+    base = [(value + by) % (1 << 8 * width) for value, by in zip(content, steps, strict=True)]
+    return _joined(content, width), _joined(base, width)
+
+
+def _joined(words: list[int], width: int) -> bytes:
+    return b"".join(value.to_bytes(width, "little") for value in words)
+
+
+def like_weights(words: int, seed: int = 1) -> np.ndarray:
+    """f32[words] as a model's weights are distributed, about."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(words) * 0.05).astype(np.float32)
+
+
+def bfloat16(values: np.ndarray) -> bytes:
+    """Rounded towards zero, which does for runs that only have to be realistic."""
+    return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes()
+
+
+def decoded(codec: Codec, payload: bytes, base: bytes | None, size: int, *, in_place: bool = False) -> bytes:
+    """What ``payload`` is of a run of ``size`` bytes; with ``in_place``, written over its base."""
+    out = bytearray(base if in_place and base is not None else b"\xa5" * size)
+    codec.decode(payload, out if in_place and base is not None else base, memoryview(out))
+    assert len(out) == size
+    return bytes(out)
+
+
+def outcome(codec: Codec, payload: bytes, base: bytes | None, size: int) -> bytes | None:
+    """The run, or None where the payload is refused."""
+    try:
+        return decoded(codec, payload, base, size)
+    except CodecError:
+        return None
+
+
+def without_numba() -> contextlib.AbstractContextManager[object]:
+    """As where nothing can be compiled."""
+    return mock.patch("shipd.codecs.plane_kernels.kernels", return_value=None)
