@@ -169,6 +169,11 @@ class Sender:
         return self.state in (SenderState.SENDING, SenderState.FINISHING) and bool(self._outgoing.wanted)
 
     @property
+    def waiting(self) -> int:
+        """How many chunks are waiting to be handed out."""
+        return len(self._outgoing.wanted)
+
+    @property
     def skipped(self) -> list[str]:
         """Offered tensors that the receiver's structure has no place for and that were not sent."""
         offered = self.offered.names

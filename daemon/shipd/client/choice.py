@@ -1,9 +1,9 @@
 """Which codec brings a run to the receiver soonest, or in the fewest bytes: arithmetic over what was measured.
 
 Encoding, the link and decoding work at the same time on different runs, so n runs take as long as the slowest of the
-three takes for all of them, and the other two once. What goes in is measured: the link's rate, this side's speeds as it
-encodes, the receiver's as it said in WANT, and the density of changes in a sample of the run. What a codec makes of a run
-is guessed from the density until it has been tried, and from what it made of the last run afterwards.
+three takes for all of them, and the other two once. What goes in is measured: the link's rate, this side's speeds as
+it encodes, the receiver's as it said in WANT, and the density of changes in a sample of the run. What a codec makes of
+a run is guessed from the density until it has been tried, and from what it made of the last run afterwards.
 """
 
 import math

@@ -7,6 +7,7 @@
 Memory is bounded by what waits (``_WAITING`` frames) and two runs' worth of scratch for each thread.
 """
 
+import logging
 import os
 import queue
 import threading
@@ -16,15 +17,19 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
-from shipd.bases.base import Base
+from shipd.bases.base import Base, BaseLost
 from shipd.client.choice import RAW, Chooser
 from shipd.client.chunks import ChunkReader
 from shipd.codecs import registry
 from shipd.codecs.codec import Codec
+from shipproto.dtypes import ITEMSIZES
 from shipproto.layout import Layout
 from shipproto.limits import LEAF_SIZE, MAX_PAYLOAD, MAX_RUN_BYTES
 from shipproto.sender import Sender
+
+log = logging.getLogger("shipd.client")
 
 MAX_RUN: Final = MAX_RUN_BYTES // LEAF_SIZE
 """Chunks of a run."""
@@ -40,7 +45,7 @@ _SAMPLE: Final = 8192
 """Bytes of each sample that the density is taken from, and how many: a quarter of a mebibyte of a whole run."""
 
 _PIECE_ROOM: Final = 0.8
-"""How full of a frame a piece is planned to be: what is guessed is a little more or less, and too much is tried again."""
+"""How full of a frame a piece is planned to be: what is guessed is a little off, and too much is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ class Encoder:
             while not self._stopping.is_set():
                 with self._lock:
                     chunks = self._sender.next_chunks(MAX_RUN)
-                    remaining = self._sender.remaining
+                    remaining = self._sender.waiting
                 if not chunks:
                     return
                 for encoded in self._encode(worker, chunks, remaining):
@@ -185,37 +190,53 @@ class _Worker:
         self._layout = sender.layout
         self._reader = reader
         self._base = base
-        self._content = memoryview(bytearray(MAX_RUN_BYTES))
-        self._old = memoryview(bytearray(MAX_RUN_BYTES)) if base is not None else None
+        room = min(MAX_RUN_BYTES, self._layout.size)
+        self._content = memoryview(bytearray(room))
+        self._old = memoryview(bytearray(room)) if base is not None else None
         self._start = 0
         self._views: dict[int, memoryview] = {}
         self._dtypes = _chunk_dtypes(self._layout)
 
     def read(self, chunks: range) -> Iterator[tuple[range, bool]]:
         """Read and digest a run; its parts, and whether the receiver has each of them already."""
-        layout, held = self._layout, self._sender.held_digests
+        layout, sender = self._layout, self._sender
         self._start = layout.chunk(chunks[0])[0]
         self._views.clear()
-        same: list[bool] = []
         end = 0
         for chunk in chunks:
             content = self._reader.read(chunk)
-            self._sender.digest_chunk(chunk, content)
+            sender.digest_chunk(chunk, content)
             begin = layout.chunk(chunk)[0] - self._start
             self._content[end:begin] = bytes(begin - end)
             end = begin + len(content)
             self._content[begin:end] = content
             if self._reader.lends(content):
                 self._views[chunk] = content
-            same.append(held.get(chunk) == self._sender.digests.chunk_digest(chunk))
-        if self._old is not None and self._base is not None and not all(same):
-            self._base.read(chunks[0], len(chunks), self._old[:end])
+        self._read_base(chunks, end)
+        same = [self._same(chunk) for chunk in chunks]
         kinds = [None if equal else self._dtypes[chunk] for chunk, equal in zip(chunks, same, strict=True)]
         first = 0
         for at in range(1, len(kinds) + 1):
             if at == len(kinds) or kinds[at] != kinds[first]:
                 yield chunks[first:at], same[first]
                 first = at
+
+    def _read_base(self, chunks: range, size: int) -> None:
+        if self._base is None or self._old is None:
+            return
+        try:
+            self._base.read(chunks[0], len(chunks), self._old[:size])
+        except BaseLost as error:
+            log.info("going on without the base", extra={"why": str(error)})
+            self._base = self._old = None
+
+    def _same(self, chunk: int) -> bool:
+        """Whether the receiver's version has the same bytes."""
+        if self._old is not None:
+            place = self._place(range(chunk, chunk + 1))
+            return bool(np.array_equal(_bytes(self._content[place]), _bytes(self._old[place])))
+        told = self._sender.held_digest(chunk)
+        return told is not None and told == self._sender.digests.chunk_digest(chunk)
 
     def _place(self, chunks: range) -> slice:
         start = self._layout.chunk(chunks[0])[0] - self._start
@@ -229,7 +250,9 @@ class _Worker:
 
     def candidates(self, chunks: range) -> list[int]:
         """Codecs that can take these chunks."""
-        return registry.candidates(self.dtype(chunks), self.size(chunks), base=self._base is not None)
+        size = self.size(chunks)
+        codecs = registry.suited(self.dtype(chunks), base=self._old is not None)
+        return [codec.number for codec in codecs if size % codec.word == 0]
 
     def dtype(self, chunks: range) -> int:
         """Number of the dtype that all tensors of these chunks have, which is one part's; 0 where there are several."""
@@ -240,10 +263,9 @@ class _Worker:
         if self._old is None:
             return None
         place = self._place(chunks)
-        new = np.frombuffer(self._content[place], dtype=np.uint8)
-        old = np.frombuffer(self._old[place], dtype=np.uint8)
-        word = registry.word_of(self.dtype(chunks))
-        step = max(_SAMPLE, len(new) // _SAMPLES // 64 * 64)
+        new, old = _bytes(self._content[place]), _bytes(self._old[place])
+        word = int(ITEMSIZES[self.dtype(chunks)]) or 1
+        step = max(_SAMPLE, len(new) // _SAMPLES // _SAMPLE * _SAMPLE)
         changed = looked = 0
         for begin in range(0, len(new), step):
             one, other = new[begin : begin + _SAMPLE], old[begin : begin + _SAMPLE]
@@ -256,7 +278,7 @@ class _Worker:
     def encode(self, codec: Codec, chunks: range) -> bytes | None:
         """The payload for these chunks, where it fits a frame."""
         place = self._place(chunks)
-        old = self._old[place] if codec.delta and self._old is not None else None
+        old = self._old[place] if self._old is not None else None
         return codec.encode(self._content[place], old, dtype=self.dtype(chunks), most=MAX_PAYLOAD)
 
     def raw(self, chunks: range) -> Iterator[Encoded]:
@@ -268,10 +290,14 @@ class _Worker:
             yield Encoded(one, RAW, content if content is not None else bytes(self._content[self._place(one)]))
 
 
+def _bytes(view: memoryview) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(view, dtype=np.uint8)
+
+
 def _chunk_dtypes(layout: Layout) -> list[int]:
     """For each chunk the number of the dtype that its tensors have, 0 where there are several in it."""
     dtypes = layout.structure.dtypes
-    large: list[int] = dtypes[layout.leaf_rows()[: layout.large_chunks]].tolist()
+    large = [int(dtype) for dtype in dtypes[layout.leaf_rows()[: layout.large_chunks]]]
     # Small tensors lie in order of their dtypes, so a packed chunk's first and last one tell.
     ends = [layout.chunk_tensors(chunk)[[0, -1]] for chunk in range(layout.large_chunks, layout.chunks)]
     return large + [int(dtypes[first]) if dtypes[first] == dtypes[last] else 0 for first, last in ends]

@@ -28,5 +28,21 @@ BY_NAME: Final = MappingProxyType({codec.name: codec for codec in CODECS})
 DECODABLE: Final = (SAME, *sorted(BY_NUMBER))
 """What can be decoded here, ascending: what a receiver names in WANT."""
 
+_FLOATS_OF_16_BITS: Final = frozenset((3, 4))
+_FLOAT32: Final = 2
+"""Numbers of dtypes (shipproto.dtypes): of float16 and bfloat16, and of float32."""
+
+
+def suited(dtype: int, *, base: bool) -> tuple[Codec, ...]:
+    """Codecs worth considering for a run of this dtype, 0 for a run of several; those that need a base only with one."""
+    if dtype in _FLOATS_OF_16_BITS:
+        found: tuple[Codec, ...] = (XPH, PLANES, GZ, EGR, DUH)
+    elif dtype == _FLOAT32:
+        found = (PLANES, F32D)
+    else:
+        found = (PLANES,)
+    return tuple(codec for codec in found if base or not codec.delta)
+
+
 NAMES: Final = MappingProxyType({RAW: "raw", SAME: "same"} | {codec.number: codec.name for codec in CODECS})
 """What each number is called in messages, those that are no codecs included."""

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from shipd.images.slots import Slot, SlotPool
-from shipd.service.incoming import Host
+from shipd.service.host import Host
 from shipd.service.matching import mismatches, summarise
 from shipd.service.models import Model, Version
 from shipd.service.rollout import SWAP_GRACE

@@ -40,6 +40,7 @@ RELOADABLE: Final = frozenset(
         "token_file",
         "memory_limit",
         "max_lanes",
+        "incremental",
         "stall",
         "resume_window",
         "stage_timeout",
@@ -77,6 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """All images together."""
     max_lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)] = 8
     """Connections on which one push may send at once, each received on a thread of its own."""
+    incremental: bool = True
+    """Whether senders may leave out what has not changed, and say the rest in fewer bytes."""
     stall: _Seconds = 30.0
     """A sender that is silent for so long in the middle of a transfer is disconnected."""
     resume_window: _Seconds = 60.0

@@ -1,4 +1,4 @@
-"""Coded runs on their way into an image: decoded and digested on threads, from the current version's image into the next.
+"""Coded runs on their way into an image: decoded and digested on threads, from the current version into the next.
 
 The loop hands runs over and is told when they are in their place. What waits is still encoded, and so small; where it
 becomes too much, whoever brings more is made to wait.
@@ -98,7 +98,7 @@ class Target:
         start, end = self.layout.span(run.chunks)
         codec = registry.BY_NUMBER[run.codec]
         began = time.thread_time()
-        codec.decode(run.payload, base.image[start:end] if codec.delta and base else None, self.image[start:end])
+        codec.decode(run.payload, base.image[start:end] if base is not None else None, self.image[start:end])
         seconds = time.thread_time() - began
         for chunk in run.chunks:
             first, size = self.layout.chunk(chunk)

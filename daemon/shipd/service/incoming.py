@@ -18,6 +18,7 @@ from shipd.service.host import Host
 from shipd.service.lanes import Lanes
 from shipd.service.models import Model, Version
 from shipd.service.rollout import Outcome, Rollout
+from shipd.service.settling import Settling
 from shipd.service.vacancy import take_slot
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
@@ -28,7 +29,15 @@ from shipproto.layout import Layout
 from shipproto.limits import MAX_TEXT
 from shipproto.messages import Committed, Join, Offer
 from shipproto.names import harmless
-from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, StructureArrived, TransferAborted
+from shipproto.outcomes import (
+    ChunkHeld,
+    CommitRequested,
+    ReadyToVerify,
+    ReceiverEvent,
+    RunToDecode,
+    StructureArrived,
+    TransferAborted,
+)
 from shipproto.receiver import Receiver
 from shipproto.states import ReceiverState
 from shipproto.status import FailedPush
@@ -44,8 +53,6 @@ large checkpoint from a slow disk takes that long."""
 
 _COMMIT_SECONDS: Final = 600.0
 """How long a staged version waits for COMMIT: its sender may be staging on many hosts before any of them swaps."""
-
-_T = TypeVar("_T")
 
 
 class Incoming:

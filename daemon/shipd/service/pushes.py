@@ -4,7 +4,8 @@ import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any, Final, Protocol
 
-from shipd.service.incoming import Host, Incoming
+from shipd.service.host import Host
+from shipd.service.incoming import Incoming
 from shipd.service.metrics import Metrics
 from shipd.service.models import Model
 from shipd.transfer.peer import Peer

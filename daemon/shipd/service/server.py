@@ -16,6 +16,7 @@ from shipd.release import AGENT
 from shipd.service import questions
 from shipd.service.attaching import Attaching
 from shipd.service.config import RELOADABLE, Config
+from shipd.service.decoding import Speeds
 from shipd.service.incoming import Incoming
 from shipd.service.metrics import Metrics
 from shipd.service.models import ImageStore, Model
@@ -34,6 +35,7 @@ from shipproto.messages import (
     Abort,
     Attach,
     Body,
+    Coded,
     Commit,
     Data,
     Detach,
@@ -64,7 +66,7 @@ _IDLE_SECONDS: Final = 300.0
 _SWEEP_SECONDS: Final = 1.0
 
 FROM_SENDERS: Final = (
-    *(Body, Nack, Ping, Offer, StructureIs, Data, Finish, Commit, Abort, Join),
+    *(Body, Nack, Ping, Offer, StructureIs, Data, Coded, Finish, Commit, Abort, Join),
     *(StatusRequest, VerifyRequest),
 )
 FROM_PROCESSES: Final = (Attach, Filled, StageReady, Swapped, Release, DigestIs, Detach)
@@ -79,6 +81,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.images = ImageStore(config.memory_bytes)
+        self.speeds = Speeds()
         self.models: dict[str, Model] = {}
         self.port = 0
         self._token = config.read_token()
@@ -91,7 +94,7 @@ class Server:
         self._sessions: dict[Peer, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(self, self._peers)
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="shipd-work")
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="shipd-work")
         # Apart from the others: faulting in the images of a large model takes seconds, and a verdict must not wait.
         self._slow_pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-populate")
         self._closing = False

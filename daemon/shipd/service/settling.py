@@ -16,7 +16,7 @@ from shipproto.structure import Structure
 
 
 class Settling:
-    """Of one push. ``flush`` writes what the receiver has to say. Everything raises TransferError where it cannot be."""
+    """Of one push. ``flush`` writes what the receiver has to say. Both raise TransferError where it cannot be."""
 
     def __init__(self, host: Host, model: Model, receiver: Receiver, flush: Callable[[], None]) -> None:
         self._host = host

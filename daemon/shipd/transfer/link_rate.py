@@ -1,7 +1,7 @@
 """What a connection's link carries, as the kernel knows it, and how much of it may be used.
 
-Linux measures the rate at which the peer acknowledges bytes, on every connection and without being asked; where there is
-no such thing (other systems, Unix sockets) nothing is known, and callers go by what they have seen themselves.
+Linux measures the rate at which the peer acknowledges bytes, on every connection and without being asked; where there
+is no such thing (other systems, Unix sockets) nothing is known, and callers go by what they have seen themselves.
 """
 
 import math
