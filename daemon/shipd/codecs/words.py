@@ -1,4 +1,4 @@
-"""Floats as whole numbers: an order of bit patterns in which neighbours differ by one, and small differences as small codes.
+"""Floats as whole numbers: an order of bit patterns in which neighbours differ by one, small differences small codes.
 
 A float's bit pattern is sign and magnitude. ``key`` turns it into a number that grows with the float, so that one unit
 in the last place is a difference of one, also across zero. It is a bijection of all patterns: -0.0, infinities and the
@@ -36,7 +36,8 @@ def zigzag(content: npt.NDArray[_Word], base: npt.NDArray[_Word]) -> npt.NDArray
     difference = key(content) - key(base)
     bits = difference.dtype.itemsize * 8
     negative = difference >> difference.dtype.type(bits - 1)
-    return (difference << difference.dtype.type(1)) ^ (~negative + negative.dtype.type(1))
+    codes: npt.NDArray[_Word] = (difference << difference.dtype.type(1)) ^ (~negative + negative.dtype.type(1))
+    return codes
 
 
 def unzigzag(codes: npt.NDArray[_Word], base: npt.NDArray[_Word]) -> npt.NDArray[_Word]:

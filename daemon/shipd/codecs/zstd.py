@@ -2,6 +2,7 @@
 
 zstandard's ``max_output_size`` is ignored where a frame declares its content's size, so eight kilobytes can ask for
 gigabytes: the declared size is looked at before anything is decompressed, and frames that declare none are refused.
+Format: RFC 8878.
 """
 
 import threading
@@ -52,7 +53,13 @@ def squeeze_entropy(content: Buffer) -> bytes:
 
 
 def unsqueeze(frame: Buffer, size: int) -> bytes:
-    """The content of a zstd frame, which must declare to be of ``size`` bytes, and be. Raises CodecError."""
+    """The content of one zstd frame, which must declare to be of ``size`` bytes, and be, with nothing after it.
+
+    ``size`` is not 0: of a frame without content zstandard looks at nothing else, so that anything could follow it.
+    Takes ``size`` bytes of memory and no window beside them. Raises CodecError.
+    """
+    if not size:
+        raise CodecError("a zstd frame where nothing is due")
     try:
         declared = zstandard.get_frame_parameters(frame)
         if declared.content_size != size:

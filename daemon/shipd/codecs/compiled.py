@@ -1,0 +1,93 @@
+"""The loader of compiled loops: numba, if it is there and works, asked for once and only when deltas are in use.
+
+numba costs a second and a hundred megabytes to import and fails in more ways than by not being installed: with OSError
+where memory may not be made executable (systemd's MemoryDenyWriteExecute), with RuntimeError where a version of it and
+one of numpy or llvmlite do not fit. Whatever it is, the codecs work without it, and ``status`` says why they do.
+
+What it compiles is kept on disk where it finds a place that can be written: beside the module, the user's cache, or
+NUMBA_CACHE_DIR. Never parallel=True, whose threads do not survive a fork; never fastmath.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, cast
+
+if TYPE_CHECKING:
+    from shipd.codecs.egr_format import Engine
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The engines of compiled loops."""
+
+    egr: "Engine"
+
+
+class _Loader:
+    def __init__(self) -> None:
+        self.reason = ""
+        self._lock = threading.Lock()
+        self._asked = False
+        self._kernels: Kernels | None = None
+
+    def kernels(self) -> Kernels | None:
+        # Read without the lock, which is held for as long as compiling takes: it is set last.
+        if not self._asked:
+            with self._lock:
+                if not self._asked:
+                    self._kernels = self._load()
+                    self._asked = True
+        return self._kernels
+
+    def _load(self) -> Kernels | None:
+        try:
+            from shipd.codecs import egr_compiled
+
+            egr_compiled.warm_up()
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is something that works without it
+            self.reason = f"{type(error).__name__}: {error}"
+            return None
+        return Kernels(egr=egr_compiled)
+
+
+_loader: Final = _Loader()
+
+
+def kernels() -> Kernels | None:
+    """The compiled loops; None where there are none. The first call takes seconds where nothing is cached.
+
+    Safe to call from several threads: the others wait for the first.
+    """
+    return _loader.kernels()
+
+
+def warm_up() -> bool:
+    """Import and compile everything now, so that no push has to wait for it; whether there are compiled loops."""
+    return kernels() is not None
+
+
+def why_not() -> str:
+    """Why there are no compiled loops, in words; empty where there are, or where nobody has asked for them yet."""
+    return _loader.reason
+
+
+def kernel(signature: object = None) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Compile a function, at once where its ``signature`` is given; without one it is part of those that call it.
+
+    For the modules with compiled loops alone: it imports numba. What is compiled lets go of the GIL.
+    """
+    import numba
+
+    def compile_it(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        try:
+            compiled = numba.njit(signature, nogil=True, cache=True)(function)
+        except RuntimeError:
+            # There is no place for a cache that can be written: it is compiled again by every process.
+            compiled = numba.njit(signature, nogil=True)(function)
+        return cast("Callable[_Arguments, _Result]", compiled)
+
+    return compile_it
