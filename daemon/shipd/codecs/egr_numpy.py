@@ -234,6 +234,9 @@ def unpack(table: Table, parts: Parts, words: int) -> Changes:
         # From the byte in which the list's first field begins.
         bits = np.unpackbits(low[bit // 8 : -(-(bit + count * width) // 8)], bitorder="little")
         part |= take_fields(bits[bit % 8 : bit % 8 + count * width], width) if width else 0
+        if part.max() >= _STRIDE:
+            # Nothing that a run can have, and sums of it would not fit.
+            raise CodecError("a value that cannot be")
         values.append(part)
         bit, at, escape = bit + count * width, at + count, escape + len(which)
     return _changes(table, values, parts.signs, words)

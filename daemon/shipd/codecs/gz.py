@@ -132,8 +132,10 @@ def _decode(payload: memoryview, run: _Words) -> None:
         raise CodecError(f"{len(rest)} bytes of escapes where {4 * far + 2 * high} are due")
     pages = np.frombuffer(rest[: 4 * far], dtype=np.uint32)
     magnitudes = np.frombuffer(rest[4 * far :], dtype=np.uint16)
-    if (far and pages.min() < _ESCAPE) or (high and not _ESCAPE <= magnitudes.min() <= magnitudes.max() < 0x8000):
-        raise CodecError("an escape that none was needed for, or one too large")
+    if far and not _ESCAPE <= pages.min() <= pages.max() <= len(run) >> 8:
+        raise CodecError("a gap that was not to be escaped, or one longer than the run")
+    if high and not _ESCAPE <= magnitudes.min() <= magnitudes.max() < 0x8000:
+        raise CodecError("a step that was not to be escaped, or one of more than 32768")
     last = -1
     for start in range(0, count, _BLOCK):
         part = slice(start, min(start + _BLOCK, count))
