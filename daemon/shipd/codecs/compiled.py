@@ -1,16 +1,22 @@
-"""The loader of compiled loops: numba, if it is there and works, asked for once and only when deltas are in use.
+"""The loader of compiled loops: numba, if it is there and works, and only when deltas are in use.
 
 numba costs a second and a hundred megabytes to import and fails in more ways than by not being installed: with OSError
-where memory may not be made executable, with RuntimeError where there is no place for its cache or its parts do not fit
-each other. Whatever it is, the codecs work without it.
+where memory may not be made executable (systemd's MemoryDenyWriteExecute), with RuntimeError where a version of it and
+one of numpy or llvmlite do not fit. Whatever it is, the codecs work without it, and ``status`` says why they do.
+
+No push waits for a compiler: until ``warm_up`` has come to its end somewhere else, numpy does the work.
+
+What it compiles is kept on disk where it finds a place that can be written: beside the module, the user's cache, or
+NUMBA_CACHE_DIR. Never parallel=True, whose threads do not survive a fork; never fastmath.
 """
 
-import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, cast
 
 if TYPE_CHECKING:
+    from shipd.codecs.egr_format import Engine
     from shipd.codecs.plane_kernels import PlaneKernels
 
 _Arguments = ParamSpec("_Arguments")
@@ -21,17 +27,54 @@ _Result = TypeVar("_Result")
 class Kernels:
     """The modules of compiled loops."""
 
+    egr: "Engine"
     planes: "PlaneKernels"
 
 
-@functools.cache
+class _Loader:
+    def __init__(self) -> None:
+        self.reason = ""
+        self.kernels: Kernels | None = None
+        self._lock = threading.Lock()
+        self._tried = False
+
+    def load(self) -> Kernels | None:
+        with self._lock:
+            if not self._tried:
+                self.kernels = self._load()
+                self._tried = True
+        return self.kernels
+
+    def _load(self) -> Kernels | None:
+        try:
+            from shipd.codecs import egr_compiled, planes_compiled
+
+            egr_compiled.warm_up()
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is something that works without it
+            self.reason = f"{type(error).__name__}: {error}"
+            return None
+        return Kernels(egr=egr_compiled, planes=planes_compiled)
+
+
+_loader: Final = _Loader()
+
+
 def kernels() -> Kernels | None:
-    """The compiled loops; None where there are none. The first call takes seconds where nothing is cached."""
-    try:
-        from shipd.codecs import planes_compiled
-    except Exception:  # noqa: BLE001 - whatever it is, there is something that works without it
-        return None
-    return Kernels(planes=planes_compiled)
+    """The compiled loops; None where there are none, or not yet."""
+    return _loader.kernels
+
+
+def warm_up() -> bool:
+    """Import and compile everything now, which takes seconds where nothing is cached. Whether there are compiled loops.
+
+    Safe to call from several threads: the others wait for the first. Later calls cost nothing.
+    """
+    return _loader.load() is not None
+
+
+def why_not() -> str:
+    """Why there are no compiled loops, in words; empty where there are, or where nobody has asked for them yet."""
+    return _loader.reason
 
 
 def kernel(signature: object = None) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:

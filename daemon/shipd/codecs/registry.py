@@ -5,7 +5,9 @@ from typing import Final
 
 from shipd.codecs.codec import Codec
 from shipd.codecs.duh import DUH
+from shipd.codecs.egr import EGR
 from shipd.codecs.f32d import F32D
+from shipd.codecs.gz import GZ
 from shipd.codecs.planes import PLANES
 from shipd.codecs.xph import XPH
 
@@ -17,6 +19,8 @@ SAME: Final = 1
 
 CODECS: Final[tuple[Codec, ...]] = (
     XPH,
+    GZ,
+    EGR,
     DUH,
     F32D,
     PLANES,
