@@ -9,6 +9,8 @@ from typing import Final
 
 _SIZE: Final = re.compile(r"\s*([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*)\s*", re.ASCII)
 
+_BITS: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgtKMGT]?)bits?", re.ASCII | re.IGNORECASE)
+
 _POWERS: Final = {"k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 _LARGEST: Final = 2**63 - 1
@@ -36,6 +38,30 @@ def parse_size(text: str | int) -> int:
     if scale is None:
         raise ValueError(f"{shown} has the unknown unit {unit!r}; use B, kB, MB, GB, KiB, MiB, GiB, …")
     return _bounded(int(whole + fraction) * scale // 10 ** len(fraction), shown)
+
+
+def parse_rate(text: "str | float") -> float:
+    """Bytes a second meant by ``text``: ``"100Mbit"``, ``"1.5 Gbit/s"``, ``"10MB/s"``, ``"512kB"``; a number is bytes.
+
+    bit units are powers of 1000, as those of links are; others are as ``parse_size`` has them. Raises ValueError.
+    """
+    if not isinstance(text, str):
+        rate = float(text)
+        if not math.isfinite(rate) or rate < 1:
+            raise ValueError(f"a rate must be at least one byte a second, not {text!r}")
+        return rate
+    plain = text.strip()
+    for ending in ("/s", "ps"):
+        plain = plain.removesuffix(ending)
+    match = _BITS.fullmatch(plain)
+    rate = (
+        float(match[1]) * 1000 ** _POWERS.get(match[2].lower(), 0) / 8
+        if match is not None
+        else float(parse_size(plain))
+    )
+    if rate < 1:
+        raise ValueError(f"a rate must be at least one byte a second, not {text!r}")
+    return rate
 
 
 def _scale(unit: str) -> int | None:

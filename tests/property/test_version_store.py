@@ -76,7 +76,7 @@ def test_every_kept_version_is_read_bit_for_bit(rows, steps: list[tuple[float, f
         for density, chunks in steps:
             version = version.next(generator, density, chunks)
             images[version.digest] = version
-            reason = store.advance("m", version.digests, version.chunk)
+            reason = store.keep("m", version.digests, version.chunk)
             found = store.digests("m", version.layout.structure)
             assert reason is None
             assert version.digest in found
@@ -101,7 +101,7 @@ def test_readers_never_see_a_mixture(rows, seed: int) -> None:
             for step in range(20):
                 version = version.next(generator, 0.02 if step % 3 else 0.5)
                 one.versions[version.digest] = other.versions[version.digest] = version
-                assert store.advance("m", version.digests, version.chunk) is None
+                assert store.keep("m", version.digests, version.chunk) is None
         assert one.wrong == other.wrong == []
 
 
@@ -119,7 +119,7 @@ def test_readers_read_while_versions_are_taken_in() -> None:
                     for digest, kept in {**reader.versions, version.digest: version}.items()
                     if digest == version.digest or digest in store.digests("m", version.layout.structure)
                 }
-            assert store.advance("m", version.digests, version.chunk) is None
+            assert store.keep("m", version.digests, version.chunk) is None
     assert one.wrong == other.wrong == []
 
 

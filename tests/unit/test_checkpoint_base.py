@@ -169,7 +169,7 @@ def test_versions_of_a_real_model() -> None:
         base = bases.open("minilm", layout, version.digest)
         assert base is not None
         assert read(base, 0, layout.chunks, layout) == version.run(0, layout.chunks)
-        assert store.advance("minilm", version.digests, version.chunk) is None
+        assert store.keep("minilm", version.digests, version.chunk) is None
         bases.close()
         expected.append(version)
     for version in expected[1:]:

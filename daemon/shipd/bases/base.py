@@ -1,7 +1,9 @@
 """What a base is: an older version that can be read in the layout of the next one; and who knows some."""
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
+from shipproto.digests import LeafDigests
 from shipproto.layout import Layout
 from shipproto.structure import Structure
 
@@ -51,6 +53,19 @@ class Bases(Protocol):
 
     def open(self, model: str, layout: Layout, digest: bytes) -> Base | None:
         """The version with this digest in this layout, proved to be it, or None. The caller closes it."""
+        ...
+
+
+class Keeper(Bases, Protocol):
+    """A ``Bases`` that takes in what was committed."""
+
+    def keep(self, model: str, digests: LeafDigests, read_chunk: Callable[[int], memoryview]) -> str | None:
+        """A receiver has committed a version of ``model``: keep it for the next push.
+
+        digests      of what was sent; all of them known
+        read_chunk   gives the bytes of a chunk as they lie in the image, valid until its next call
+        Returns why the version is not kept, as the end of a sentence; None where it is.
+        """
         ...
 
 

@@ -126,7 +126,7 @@ class VersionStore:
 
     # --- taking in -----------------------------------------------------------------------------------------
 
-    def advance(self, model: str, digests: LeafDigests, read_chunk: Callable[[int], memoryview]) -> str | None:
+    def keep(self, model: str, digests: LeafDigests, read_chunk: Callable[[int], memoryview]) -> str | None:
         """A receiver has committed a version of ``model``: keep it.
 
         digests      of what was sent; all of them known

@@ -3,8 +3,10 @@
 import time
 from dataclasses import dataclass, field
 
+from shipd.client.incremental import Incremental
 from shipd.client.profile import Profile
-from shipd.client.receipt import Receipt
+from shipd.client.receipt import CodecUse, Receipt
+from shipd.codecs import registry
 from shipd.transfer.times import Times
 from shipproto.messages import Committed
 from shipproto.sender import Sender
@@ -31,6 +33,14 @@ class Account:
     first_data: float | None = None
     all_held: float | None = None
     committing: float | None = None
+    committed: float | None = None
+    codecs: dict[str, CodecUse] = field(default_factory=dict)
+
+    def coded(self, codec: int, size: int, payload: int) -> None:
+        """``size`` bytes of content were sent as a payload of so many bytes."""
+        name = registry.NAMES[codec]
+        use = self.codecs.get(name, CodecUse(name, 0, 0, 0))
+        self.codecs[name] = CodecUse(name, use.runs + 1, use.content_bytes + size, use.payload_bytes + payload)
 
     def sending(self, offered: float) -> None:
         """Chunks are about to be written, on a connection on which the version was ``offered`` at that moment."""
@@ -43,9 +53,17 @@ class Account:
         if self.all_held is None and self.first_data is not None and sender.held == sender.layout.chunks:
             self.all_held = time.monotonic()
 
-    def receipt(self, sender: Sender, model: str, committed: Committed) -> Receipt:
+    @property
+    def rate(self) -> float:
+        """Bytes a second that went over the wire; 0 where there was nothing to measure."""
+        if self.first_data is None or self.all_held is None or self.all_held <= self.first_data:
+            return 0.0
+        return self.bytes_sent / (self.all_held - self.first_data)
+
+    def receipt(self, sender: Sender, model: str, committed: Committed, incremental: Incremental) -> Receipt:
         """What the push came to, now that it is over."""
-        seconds = time.monotonic() - self.began
+        ended = self.committed or time.monotonic()
+        seconds = ended - self.began
         structure = sender.layout.structure
         resent = dict.fromkeys(name for chunk in sender.chunks_resent for name in sender.layout.chunk_names(chunk))
         wire = (self.all_held or time.monotonic()) - self.first_data if self.first_data is not None else 0.0
@@ -67,16 +85,22 @@ class Account:
             wire_seconds=wire,
             stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             pause_seconds=committed.pause_seconds,
-            profile=self._profile(sender, committed, wire, seconds),
+            base=sender.base.hex() if self.codecs else "",
+            codecs=tuple(self.codecs.values()),
+            choices=tuple(incremental.chooser.taken) if incremental.chooser is not None else (),
+            not_kept=tuple(incremental.kept),
+            keep_seconds=incremental.keep_seconds,
+            profile=self._profile(sender, committed, wire, seconds, ended),
         )
 
-    def _profile(self, sender: Sender, committed: Committed, wire: float, seconds: float) -> Profile:
+    def _profile(self, sender: Sender, committed: Committed, wire: float, seconds: float, ended: float) -> Profile:
         return Profile(
             open=self.open,
             connect=self.connect,
             agree=self.agree,
             wire=wire,
             read=self.times.read,
+            encode=self.times.encode,
             digest=self.times.digest,
             check=self.times.check,
             write=self.times.write,
@@ -86,7 +110,7 @@ class Account:
             receiver_digest=committed.digest_seconds,
             verify=committed.verify_seconds,
             stage=sender.staged.stage_seconds if sender.staged is not None else 0.0,
-            commit=time.monotonic() - self.committing if self.committing is not None else 0.0,
+            commit=ended - self.committing if self.committing is not None else 0.0,
             pause=committed.pause_seconds or 0.0,
             hold_wait=committed.wait_seconds,
             copy=committed.copy_seconds,

@@ -7,21 +7,28 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 
 from shipd.address import Address, parse_address
+from shipd.bases.base import Keeper
+from shipd.bases.checkpoint import CheckpointBases
+from shipd.bases.store import STORE
 from shipd.checkpoints.source import Source, open_source
+from shipd.client.choice import Prefer
+from shipd.client.incremental import Incremental
 from shipd.client.options import Progress, PushOptions
 from shipd.client.push import Push
 from shipd.client.receipt import Receipt
 from shipd.errors import OutcomeUnknown, ShipError
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipd.units import parse_rate
 from shipproto.aborts import read_abort
 from shipproto.connection import MessageArrived
 from shipproto.errors import LocalError, ProtocolError
@@ -34,6 +41,9 @@ from shipproto.status import Status, Verification, decode_status, decode_verific
 if TYPE_CHECKING:
     import torch
 
+    Checkpoint = Mapping[str, torch.Tensor] | torch.nn.Module | str | PathLike[str]
+    """What can be pushed, and be a base: a state dict, a module, or the path of a checkpoint."""
+
 log = logging.getLogger("shipd.client")
 
 _T = TypeVar("_T")
@@ -44,22 +54,29 @@ _VERIFY_SECONDS: Final = 150.0
 """Two rounds of reading back, of a minute each: one that was under way when this client asked, and its own."""
 
 
-def connect(address: str, *, token: str | bytes | None = None) -> "Client":
+def connect(address: str, *, token: str | bytes | None = None, keep: bool = True) -> "Client":
     """A client of the daemon at ``address``: HOST, HOST:PORT (7447 by default), or the path of its Unix socket.
 
-    ``token`` is the secret that the daemon asks for; it is proved, never sent. ``async with`` connects, and
-    raises ConnectError, AuthError or PeerError where that fails. A malformed address raises ValueError.
+    token  the secret that the daemon asks for; it is proved, never sent
+    keep   whether versions that were committed are kept in memory, so that the next push of a model over a link that
+           is slower than the codecs sends only what has changed. That takes as many bytes as the model has and a
+           little more, within 8 GiB for all clients of the process (``shipd.base_memory``)
+
+    ``async with`` connects, and raises ConnectError, AuthError or PeerError where that fails. A malformed address
+    raises ValueError.
     """
     target = Path(address) if "/" in address and "://" not in address else parse_address(address)
-    return Client(target, token.encode() if isinstance(token, str) else token)
+    return Client(target, token.encode() if isinstance(token, str) else token, (STORE,) if keep else ())
 
 
 class Client:
     """Talks to one daemon. Usable from one event loop; pushes of different models may run at once."""
 
-    def __init__(self, address: Address | Path, token: bytes | None) -> None:
+    def __init__(self, address: Address | Path, token: bytes | None, keepers: Sequence[Keeper] = ()) -> None:
+        """``keepers`` keep what was committed, for later pushes of this client and others."""
         self.address = address
         self._token = token
+        self._keepers = tuple(keepers)
         self._lane: Lane | None = None
 
     async def __aenter__(self) -> Self:
@@ -83,7 +100,7 @@ class Client:
 
     async def push(
         self,
-        checkpoint: "Mapping[str, torch.Tensor] | torch.nn.Module | str | PathLike[str]",
+        checkpoint: "Checkpoint",
         *,
         model: str,
         label: str | None = None,
@@ -92,6 +109,9 @@ class Client:
         timeout: float | None = None,
         stall: float = 30.0,
         lanes: int | None = None,
+        base: "Checkpoint | Literal[False] | None" = None,
+        prefer: Prefer = "time",
+        limit: float | str | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
@@ -102,12 +122,19 @@ class Client:
         timeout      seconds for the whole push, None for as long as it takes
         stall        seconds without any sign of life after which the push is given up
         lanes        TCP connections to send on at once, 1 to 16; None for as many as make it faster
+        base         a checkpoint of the version that the daemon has, where it is not one that was pushed from here;
+                     False sends everything as it is, unchanged chunks included
+        prefer       "time" codes chunks where they are there sooner for it, "bytes" so that as few bytes as possible
+                     travel
+        limit        bytes a second to send at most, or a text such as "100Mbit" or "10MB/s"
         on_progress  called on another thread while the push runs
 
         Cancelling ends the push, unless its commit is under way: then the outcome is waited for and returned, as if
         nobody had cancelled. Raises ValueError for a name or a label that cannot be one, and a ShipError for everything
         else; whatever that is, the previous version serves, unless it is OutcomeUnknown.
         """
+        if prefer not in ("time", "bytes"):
+            raise ValueError(f"prefer = {prefer!r}: it is 'time' or 'bytes'")
         if lanes is not None and not 1 <= lanes <= MAX_LANES:
             raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
         options = PushOptions(
@@ -118,6 +145,7 @@ class Client:
             timeout=timeout,
             stall=stall,
             lanes=lanes,
+            limit=self._check_limit(limit),
             on_progress=on_progress,
         )
         lane, self._lane = self._lane, None
@@ -126,11 +154,25 @@ class Client:
 
         def run() -> Receipt:
             source: Source | None = None
+            old: CheckpointBases | None = None
             opened = time.monotonic()
             try:
                 source = open_source(checkpoint, snapshot=snapshot)
+                if base is not None and base is not False:
+                    old = CheckpointBases.of(base)
+                known = self._keepers if old is None else (old, *self._keepers)
+                incremental = Incremental(known, self._keepers, prefer=prefer, limit=options.limit)
                 try:
-                    running.append(Push(source, self.address, options, lane=lane, opened=opened))
+                    running.append(
+                        Push(
+                            source,
+                            self.address,
+                            options,
+                            None if base is False else incremental,
+                            lane=lane,
+                            opened=opened,
+                        )
+                    )
                 except LocalError as error:
                     raise ValueError(f"this cannot be offered: {error}") from error
                 if cancelled.is_set():
@@ -140,6 +182,8 @@ class Client:
             finally:
                 if source is not None:
                     source.close()
+                if old is not None:
+                    old.close()
                 if lane is not None:
                     lane.close()
 
@@ -149,6 +193,14 @@ class Client:
                 running[0].cancel()
 
         return await _in_thread(run, cancel, finished_counts=True)
+
+    def _check_limit(self, limit: float | str | None) -> float | None:
+        if limit is None:
+            return None
+        rate = parse_rate(limit)
+        if isinstance(self.address, Path) or sys.platform != "linux":
+            raise ValueError(f"limit = {limit!r}: only TCP connections can be kept to a rate, and only on Linux")
+        return rate
 
     async def status(self, model: str | None = None) -> Status:
         """What the daemon is serving and doing: all of it, or one model."""

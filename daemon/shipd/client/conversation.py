@@ -8,6 +8,8 @@ from typing import Final
 from shipd.checkpoints.source import Source
 from shipd.client.account import Account
 from shipd.client.chunks import ChunkReader
+from shipd.client.coded import CodedRuns
+from shipd.client.incremental import Incremental
 from shipd.client.lanes import Outlets, Tuner, usable_cores
 from shipd.client.options import Progress, PushOptions
 from shipd.client.sending import RUN, send_chunks
@@ -45,6 +47,7 @@ class Conversation:
         outlets: Outlets,
         options: PushOptions,
         account: Account,
+        incremental: Incremental,
         *,
         single: bool,
         committing: Callable[[], None],
@@ -57,11 +60,18 @@ class Conversation:
         self._account = account
         self._single = single
         self._committing = committing
+        self._coded = CodedRuns(sender, source, lane, outlets, incremental, account, options.stall)
         self._offered_at = self._held_at = time.monotonic()
         self._pinged = self._reported = 0.0
 
     def run(self, deadline: float) -> Committed:
         """Offer the version and see it committed. Raises ShipError; TransferError where the transfer is over."""
+        try:
+            return self._run(deadline)
+        finally:
+            self._coded.stop()
+
+    def _run(self, deadline: float) -> Committed:
         sender, lane, outlets = self._sender, self._lane, self._outlets
         sender.connected(lane.connection)
         reader = ChunkReader(sender, self._source)
@@ -74,6 +84,11 @@ class Conversation:
                 reader = ChunkReader(sender, self._source)
                 reader.check_ties()
             outlets.check()
+            if self._coded.active:
+                self._send_coded(deadline)
+                self._past(deadline)
+                self._report("sending")
+                continue
             if sender.sending:
                 self._tune(tuner)
             with outlets.lock:
@@ -89,8 +104,7 @@ class Conversation:
                 if sender.state is SenderState.STAGED:
                     self._commit()
                 self._wait(deadline)
-            if time.monotonic() > deadline and not sender.ended:
-                raise Stalled(f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=lane.peer)
+            self._past(deadline)
             self._report(sender.stage if step is None else "sending")
         if sender.committed is None:
             assert sender.error is not None
@@ -98,6 +112,12 @@ class Conversation:
         if sender.committed.digest != sender.digest:
             raise PeerError(f"{lane.peer} broke the protocol: it committed what was not sent", peer=lane.peer)
         return sender.committed
+
+    def _past(self, deadline: float) -> None:
+        if time.monotonic() > deadline and not self._sender.ended:
+            raise Stalled(
+                f"the push took longer than its timeout of {self._options.timeout:.0f} s", peer=self._lane.peer
+            )
 
     # --- sending -------------------------------------------------------------------------------------------
 
@@ -118,6 +138,13 @@ class Conversation:
                 return
             with outlets.lock:
                 chunks = self._sender.next_chunks(RUN)
+
+    def _send_coded(self, deadline: float) -> None:
+        """Send the next coded run, or wait a moment for it."""
+        self._account.sending(self._offered_at)
+        self._keep_alive()
+        drain = partial(self._lane.drain, self._options.stall, until=deadline, watch=self._outlets.check)
+        self._take((*self._coded.step(drain), *self._lane.pump()))
 
     def _tuner(self) -> Tuner:
         """Paths that break take one connection; what was asked for is not tried but done."""
@@ -197,4 +224,5 @@ class Conversation:
         self._reported = now
         total = self._sender.layout.wire_bytes
         done = total * self._sender.held // max(1, self._sender.layout.chunks)
-        self._options.on_progress(Progress(stage or "connecting", done, total))
+        sent = self._account.bytes_sent + self._lane.bytes_sent + self._outlets.bytes_sent
+        self._options.on_progress(Progress(stage or "connecting", done, total, sent))

@@ -24,6 +24,7 @@ from shipd.client.choice import RAW, Chooser
 from shipd.client.chunks import ChunkReader
 from shipd.codecs import registry
 from shipd.codecs.codec import Codec
+from shipd.transfer.times import Times
 from shipproto.dtypes import ITEMSIZES
 from shipproto.layout import Layout
 from shipproto.limits import LEAF_SIZE, MAX_PAYLOAD, MAX_RUN_BYTES
@@ -55,6 +56,8 @@ class Encoded:
     chunks: range
     codec: int
     payload: "bytes | memoryview"
+    size: int
+    """Bytes of content that it stands for."""
 
 
 class Encoder:
@@ -63,6 +66,7 @@ class Encoder:
     lock    held for every call of the sender
     base    what deltas are made from; None: nothing but SAME and codecs that need none
     link    bytes a second, as far as is known by now
+    plain   called when the bytes as they are would be soonest there: then nothing more is encoded
     Threads end by themselves when the sender has nothing more to hand out.
     """
 
@@ -75,6 +79,7 @@ class Encoder:
         base: Base | None,
         chooser: Chooser,
         link: Callable[[], float],
+        plain: Callable[[], None],
         threads: int,
     ) -> None:
         self._sender = sender
@@ -83,8 +88,12 @@ class Encoder:
         self._base = base
         self._chooser = chooser
         self._link = link
+        self._plain = plain
+        self.times = Times()
+        """What reading, digesting and encoding took on all threads; complete once they have been stopped."""
         self._ready: queue.Queue[Encoded | BaseException] = queue.Queue(_WAITING)
         self._stopping = threading.Event()
+        self._stop_taking = threading.Event()
         self._choosing = threading.Lock()
         self._threads = [threading.Thread(target=self._run, name="shipd encoder", daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -117,16 +126,18 @@ class Encoder:
     def _run(self) -> None:
         try:
             worker = _Worker(self._sender, self._make_reader(), self._base)
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and not self._stop_taking.is_set():
                 with self._lock:
                     chunks = self._sender.next_chunks(MAX_RUN)
                     remaining = self._sender.waiting
                 if not chunks:
-                    return
+                    break
                 for encoded in self._encode(worker, chunks, remaining):
                     self._put(encoded)
                     if self._stopping.is_set():
                         return
+            with self._choosing:
+                self.times.add(worker.times)
         except BaseException as error:  # noqa: BLE001  raised by take, on the thread that asks
             self._put(error)
 
@@ -141,7 +152,7 @@ class Encoder:
     def _encode(self, worker: "_Worker", chunks: range, remaining: int) -> Iterator[Encoded]:
         for part, same in worker.read(chunks):
             if same:
-                yield Encoded(part, registry.SAME, b"")
+                yield Encoded(part, registry.SAME, b"", worker.size(part))
             else:
                 yield from self._encode_part(worker, part, remaining)
 
@@ -159,7 +170,11 @@ class Encoder:
                     runs=1 + remaining // len(chunks),
                 )
             number = choice.codec.number
-            if number == RAW or any(map(self._sender.raw_only, chunks)):
+            if number == RAW:
+                # Said before it is sent: nothing more is handed out to be encoded.
+                self._plain()
+                self._stop_taking.set()
+            if number == RAW or self._sender.raw_only(chunks[0]):
                 yield from worker.raw(chunks)
                 return
             fits = int(_PIECE_ROOM * MAX_PAYLOAD / max(1.0, choice.codec.share * size) * len(chunks))
@@ -169,11 +184,12 @@ class Encoder:
                 began = time.thread_time()
                 payload = worker.encode(codec, piece)
                 seconds = time.thread_time() - began
+                worker.times.encode += seconds
                 with self._choosing:
                     learnt = len(payload) if payload is not None else MAX_PAYLOAD
                     self._chooser.codecs[number].learn(worker.size(piece), learnt, seconds, density)
                 if payload is not None:
-                    yield Encoded(piece, number, payload)
+                    yield Encoded(piece, number, payload, worker.size(piece))
                     break
                 if len(piece) == 1:
                     yield from worker.raw(piece)
@@ -196,6 +212,7 @@ class _Worker:
         self._start = 0
         self._views: dict[int, memoryview] = {}
         self._dtypes = _chunk_dtypes(self._layout)
+        self.times = Times()
 
     def read(self, chunks: range) -> Iterator[tuple[range, bool]]:
         """Read and digest a run; its parts, and whether the receiver has each of them already."""
@@ -204,8 +221,12 @@ class _Worker:
         self._views.clear()
         end = 0
         for chunk in chunks:
+            asked = time.monotonic()
             content = self._reader.read(chunk)
+            have = time.monotonic()
             sender.digest_chunk(chunk, content)
+            self.times.digest += time.monotonic() - have
+            self.times.read += have - asked
             begin = layout.chunk(chunk)[0] - self._start
             self._content[end:begin] = bytes(begin - end)
             end = begin + len(content)
@@ -287,7 +308,8 @@ class _Worker:
         for chunk in chunks:
             one = range(chunk, chunk + 1)
             content = self._views.get(chunk)
-            yield Encoded(one, RAW, content if content is not None else bytes(self._content[self._place(one)]))
+            place = self._place(one)
+            yield Encoded(one, RAW, content if content is not None else bytes(self._content[place]), self.size(one))
 
 
 def _bytes(view: memoryview) -> npt.NDArray[np.uint8]:

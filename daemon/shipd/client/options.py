@@ -11,6 +11,8 @@ class Progress:
     stage: str
     bytes_done: int
     bytes_total: int
+    bytes_sent: int = 0
+    """Written to sockets so far; of unchanged and coded chunks fewer than are done."""
 
 
 @dataclass(kw_only=True)
@@ -28,4 +30,6 @@ class PushOptions:
     stall: float = 30.0
     lanes: int | None = None
     """Connections to send on; None for as many as make it faster."""
+    limit: float | None = None
+    """Bytes a second; None for as many as there is room for."""
     on_progress: Callable[[Progress], None] | None = None

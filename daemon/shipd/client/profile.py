@@ -9,7 +9,7 @@ class Profile:
 
     open, connect, agree    opening the checkpoint; connecting, with the handshake; from OFFER to the first chunk
     wire                    first chunk written until the last one was verified at the receiver; of it, on each side:
-      read, digest, check, write, wait            the sender, see ``shipd.transfer.times``
+      read, encode, digest, check, write, wait    the sender, see ``shipd.transfer.times``
       receiver_receive, _check, _digest           the receiver; what is missing to ``wire`` it waited for bytes
     verify                  comparing digests
     stage                   serving processes making ready
@@ -25,6 +25,7 @@ class Profile:
     agree: float
     wire: float
     read: float
+    encode: float
     digest: float
     check: float
     write: float

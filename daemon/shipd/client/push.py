@@ -13,6 +13,7 @@ from shipd.checkpoints.source import Source
 from shipd.client.account import Account
 from shipd.client.chunks import ChunkReader
 from shipd.client.conversation import Conversation
+from shipd.client.incremental import Incremental
 from shipd.client.lanes import Outlets
 from shipd.client.options import PushOptions
 from shipd.client.receipt import Receipt
@@ -41,15 +42,19 @@ class Push:
         source: Source,
         address: Address | Path,
         options: PushOptions,
+        incremental: Incremental | None = None,
         *,
         lane: Lane | None = None,
         opened: float | None = None,
     ) -> None:
-        """``opened`` is when the source began to be opened (time.monotonic): what the push is counted from."""
+        """incremental   None sends everything, and as it is
+        opened        when the source began to be opened (time.monotonic): what the push is counted from
+        """
         self.transfer = secrets.token_bytes(TRANSFER_ID_SIZE)
         self._source = source
         self._address = address
         self._options = options
+        self._incremental = incremental or Incremental()
         self._spare = lane
         self._account = Account(
             began=time.monotonic() if opened is None else opened,
@@ -62,6 +67,7 @@ class Push:
             label=options.label,
             make_label=default_label,
             metadata=options.metadata,
+            incremental=incremental is not None,
         )
         self._lock = threading.Lock()
         """Held for every call of the sender, but to read and send a chunk, while there are lanes."""
@@ -84,9 +90,12 @@ class Push:
         self._account.open = time.monotonic() - self._account.began
         try:
             committed = self._deliver(deadline)
+            self._account.committed = time.monotonic()
+            if self._sender.incremental:
+                self._incremental.keep(self._sender, ChunkReader(self._sender, self._source).read, self._account.rate)
         finally:
             self._waker.close()
-        return self._account.receipt(self._sender, self._options.model, committed)
+        return self._account.receipt(self._sender, self._options.model, committed, self._incremental)
 
     # --- connections ---------------------------------------------------------------------------------------
 
@@ -136,6 +145,7 @@ class Push:
         # A commit that was asked for on an earlier connection may have happened, whatever is answered on this one.
         self._uncertain = self._commit_sent
         sent_before = lane.bytes_sent
+        limit = self._options.limit
         outlets = Outlets(
             self._sender,
             self._lock,
@@ -144,6 +154,10 @@ class Push:
             stall=self._options.stall,
         )
         try:
+            if limit is not None and not lane.pace(limit):
+                raise ConnectError(f"the connection to {lane.peer} cannot be kept to a rate", peer=lane.peer)
+            if self._sender.incremental:
+                self._sender.bases = self._incremental.offers(lane, self._sender)
             return Conversation(
                 self._sender,
                 self._source,
@@ -151,7 +165,8 @@ class Push:
                 outlets,
                 self._options,
                 self._account,
-                single=isinstance(self._address, Path) or self._breaks >= _SINGLE_AFTER,
+                self._incremental,
+                single=isinstance(self._address, Path) or self._breaks >= _SINGLE_AFTER or limit is not None,
                 committing=partial(self._commit_leaves, lane),
             ).run(deadline)
         except (TransferError, ShipError) as error:

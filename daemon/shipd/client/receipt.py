@@ -4,7 +4,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from shipd.client.choice import Choice
 from shipd.client.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class CodecUse:
+    """What one way to send chunks did in a push: "same", "raw", or a codec's name.
+
+    Chunks that were sent as they are on their own, without a look at any codec, are not among the runs of "raw".
+    """
+
+    codec: str
+    runs: int
+    content_bytes: int
+    payload_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +41,11 @@ class Receipt:
     wire_seconds     first DATA byte written until the last frame was verified at the receiver
     stage_seconds    serving processes making ready
     pause_seconds    the longest time that any serving process held back its readers; None where none is attached
+    base             digest of the version that deltas were made from, hexadecimal; empty where there were none
+    codecs           how often coded runs, and chunks as they are beside them, were sent, by codec
+    choices          what was chosen for each run, and why
+    keep_seconds     keeping the version as a base for the next push, which is not part of ``seconds``
+    not_kept         why that was not possible, by each place that did not
     profile          where the time went, stage by stage
     """
 
@@ -47,6 +66,11 @@ class Receipt:
     wire_seconds: float
     stage_seconds: float
     pause_seconds: float | None
+    base: str
+    codecs: tuple[CodecUse, ...]
+    choices: tuple[Choice, ...]
+    keep_seconds: float
+    not_kept: tuple[str, ...]
     profile: Profile
 
     def as_dict(self) -> dict[str, Any]:

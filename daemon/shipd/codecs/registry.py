@@ -38,7 +38,7 @@ _FLOAT32: Final = 2
 
 
 def suited(dtype: int, *, base: bool) -> tuple[Codec, ...]:
-    """Codecs worth considering for a run of this dtype, 0 for a run of several; those that need a base only with one."""
+    """Codecs worth a try for a run of this dtype, 0 for a run of several; those that need a base only with one."""
     if dtype in _FLOATS_OF_16_BITS:
         found: tuple[Codec, ...] = (XPH, PLANES, GZ, EGR, DUH)
     elif dtype == _FLOAT32:

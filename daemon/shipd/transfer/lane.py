@@ -21,6 +21,7 @@ from typing import Any, Final
 from shipd.address import Address
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
+from shipd.transfer import link_rate
 from shipd.transfer.faults import peer_error
 from shipd.transfer.pages import MOST_BEFORE, PageSender
 from shipd.transfer.times import Times
@@ -369,6 +370,25 @@ class Lane:
             return None
         host, port = self._sock.getpeername()[:2]
         return Address(host, port)
+
+    @property
+    def local(self) -> bool:
+        """Whether the peer is on this very host, so that no link lies between."""
+        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return True
+        return bool(self._sock.getpeername()[0] == self._sock.getsockname()[0])
+
+    def rate(self) -> link_rate.LinkRate | None:
+        """What the link has shown so far, where that is known."""
+        return link_rate.measure(self._sock)
+
+    def hold_little(self) -> None:
+        """See ``link_rate.hold_little``."""
+        link_rate.hold_little(self._sock)
+
+    def pace(self, rate: float) -> bool:
+        """Send at most so many bytes a second. Whether the kernel sees to it."""
+        return link_rate.pace(self._sock, rate)
 
     @property
     def idle(self) -> bool:

@@ -16,25 +16,35 @@ _RTT: Final = struct.Struct("=I")
 _RTT_AT: Final = 68
 _RATE: Final = struct.Struct("=Q")
 _RATE_AT: Final = 160
+_ACKED_AT: Final = 120
 _FLAGS_AT: Final = 7
-"""Offsets of tcpi_rtt, tcpi_delivery_rate and tcpi_delivery_rate_app_limited in struct tcp_info (linux/tcp.h): part of
-the kernel's interface to programs, which only ever grows at its end."""
+"""Offsets of tcpi_rtt, tcpi_delivery_rate, tcpi_bytes_acked and tcpi_delivery_rate_app_limited in struct tcp_info
+(linux/tcp.h): part of the kernel's interface to programs, which only ever grows at its end."""
 
 _SO_MAX_PACING_RATE: Final = 47
 """asm-generic/socket.h; not in the socket module. TCP keeps to it by itself since Linux 4.13, whatever the queueing
 discipline."""
+
+_NOT_SENT: Final = 128 * 1024
+"""Bytes: a tenth of a second at 10 Mbit/s, and two milliseconds at a gigabit a second, in which more is written."""
 
 _UNLIMITED: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class LinkRate:
-    """``rate`` is bytes a second; ``at_least`` says that the sender had too little to send for the link to show more.
-    ``round_trip`` is seconds."""
+    """Of one connection.
+
+    rate          bytes a second
+    at_least      whether the sender had too little to send for the link to show more
+    round_trip    seconds
+    acknowledged  bytes that have arrived so far
+    """
 
     rate: float
     at_least: bool
     round_trip: float
+    acknowledged: int
 
 
 def measure(sock: socket.socket) -> LinkRate | None:
@@ -49,7 +59,14 @@ def measure(sock: socket.socket) -> LinkRate | None:
         return None
     (rate,) = _RATE.unpack_from(info, _RATE_AT)
     (round_trip,) = _RTT.unpack_from(info, _RTT_AT)
-    return LinkRate(float(rate), bool(info[_FLAGS_AT] & 1), round_trip / 1e6) if rate else None
+    (acknowledged,) = _RATE.unpack_from(info, _ACKED_AT)
+    return LinkRate(float(rate), bool(info[_FLAGS_AT] & 1), round_trip / 1e6, acknowledged) if rate else None
+
+
+def hold_little(sock: socket.socket) -> None:
+    """Have the kernel keep little that it has not sent yet, so that what is queued last does not wait for seconds."""
+    if hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT)
 
 
 def pace(sock: socket.socket, rate: float) -> bool:

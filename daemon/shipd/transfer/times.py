@@ -8,6 +8,7 @@ class Times:
     """Seconds of one side, over its connections; on several threads they may add up to more than passed.
 
     read      getting chunks out of the source
+    encode    finding what has changed, and saying it in fewer bytes; processor time
     digest    xxh3 of chunks; at the sender, with the CRC32C of large tensors' chunks
     check     CRC32C of frames otherwise, and their parsing or spelling
     write     handing bytes to the kernel
@@ -16,6 +17,7 @@ class Times:
     """
 
     read: float = 0.0
+    encode: float = 0.0
     digest: float = 0.0
     check: float = 0.0
     write: float = 0.0

@@ -1,0 +1,133 @@
+"""The coded part of a push over one connection: runs that an encoder has made ready go out on the transfer's own one.
+
+Whether runs are coded is decided again and again: an encoder that finds the bytes as they are to be soonest there ends,
+the rest travels on as many lanes as make it faster, and where that turns out slow it begins once more.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from shipd.checkpoints.source import Source
+from shipd.client.account import Account
+from shipd.client.choice import RAW
+from shipd.client.chunks import ChunkReader
+from shipd.client.encoding import Encoded, Encoder, encoding_threads
+from shipd.client.incremental import Incremental
+from shipd.client.lanes import Outlets
+from shipd.transfer.lane import Lane
+from shipproto.connection import Event
+from shipproto.sender import Sender
+
+_PATIENCE: Final = 0.02
+"""Seconds to wait for an encoder before the receiver is listened to."""
+
+_LOOK_SECONDS: Final = 0.25
+"""How often the rate of bytes as they are is looked at."""
+
+
+class CodedRuns:
+    """Belongs to the thread of the conversation."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        source: Source,
+        lane: Lane,
+        outlets: Outlets,
+        incremental: Incremental,
+        account: Account,
+        stall: float,
+    ) -> None:
+        self._sender = sender
+        self._source = source
+        self._lane = lane
+        self._outlets = outlets
+        self._incremental = incremental
+        self._account = account
+        self._stall = stall
+        self._encoder: Encoder | None = None
+        self._agreed: object = None
+        self._looked = (0.0, 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether what is to be sent next comes from an encoder; starts one where that is best."""
+        if self._encoder is not None:
+            return True
+        sender = self._sender
+        if not sender.sending:
+            return False
+        if self._agreed is not sender.agreed:
+            # WANT has come: for the first time on this connection, or for what has to come again.
+            self._agreed = sender.agreed
+            self._looked = (time.monotonic(), self._sent)
+            if self._incremental.begin(sender, encoding_threads()):
+                self._lane.hold_little()
+        if not self._incremental.coding_pays:
+            self._look()
+            return False
+        self._begin()
+        return True
+
+    @property
+    def _sent(self) -> int:
+        return self._lane.bytes_sent + self._outlets.bytes_sent
+
+    def _look(self) -> None:
+        """How fast it goes without."""
+        now, sent = time.monotonic(), self._sent
+        since, before = self._looked
+        if now - since >= _LOOK_SECONDS:
+            self._looked = (now, sent)
+            self._incremental.reconsider((sent - before) / (now - since))
+
+    def _begin(self) -> None:
+        assert self._incremental.chooser is not None
+        # Lanes take no chunks meanwhile.
+        self._outlets.want(1)
+        self._encoder = Encoder(
+            self._sender,
+            self._outlets.lock,
+            lambda: ChunkReader(self._sender, self._source),
+            base=self._incremental.base,
+            chooser=self._incremental.chooser,
+            link=lambda: self._incremental.link(self._lane),
+            plain=self._incremental.plain,
+            threads=encoding_threads(),
+        )
+
+    def step(self, drain: Callable[[], list[Event]]) -> list[Event]:
+        """Send what is ready, or wait a moment for it; what the receiver has said meanwhile."""
+        encoder = self._encoder
+        assert encoder is not None
+        ready = encoder.take(_PATIENCE)
+        if ready is not None:
+            return self._send(ready, drain)
+        if encoder.done:
+            self._end()
+        return list(self._lane.pump())
+
+    def _send(self, ready: Encoded, drain: Callable[[], list[Event]]) -> list[Event]:
+        connection = self._lane.connection
+        if ready.codec == RAW:
+            connection.send_data(ready.chunks[0], memoryview(ready.payload))
+        else:
+            connection.send_coded(ready.chunks, ready.codec, ready.payload)
+        self._account.coded(ready.codec, ready.size, len(ready.payload))
+        waited = self._lane.times.wait
+        events = drain()
+        self._account.wire_wait += self._lane.times.wait - waited
+        self._sender.sent(ready.chunks)
+        return events
+
+    def _end(self) -> None:
+        if self._encoder is not None:
+            self._encoder.stop()
+            self._account.times.add(self._encoder.times)
+            self._encoder = None
+
+    def stop(self) -> None:
+        """Nothing is encoded any more, and nothing reads the base."""
+        self._end()
+        self._incremental.end()

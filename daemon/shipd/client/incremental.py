@@ -1,0 +1,181 @@
+"""What a push makes of earlier versions: which it offers as bases, whether coding pays on its link, what it keeps.
+
+offers     OFFER's bases: versions that this process, a checkpoint or a cache has, where the link is worth them
+begin      once WANT has said which of them the receiver has, and what it decodes
+keep       once COMMITTED: the version is a base for the next push, where the link is worth it
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from shipd.bases.base import MAX_BASES, Base, Bases, Keeper
+from shipd.client.choice import RAW, Chooser, Measured, Prefer
+from shipd.codecs import compiled, registry
+from shipd.transfer.lane import Lane
+from shipproto.limits import MAX_RUN_BYTES
+from shipproto.sender import Sender
+
+log = logging.getLogger("shipd.client")
+
+_TRUSTED: Final = 256 * 1024
+"""Bytes that the peer must have acknowledged before a rate is believed to be fast: less may pass in one burst through
+whatever limits the link."""
+
+_UNKNOWN: Final = 20e6
+"""Bytes a second that a link is taken to carry at most until it has shown more."""
+
+_UNTRIED_DECODING: Final = 5e8
+"""Bytes a second that a receiver is taken to decode where it has not done so yet and cannot say."""
+
+_KEPT_FOR: Final = 0.01
+"""Density of changes of the next version that a base is kept for."""
+
+_MANY_RUNS: Final = 8
+"""Of a version whose size does not matter."""
+
+_rates: dict[str, float] = {}
+_rates_lock = threading.Lock()
+"""Bytes a second that pushes of this process have reached to each address: where the next one begins."""
+
+
+def untried() -> dict[int, Measured]:
+    """What to expect of each codec before it has been used: on weights of bfloat16, measured; see README.md."""
+    shares = {"xph": (0.0, 0.67), "gz": (0.77, 0.0003), "egr": (0.48, 0.0003), "duh": (0.3, 0.045)}
+    shares |= {"f32d": (0.0, 0.33), "planes": (0.0, 0.85)}
+    speeds = {"xph": 1.2e9, "gz": 2.5e9, "egr": 1.5e9, "duh": 1.0e9, "f32d": 0.8e9, "planes": 0.6e9}
+    return {
+        codec.number: Measured(codec.number, codec.name, speeds[codec.name], *shares[codec.name])
+        for codec in registry.CODECS
+    }
+
+
+class Incremental:
+    """Of one push.
+
+    known    who knows bases, the likeliest first
+    keepers  who keeps the version once it is committed
+    prefer   "time" or "bytes"
+    limit    bytes a second that may be sent; None for as many as there is room for
+    """
+
+    def __init__(
+        self,
+        known: Sequence[Bases] = (),
+        keepers: Sequence[Keeper] = (),
+        *,
+        prefer: Prefer = "time",
+        limit: float | None = None,
+    ) -> None:
+        self.prefer = prefer
+        self.base: Base | None = None
+        self.chooser: Chooser | None = None
+        self.kept: list[str] = []
+        """Why the version was not kept, by each that did not."""
+        self.keep_seconds = 0.0
+        self._known = known
+        self._keepers = keepers
+        self._limit = limit
+        self._measured = untried()
+        self._where = ""
+        self._local = False
+        self._plain_since: float | None = None
+
+    # --- before and during the conversation ----------------------------------------------------------------
+
+    def offers(self, lane: Lane, sender: Sender) -> tuple[bytes, ...]:
+        """Digests of versions that may serve as bases on this connection: none where no delta would be made anyway."""
+        self._where, self._local = lane.peer, lane.local
+        if not self._worth():
+            return ()
+        found = [digest for bases in self._known for digest in bases.digests(sender.model, sender.offered)]
+        if found:
+            # For this push, and others. Until it is done numpy does the work.
+            threading.Thread(target=compiled.warm_up, name="shipd compiler", daemon=True).start()
+        return tuple(dict.fromkeys(found))[:MAX_BASES]
+
+    def begin(self, sender: Sender, encoders: int) -> bool:
+        """The receiver has said what it takes. Whether coded runs are to be sent at all."""
+        self.end()
+        if not sender.codecs or (self._local and self.prefer == "time" and self._limit is None):
+            return False
+        if sender.base in sender.bases:
+            opened = (bases.open(sender.model, sender.layout, sender.base) for bases in self._known)
+            self.base = next((base for base in opened if base is not None), None)
+        decoding = {number: speed * 1e6 or _UNTRIED_DECODING for number, speed in sender.codecs.items()}
+        taken = self.chooser.taken if self.chooser is not None else []
+        self.chooser = Chooser(self._measured, decoding, encoders, self.prefer, taken)
+        self._plain_since = None
+        return True
+
+    def link(self, lane: Lane) -> float:
+        """Bytes a second that coding has to reckon with: what the link has shown, as far as that is to be believed."""
+        limit = self._limit or float("inf")
+        rate = lane.rate()
+        if rate is not None and rate.acknowledged >= _TRUSTED and not rate.at_least:
+            self._remember(rate.rate)
+            return min(limit, rate.rate)
+        known = _rates.get(self._where)
+        if known is not None:
+            return min(limit, known)
+        return min(limit, _UNKNOWN if rate is None else min(rate.rate, _UNKNOWN))
+
+    def plain(self) -> None:
+        """The bytes as they are have turned out to be soonest there."""
+        self._plain_since = time.monotonic()
+
+    @property
+    def coding_pays(self) -> bool:
+        """Whether runs are to be coded, as far as is known by now."""
+        return self.chooser is not None and self._plain_since is None
+
+    def reconsider(self, rate: float) -> None:
+        """``rate`` bytes a second are sent as they are: perhaps coding would be faster after all."""
+        if (
+            self.chooser is not None
+            and self._plain_since is not None
+            and self._faster_coded(rate, self.chooser.decoding)
+        ):
+            self._plain_since = None
+
+    def _faster_coded(self, rate: float, decoding: Mapping[int, float]) -> bool:
+        """Whether a version that differs a little is there sooner as a delta, at so many bytes a second."""
+        trial = Chooser(self._measured, decoding)
+        choice = trial.choose(MAX_RUN_BYTES, decoding, link=rate, density=_KEPT_FOR, runs=_MANY_RUNS)
+        return choice.codec.number != RAW
+
+    def _remember(self, rate: float) -> None:
+        with _rates_lock:
+            _rates[self._where] = rate
+
+    def end(self) -> None:
+        """Nothing reads the base any more."""
+        if self.base is not None:
+            self.base.close()
+            self.base = None
+
+    # --- afterwards ----------------------------------------------------------------------------------------
+
+    def keep(self, sender: Sender, read_chunk: Callable[[int], memoryview], rate: float) -> None:
+        """The version is committed; ``rate`` bytes a second were sent of it. Never fails a push."""
+        if rate and self._where not in _rates:
+            self._remember(rate)
+        if not self._worth() or not sender.digests.complete:
+            return
+        began = time.monotonic()
+        for keeper in self._keepers:
+            if (why := keeper.keep(sender.model, sender.digests, read_chunk)) is not None:
+                self.kept.append(why)
+                log.info("the version is not kept for the next push", extra={"why": why})
+        self.keep_seconds = time.monotonic() - began
+
+    def _worth(self) -> bool:
+        """Whether a base makes pushes to there faster, or fewer bytes are wanted anyway."""
+        if self.prefer == "bytes":
+            return True
+        if self._local and self._limit is None:
+            return False
+        rate = min(self._limit or float("inf"), _rates.get(self._where, _UNKNOWN))
+        return self._faster_coded(rate, dict.fromkeys(self._measured, _UNTRIED_DECODING))
