@@ -59,7 +59,7 @@ def check_runs(layout: Layout, expected: naive.Picture) -> None:
             between = zip(ends, (start for start, _, _ in parts[1:]), strict=False)
             assert layout.gaps(run) == [(end, start) for end, start in between if end < start]
             assert all(0 < start - end < TENSOR_ALIGNMENT for end, start in layout.gaps(run))
-            leaf, stop = layout.chunk_leaves(run)
+            leaf, stop = layout.run_leaves(run)
             assert leaf_rows[leaf:stop] == [row for chunk in run for row in rows(chunk).tolist()]
 
 
