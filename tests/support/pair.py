@@ -10,7 +10,7 @@ from shipproto.sender import SendChunk, Sender
 from shipproto.states import ReceiverState, SenderState
 from tests.support import naive
 from tests.support.link import handshaken, output_of
-from tests.support.models import SMALL, build, contents, make_image
+from tests.support.models import SMALL, build, contents, make_image, rows_of
 from tests.support.naive import Tensor
 
 TRANSFER = b"0123456789abcdef"
@@ -158,5 +158,6 @@ class Pair:
         assert self.there.state is ReceiverState.COMMITTED
         assert self.sender.state is SenderState.COMMITTED
         assert self.sender.committed is not None
-        expected = naive.version_digest(SMALL, {name: self.data[name] for name in self.structure.names}, 512)
+        rows = rows_of(self.structure)
+        expected = naive.version_digest(rows, {name: self.data[name] for name in self.structure.names}, 512)
         assert self.sender.committed.digest == expected == self.there.digest == self.sender.digest

@@ -117,6 +117,40 @@ def test_the_first_of_several_changed_tensors_is_named() -> None:
     assert digests.record(0, image[: layout.chunk(0)[1]]) == 1
 
 
+@pytest.mark.parametrize("rows", [SMALL, LARGE, (), (floats("x", 0),), (floats("x"),)])
+def test_the_naive_digests_of_chunks(rows) -> None:
+    for leaf in (256, LEAF_SIZE):
+        with leaves_of(leaf):
+            layout, image, data = fresh(rows)
+            digests = digest_image(layout, image)
+            expected = naive.chunk_digests(rows, data, leaf)
+            assert [digests.chunk_digest(chunk) for chunk in range(layout.chunks)] == expected
+            assert digests.chunk_digests().shape == (layout.chunks, 16)
+            assert digests.chunk_digests().tobytes() == b"".join(expected)
+
+
+def test_digests_of_chunks_that_are_not_known() -> None:
+    layout, _image, _ = fresh(SMALL)
+    with pytest.raises(ValueError, match="not known"):
+        LeafDigests(layout).chunk_digests()
+
+
+def test_digests_can_be_those_of_another_version() -> None:
+    with leaves_of(256):
+        layout, image, data = fresh(SMALL)
+        other = digest_image(*fresh(SMALL, version=1)[:2])
+        digests = digest_image(layout, image)
+        middle = range(1, layout.chunks - 1)
+        digests.adopt(middle, other)
+        ones = [range(chunk, chunk + 1) for chunk in range(layout.chunks)]
+        assert [one.start for one in ones if digests.of_chunks(one) == other.of_chunks(one)] == list(middle)
+        for chunk in middle:
+            start, size = layout.chunk(chunk)
+            digests.forget(chunk)
+            digests.record(chunk, image[start : start + size])
+        assert digests.version_digest() == naive.version_digest(rows_of(layout.structure), data, 256)
+
+
 def test_forgetting() -> None:
     with leaves_of(256):
         layout, image, data = fresh(SMALL)

@@ -43,7 +43,24 @@ def check(rows, leaf: int = LEAF_SIZE) -> Layout:
     for chunk in range(layout.large_chunks, layout.chunks):
         first, stop = layout.packed_leaves(chunk)
         assert leaf_rows[first:stop] == layout.chunk_tensors(chunk).tolist()
+    check_runs(layout, expected)
     return layout
+
+
+def check_runs(layout: Layout, expected: naive.Picture) -> None:
+    """What is said of chunks that follow each other, of every first one."""
+    rows, leaf_rows = layout.chunk_tensors, layout.leaf_rows().tolist()
+    for first in range(layout.chunks):
+        for count in range(1, min(6, layout.chunks - first + 1)):
+            parts = expected.chunks[first : first + count]
+            ends = [start + size for start, size, _ in parts]
+            run = range(first, first + count)
+            assert layout.span(run) == (parts[0][0], ends[-1])
+            between = zip(ends, (start for start, _, _ in parts[1:]), strict=False)
+            assert layout.gaps(run) == [(end, start) for end, start in between if end < start]
+            assert all(0 < start - end < TENSOR_ALIGNMENT for end, start in layout.gaps(run))
+            leaf, stop = layout.run_leaves(run)
+            assert leaf_rows[leaf:stop] == [row for chunk in run for row in rows(chunk).tolist()]
 
 
 @pytest.mark.parametrize(
