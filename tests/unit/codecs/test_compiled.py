@@ -66,6 +66,25 @@ def test_where_numba_cannot_be_imported_everything_works(error: str) -> None:
     assert run(FAILING.format(error=error)) == f"{error}: not here"
 
 
+FORBIDDING = """
+import ctypes
+# PR_SET_MDWE with PR_MDWE_REFUSE_EXEC_GAIN, which is what systemd's MemoryDenyWriteExecute does.
+if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
+    print("cannot")
+else:
+    from shipd.codecs import compiled
+    print(compiled.warm_up(), compiled.why_not())
+"""
+
+
+def test_where_memory_may_not_be_made_executable_numpy_does_the_work() -> None:
+    found = run(FORBIDDING)
+    if found == "cannot":
+        pytest.skip("this kernel cannot forbid it")
+    assert found.startswith("False ")
+    assert "executable memory" in found
+
+
 def test_threads_that_ask_at_once_get_the_same() -> None:
     found = run("""
 import threading
@@ -86,13 +105,16 @@ print(len(found), len({id(one) for one in found}), (found[0] is None) == (compil
     assert found == "4 1 True"
 
 
-def test_without_a_place_for_a_cache_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no locator available"), OSError("no space left on device")])
+def test_without_a_place_for_a_cache_it_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     asked = []
 
     def njit(signature, **options):
         asked.append((signature, options))
         if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
+            raise error
         return lambda function: function
 
     monkeypatch.setitem(sys.modules, "numba", SimpleNamespace(njit=njit))
