@@ -1,13 +1,18 @@
 """Runs for the tests of codecs: words that are special, words that are like a model's, and bases near and far."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Final
 from unittest import mock
 
 import numpy as np
 from hypothesis import strategies as st
 
+from shipd.codecs import compiled
 from shipd.codecs.codec import Codec, CodecError
+
+# Until somebody has, numpy does the work, and would be compared with itself.
+compiled.warm_up()
 
 SPECIAL: Final = {
     # Zeros, denormals, ones, infinities, NaNs of several payloads; of bfloat16 and of float16.
@@ -61,6 +66,11 @@ def outcome(codec: Codec, payload: bytes, base: bytes | None, size: int) -> byte
         return None
 
 
-def without_numba() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def without_numba() -> Iterator[None]:
     """As where nothing can be compiled."""
-    return mock.patch("shipd.codecs.plane_kernels.kernels", return_value=None)
+    with (
+        mock.patch("shipd.codecs.plane_kernels.kernels", return_value=None),
+        mock.patch("shipd.codecs.egr.kernels", return_value=None),
+    ):
+        yield

@@ -52,8 +52,8 @@ def weights(words: int, share: float, seed: int = 1, *, step: int = 1) -> tuple[
 def engines() -> dict[str, Engine]:
     """EGR's engines by name; without the compiled one where it cannot be had."""
     found: dict[str, Engine] = {"numpy": egr_numpy}
-    kernels = compiled.kernels()
-    if kernels is not None:
+    compiled.warm_up()
+    if (kernels := compiled.kernels()) is not None:
         found["compiled"] = kernels.egr
     return found
 

@@ -112,9 +112,9 @@ def put_fields(values: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uin
     return ((values[:, None] >> places) & np.uint32(1)).astype(np.uint8).reshape(-1)
 
 
-def take_fields(bits: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint32]:
-    """The values whose ``width`` bits each lie unpacked in ``bits``; u32."""
-    values = np.zeros(len(bits) // width if width else 0, dtype=np.uint32)
+def take_fields(bits: npt.NDArray[np.uint8], count: int, width: int) -> npt.NDArray[np.uint32]:
+    """The ``count`` values whose ``width`` bits each lie unpacked in ``bits``; u32."""
+    values = np.zeros(count, dtype=np.uint32)
     for place in range(width):
         values |= bits[place::width].astype(np.uint32) << np.uint32(place)
     return values

@@ -87,8 +87,8 @@ def kernel(signature: object = None) -> Callable[[Callable[_Arguments, _Result]]
     def compile_it(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         try:
             compiled = numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:
-            # There is no place for a cache that can be written: it is compiled again by every process.
+        except (RuntimeError, OSError):
+            # There is no place for a cache, or none that can be written: it is compiled again by every process.
             compiled = numba.njit(signature, nogil=True)(function)
         return cast("Callable[_Arguments, _Result]", compiled)
 

@@ -5,6 +5,7 @@ large, every step is one for all classes, and the arrays of a block are used aga
 all the counting.
 """
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -120,20 +121,22 @@ def scan(content: Words, base: Words, frame: Frame, most: int) -> Changes | None
         if total > most:
             return None
         of, rank = counted.of(here)
-        places.append(here + start)
+        places.append((here + start).astype(np.uint32))
         classes.append(of)
-        ranks.append(rank + reached[of])
+        ranks.append((rank + reached[of]).astype(np.uint32))
         reached += counted.upto[:, -1]
     of = np.concatenate((np.empty(0, dtype=np.uint8), *classes))
     starts: _Longs = np.zeros(CLASSES + 1, dtype=np.int64)
     np.cumsum(np.bincount(of, minlength=CLASSES), out=starts[1:])
     by_class = np.argsort(of, kind="stable")
-    place = np.concatenate((np.empty(0, dtype=np.int64), *places))[by_class]
-    rank = np.concatenate((np.empty(0, dtype=np.int64), *ranks))[by_class]
-    gaps = np.diff(rank, prepend=-1) - 1
+    place = np.concatenate((np.empty(0, dtype=np.uint32), *places))[by_class]
+    all_ranks: _Values = np.concatenate((np.empty(0, dtype=np.uint32), *ranks))[by_class]
+    gaps: _Values = all_ranks.copy()
+    # Wraps around where a class begins, and is not used there.
+    gaps[1:] -= all_ranks[:-1] + np.uint32(1)
     first = starts[:-1][np.diff(starts) > 0]
-    gaps[first] = rank[first]
-    return Changes(starts, gaps.astype(np.uint32), zigzag(content[place], base[place]))
+    gaps[first] = all_ranks[first]
+    return Changes(starts, gaps, zigzag(content[place], base[place]))
 
 
 def _ones(masks: npt.NDArray[np.uint64] | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -219,58 +222,55 @@ def unpack(table: Table, parts: Parts, words: int) -> Changes:
     lists = lists_of(table)
     unary, low = (np.frombuffer(part, dtype=np.uint8) for part in parts[:2])
     quotients = take_unary(unary, sum(count for count, _ in lists), ESCAPE)
-    escaped = quotients == ESCAPE
-    if 4 * np.count_nonzero(escaped) != len(parts.escapes):
+    if 4 * np.count_nonzero(quotients == ESCAPE) != len(parts.escapes):
         raise CodecError("not as many escapes as the unary part announces")
     escapes = np.frombuffer(parts.escapes, dtype="<u4")
     if len(escapes) and escapes.min() < ESCAPE:
         raise CodecError("an escape that none was needed for")
-    values, bit, at, escape = [], 0, 0, 0
-    for count, width in lists:
-        part: npt.NDArray[np.int64] = quotients[at : at + count].astype(np.int64)
-        which = np.flatnonzero(escaped[at : at + count])
-        part[which] = escapes[escape : escape + len(which)]
-        part <<= width
-        # From the byte in which the list's first field begins.
-        bits = np.unpackbits(low[bit // 8 : -(-(bit + count * width) // 8)], bitorder="little")
-        part |= take_fields(bits[bit % 8 : bit % 8 + count * width], width) if width else 0
-        if part.max() >= _STRIDE:
-            # Nothing that a run can have, and sums of it would not fit.
-            raise CodecError("a value that cannot be")
-        values.append(part)
-        bit, at, escape = bit + count * width, at + count, escape + len(which)
-    return _changes(table, values, parts.signs, words)
-
-
-def _changes(table: Table, values: list[npt.NDArray[np.int64]], signs: memoryview, words: int) -> Changes:
-    """Changes of the values of all lists; CodecError where one of them cannot be."""
+    read = _read_lists(lists, quotients, escapes, low)
     starts: _Longs = np.zeros(CLASSES + 1, dtype=np.int64)
     np.cumsum(table[:, COUNT], out=starts[1:])
     total = int(starts[-1])
     gaps: _Values = np.empty(total, dtype=np.uint32)
     magnitudes: npt.NDArray[np.uint16] = np.zeros(total, dtype=np.uint16)
-    lists = iter(values)
-    for number in range(CLASSES):
-        row = table[number]
-        if not row[COUNT]:
-            continue
+    for number in np.flatnonzero(table[:, COUNT]).tolist():
         span = slice(int(starts[number]), int(starts[number + 1]))
-        part = next(lists)
+        part = next(read)
         words -= int(part.sum()) + len(part)
         if words < 0:
             raise CodecError("gaps that add up to more words than there are")
         gaps[span] = part
-        if row[KIND] == ALL:
-            magnitudes[span] = _magnitudes(next(lists))
-        elif row[KIND] == SOME:
-            places = np.cumsum(next(lists) + 1) - 1
-            if places[-1] >= row[COUNT]:
+        if table[number, KIND] == ALL:
+            magnitudes[span] = _magnitudes(next(read))
+        elif table[number, KIND] == SOME:
+            places = np.cumsum(next(read) + 1) - 1
+            if places[-1] >= table[number, COUNT]:
                 raise CodecError("a magnitude for a change that there is not")
-            magnitudes[span][places] = _magnitudes(next(lists) + 1)
-    sign = np.unpackbits(np.frombuffer(signs, dtype=np.uint8), count=total, bitorder="little").astype(np.uint16)
+            magnitudes[span][places] = _magnitudes(next(read) + 1)
+    sign = np.unpackbits(np.frombuffer(parts.signs, dtype=np.uint8), count=total, bitorder="little")
     if np.any((magnitudes == 0x7FFF) & (sign == 0)):
         raise CodecError("a change of 32768 up, which is said as one down")
     return Changes(starts, gaps, magnitudes * np.uint16(2) + (np.uint16(2) - sign))
+
+
+def _read_lists(
+    lists: list[tuple[int, int]], quotients: npt.NDArray[np.uint8], escapes: _Values, low: npt.NDArray[np.uint8]
+) -> Iterator[_Longs]:
+    """The values of one list after the other, each below _STRIDE."""
+    bit = at = 0
+    for count, width in lists:
+        values: _Longs = quotients[at : at + count].astype(np.int64)
+        escaped = np.flatnonzero(values == ESCAPE)
+        values[escaped] = escapes[: len(escaped)]
+        values <<= width
+        # From the byte in which the list's first field begins.
+        bits = np.unpackbits(low[bit // 8 : -(-(bit + count * width) // 8)], bitorder="little")
+        values |= take_fields(bits[bit % 8 : bit % 8 + count * width], count, width)
+        if values.max() >= _STRIDE:
+            # Nothing that a run can have, and sums of it would not fit.
+            raise CodecError("a value that cannot be")
+        yield values
+        bit, at, escapes = bit + count * width, at + count, escapes[len(escaped) :]
 
 
 def _magnitudes(values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
@@ -282,13 +282,12 @@ def _magnitudes(values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
 def apply(changes: Changes, base: Words, out: Words, frame: Frame) -> bool:
     """See Engine."""
     counted = _Ranks(len(base))
-    counts = np.diff(changes.starts)
-    classes = np.repeat(np.arange(CLASSES), counts)
-    # How many words of its class lie before each change, from the start of the run.
-    ranks = np.cumsum(changes.gaps, dtype=np.int64) + np.arange(len(classes))
-    before = np.concatenate((np.zeros(1, dtype=np.int64), ranks + 1))[changes.starts[:-1]]
-    ranks -= before[classes]
-    keys = ranks + classes * _STRIDE
+    # How many words of its class lie before each change, from the start of the run, and the class on top of that.
+    keys = np.cumsum(changes.gaps, dtype=np.int64)
+    for number in np.flatnonzero(np.diff(changes.starts)).tolist():
+        first, end = int(changes.starts[number]), int(changes.starts[number + 1])
+        before = int(keys[first]) - int(changes.gaps[first])
+        keys[first:end] += np.arange(number * _STRIDE - before, number * _STRIDE - before + end - first)
     reached = np.arange(CLASSES) * _STRIDE
     done = changes.starts[:-1]
     for start in range(0, len(base), _BLOCK):
