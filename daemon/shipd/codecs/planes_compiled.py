@@ -1,7 +1,8 @@
 """The kernels of the plane codecs (shipd.codecs.plane_kernels), compiled by numba. Importing this imports and compiles.
 
-Each loop is one that the compiler makes vector code of: every intermediate result is cut to the word's width at once,
-because numba computes in 64 bits otherwise, and nothing branches.
+The compiler makes vector code of each loop over all words: every intermediate result is cut to the word's width at
+once, because numba computes in 64 bits otherwise, and nothing branches. What is rare is gathered and corrected by loops
+that look at eight codes at a time.
 """
 
 from typing import Final

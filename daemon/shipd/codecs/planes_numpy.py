@@ -1,6 +1,6 @@
 """The kernels of the plane codecs (shipd.codecs.plane_kernels) in numpy, for where nothing can be compiled.
 
-Everything goes through in blocks, whose temporary arrays stay in the caches: a third of the time of doing it at once.
+Everything goes through in blocks, whose temporary arrays stay in the caches.
 """
 
 from collections.abc import Iterator
