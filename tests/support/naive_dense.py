@@ -53,14 +53,33 @@ def words(data: bytes, width: int) -> list[int]:
     return [int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)]
 
 
+def codes_of(packed: bytes, n: int) -> list[int]:
+    """A.2: packed codes."""
+    codes = []
+    for pair in plane(packed, (n + 1) // 2):
+        codes += [pair % 16, pair // 16]
+    must(n % 2 == 0 or codes.pop() == 0)
+    return codes
+
+
 def xph(payload: bytes, base: bytes | None, size: int) -> bytes:
     """A.2."""
     must(size % 2 == 0)
     n = size // 2
-    must(len(payload) >= n)
-    split = len(payload) - n
+    must(len(payload) >= 1 + n and payload[0] in (0, 1))
+    end = len(payload) - n
+    if payload[0] == 0:
+        exponents = list(plane(payload[1:end], n))
+    else:
+        must(end >= 6 and payload[1] <= 241)
+        low, middle = payload[1], 6 + int.from_bytes(payload[2:6], "little")
+        must(middle <= end)
+        exponents = codes_of(payload[6:middle], n)
+        others = list(plane(payload[middle:end], exponents.count(15)))
+        must(not any(low <= other < low + 15 for other in others))
+        exponents = [others.pop(0) if code == 15 else low + code for code in exponents]
     out = b""
-    for exponent, rest in zip(plane(payload[:split], n), payload[split:], strict=True):
+    for exponent, rest in zip(exponents, payload[end:], strict=True):
         rotated = exponent << 8 | rest
         out += (rotated >> 1 | (rotated & 1) << 15).to_bytes(2, "little")
     return out
@@ -74,10 +93,7 @@ def duh(payload: bytes, base: bytes | None, size: int) -> bytes:
     s, m, large_count = words(payload[:12], 4)
     must(len(payload) >= 12 + s + 2 * large_count and m <= n)
     end = len(payload) - 2 * large_count
-    codes = []
-    for pair in plane(payload[12 : 12 + s], (n + 1) // 2):
-        codes += [pair % 16, pair // 16]
-    must(n % 2 == 0 or codes.pop() == 0)
+    codes = codes_of(payload[12 : 12 + s], n)
     middle, large = list(plane(payload[12 + s : end], m)), words(payload[end:], 2)
     must(codes.count(15) == m and middle.count(255) == large_count and all(value >= 270 for value in large))
     out = b""

@@ -23,6 +23,8 @@ STEPPED[5] = -STEPPED[5]
 RUNS = {
     "xph": (XPH, bfloat16(VALUES), None, 4),
     "xph of zeros": (XPH, bytes(2 * WORDS), None, 4),
+    "xph of an odd number": (XPH, bfloat16(np.abs(VALUES) % np.float32(0.01) + np.float32(1))[:-2], None, 4),
+    "xph of all exponents": (XPH, np.arange(0, 1 << 16, 700, dtype=np.uint16).tobytes(), None, 4),
     "duh": (DUH, bfloat16(STEPPED), bfloat16(VALUES), 4),
     "duh of nothing new": (DUH, bfloat16(VALUES), bfloat16(VALUES), 4),
     "f32d": (F32D, STEPPED.tobytes(), VALUES.tobytes(), 2),
@@ -88,14 +90,41 @@ def refused(codec, payload: bytes, size: int, base: bytes | None = None) -> None
 
 def test_a_plane_is_itself_or_a_shorter_frame() -> None:
     ones, rest = b"\x01" * 100, bytes(100)
-    assert decoded(XPH, ones + rest, None, 200) == b"\x80\x00" * 100
-    assert decoded(XPH, squeeze(ones) + rest, None, 200) == b"\x80\x00" * 100
+    assert decoded(XPH, b"\0" + ones + rest, None, 200) == b"\x80\x00" * 100
+    assert decoded(XPH, b"\0" + squeeze(ones) + rest, None, 200) == b"\x80\x00" * 100
     tiny = b"\x01\x02\x03"
     assert len(squeeze(tiny)) > len(tiny)
-    refused(XPH, squeeze(tiny) + bytes(3), 6)
-    refused(XPH, squeeze(ones[:99]) + rest, 200)
-    refused(XPH, ones[:99] + rest, 200)
-    refused(XPH, ones, 202)
+    refused(XPH, b"\0" + squeeze(tiny) + bytes(3), 6)
+    refused(XPH, b"\0" + squeeze(ones[:99]) + rest, 200)
+    refused(XPH, b"\0" + ones[:99] + rest, 200)
+    refused(XPH, b"\0" + ones, 200)
+    refused(XPH, b"\0" + ones, 202)
+    for kind in (2, 3, 255):
+        refused(XPH, bytes((kind,)) + ones + rest, 200)
+
+
+def paired(low: int, pairs: bytes, others: bytes, rest: bytes, size: int | None = None) -> bytes:
+    return struct.pack("<BBI", 1, low, len(pairs) if size is None else size) + pairs + others + rest
+
+
+def test_exponents_in_pairs_and_by_themselves() -> None:
+    found = decoded(XPH, paired(0x70, b"\xf0\x0e", b"\xff", b"\x00\x01\x80"), None, 6)
+    assert found == struct.pack("<3H", 0x70 << 7, 0x8000 | 0xFF << 7, 0x7E << 7 | 0x40)
+    assert decoded(XPH, paired(241, b"\xee", b"", bytes(2)), None, 4) == struct.pack("<2H", 255 << 7, 255 << 7)
+    for bad in (
+        paired(0x70, b"\xf0\x1e", b"\xff", b"\x00\x01\x80"),
+        paired(0x70, b"\xf0\x0e", b"", b"\x00\x01\x80"),
+        paired(0x70, b"\xf0\x0e", b"\xff\xff", b"\x00\x01\x80"),
+        paired(0x70, b"\xf0\x0e", b"\x70", b"\x00\x01\x80"),
+        paired(0x70, b"\xf0\x0e", b"\x7e", b"\x00\x01\x80"),
+        paired(0x70, b"\x00\x0e", b"\xff", b"\x00\x01\x80"),
+        paired(242, b"\x00\x0e", b"", b"\x00\x01\x80"),
+        *(paired(0x70, b"\xf0\x0e", b"\xff", b"\x00\x01\x80", size) for size in (0, 1, 3, 4, 7, 0xFFFFFFFF)),
+        paired(0x70, b"", b"", bytes(2))[:5],
+    ):
+        refused(XPH, bad, 6)
+        with without_numba():
+            refused(XPH, bad, 6)
 
 
 def steps(pairs: bytes, medium: bytes, *large: int, counts: tuple[int, int, int] | None = None) -> bytes:
@@ -166,7 +195,9 @@ def test_heads_of_planes() -> None:
 
 
 BOMBS = {
-    "xph": (XPH, squeeze_entropy(bytes(64 << 20)) + bytes(1000), 2000),
+    "xph": (XPH, b"\0" + squeeze_entropy(bytes(64 << 20)) + bytes(1000), 2000),
+    "xph of pairs": (XPH, paired(0, squeeze_entropy(bytes(64 << 20)), b"", bytes(1000)), 2000),
+    "xph of others": (XPH, paired(0, b"\xff" * 500, squeeze_entropy(bytes(64 << 20)), bytes(1000)), 2000),
     "duh": (DUH, steps(squeeze(bytes(64 << 20)), b""), 2000),
     "duh of large steps": (DUH, steps(bytes(500), squeeze(bytes(64 << 20)), counts=(500, 1000, 0)), 2000),
     "duh of more steps than words": (DUH, steps(bytes(500), squeeze(bytes(64 << 20)), counts=(500, 64 << 20, 0)), 2000),

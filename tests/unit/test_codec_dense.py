@@ -48,11 +48,17 @@ def base_for(codec, base: bytes) -> bytes | None:
 # --- SPEC.md's examples --------------------------------------------------------------------------------------------
 
 EXAMPLES = {
-    "A.2": (XPH, "803f 80bf c03f 0100", None, "7f7f7f00 00018002"),
+    "A.2": (XPH, "803f 80bf c03f 0100", None, "00 7f7f7f00 00018002"),
     "A.5": (DUH, "803f 7f3f 8040", "803f 803f 803f", "02000000 01000000 01000000 100f ff 0002"),
     "A.6": (F32D, "2c01803f 010080bf", "0000803f 000080bf", "02000000" * 4 + "5801 0200 0000 0000"),
     "A.7": (PLANES, "010203040506070809", "01" * 9, "0401" + "02000000" * 4 + "0004 0307 0206 0509 08"),
 }
+
+
+def test_the_other_example_of_exponents() -> None:
+    payload = bytes.fromhex("01 7f 02000000 00f0 00 00018002")
+    for decode in (decoded, lambda codec, *arguments: naive_dense.DECODERS[codec.name](*arguments)):
+        assert decode(XPH, payload, None, 8) == bytes.fromhex("803f 80bf c03f 0100")
 
 
 @pytest.mark.parametrize("section", EXAMPLES)
@@ -100,7 +106,7 @@ def test_planes_of_arbitrary_bytes(content, dtype) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_nothing(codec) -> None:
     payload = comes_back(codec, b"", base_for(codec, b""))
-    assert len(payload) == {XPH: 0, DUH: 12, F32D: 16, PLANES: 6}[codec]
+    assert len(payload) == {XPH: 1, DUH: 12, F32D: 16, PLANES: 6}[codec]
 
 
 @pytest.mark.parametrize("codec", [XPH, DUH])
@@ -124,6 +130,21 @@ def test_exponents_make_bfloat16_a_third_shorter() -> None:
     assert len(payload) < CHUNK / 1.45
     words = np.frombuffer(content, dtype=np.uint16)
     assert payload[-CHUNK // 2 :] == ((words & 0x7F) << 1 | words >> 15).astype(np.uint8).tobytes()
+
+
+def test_exponents_in_pairs_and_whole() -> None:
+    weights = np.frombuffer(bfloat16(like_weights(CHUNK // 2)), dtype=np.uint16)
+    outliers, share = weights.copy(), np.random.default_rng(3).random(len(weights))
+    outliers[share < 0.01] = 0
+    outliers[share < 0.001] = 0x7FC1
+    assert comes_back(XPH, weights.tobytes(), None, BF16)[0] == 1
+    assert comes_back(XPH, outliers.tobytes(), None, BF16)[0] == 1
+    assert comes_back(XPH, outliers.tobytes()[:-2], None, BF16)[0] == 1, "of an odd number of words too"
+    assert comes_back(XPH, bytes(CHUNK), None, BF16)[0] == 1
+    outliers[share < 0.1] = 0
+    assert comes_back(XPH, outliers.tobytes(), None, BF16)[0] == 0
+    halves = like_weights(CHUNK // 2).astype(np.float16)
+    assert comes_back(XPH, halves.tobytes(), None, BY_NAME["float16"].code)[0] == 0
 
 
 def test_steps_of_a_fifth_of_the_words() -> None:
@@ -163,7 +184,7 @@ def test_planes_find_the_width_of_words_that_nobody_named() -> None:
 def test_noise_costs_no_more_than_heads() -> None:
     content = np.random.default_rng(1).bytes(CHUNK)
     base = np.random.default_rng(2).bytes(CHUNK)
-    assert len(comes_back(XPH, content, None)) == CHUNK
+    assert len(comes_back(XPH, content, None)) == CHUNK + 1
     assert len(comes_back(F32D, content, base)) == CHUNK + 16
     assert len(comes_back(PLANES, content, base, F32)) == CHUNK + 2 + 16
     # Most steps are large: this codec is not for them.

@@ -75,13 +75,35 @@ def test_exponents_of_every_pattern(both) -> None:
         assert (rest == (run << 1 & 0xFE | run >> 15)).all()
 
 
+@pytest.mark.parametrize("low", [0, 1, 117, 241])
+@pytest.mark.parametrize("size", [*SIZES, None])
+def test_exponent_codes(both, size: int | None, low: int) -> None:
+    run = np.arange(1 << 16, dtype=np.uint16) if size is None else words(size, np.uint16)
+    run[::3] = run[::3] & 0x80FF | (low + 3) << 7
+    exponents = (run >> 7).astype(np.uint8)
+    near = (exponents >= low) & (exponents < low + 15)
+    for kernels in both:
+        groups = np.zeros(-(-len(run) // 8), dtype=np.uint64)
+        codes, rest, merged = groups.view(np.uint8), np.empty(len(run), dtype=np.uint8), np.empty_like(run)
+        kernels.split_exponent_codes(run, low, codes, rest)
+        assert (codes[: len(run)] == np.where(near, exponents - np.uint8(low), 15)).all()
+        assert (rest == (run << 1 & 0xFE | run >> 15)).all()
+        beyond = np.empty(len(run), dtype=np.uint8)
+        beyond = beyond[: kernels.gather_exponents(run, groups, beyond)]
+        assert beyond.tolist() == exponents[~near].tolist()
+        kernels.merge_exponent_codes(codes, low, rest, merged)
+        assert (merged[near] == run[near]).all()
+        kernels.correct_exponents(groups, beyond, merged)
+        assert (merged == run).all()
+
+
 @pytest.mark.parametrize("size", [*SIZES, None])
 def test_steps(both, size: int | None) -> None:
     run, base = every_pair() if size is None else (words(size, np.uint16), words(size, np.uint16, 2))
     expected = zigzag(run, base)
     for kernels in both:
         codes = np.empty(len(run), dtype=np.uint8)
-        assert kernels.split_steps(run, base, codes) == (expected.max() if len(run) else 0)
+        assert kernels.split_steps(run, base, codes) == (min(expected.max(), 15) if len(run) else 0)
         assert (codes == np.minimum(expected, 15)).all()
         applied = base.copy()
         kernels.apply_steps(np.minimum(expected, 255).astype(np.uint8), applied)
@@ -100,9 +122,9 @@ def test_steps_beyond_15(both, size: int, share: float) -> None:
     codes = groups.view(np.uint8)
     for kernels in both:
         kernels.split_steps(run, base, codes)
-        beyond = np.empty(np.count_nonzero(codes == 15), dtype=np.uint16)
-        kernels.gather_steps(run, base, groups, beyond)
-        assert (beyond == expected[expected >= 15]).all()
+        beyond = np.empty(size, dtype=np.uint16)
+        beyond = beyond[: kernels.gather_steps(run, base, groups, beyond)]
+        assert beyond.tolist() == expected[expected >= 15].tolist()
         applied = base.copy()
         kernels.apply_steps(codes, applied)
         kernels.correct_steps(groups, beyond, applied)
@@ -114,9 +136,9 @@ def test_pairs(both, size: int) -> None:
     codes = words(2 * size, np.uint8) & np.uint8(15)
     for kernels in both:
         pairs, parted = np.empty(size, dtype=np.uint8), np.empty_like(codes)
-        kernels.pair_steps(codes.view(np.uint16), pairs)
+        kernels.pair_codes(codes.view(np.uint16), pairs)
         assert (pairs == codes[::2] + 16 * codes[1::2]).all()
-        kernels.part_steps(pairs, parted.view(np.uint16))
+        kernels.part_codes(pairs, parted.view(np.uint16))
         assert (parted == codes).all()
 
 
@@ -149,7 +171,7 @@ def test_words(both, kind, size: int) -> None:
 
 def test_both_offer_every_kernel(both) -> None:
     names = [name for name, _ in inspect.getmembers(plane_kernels.PlaneKernels, inspect.isfunction) if name[0] != "_"]
-    assert len(names) == 12
+    assert len(names) == 16
     for kernels in both:
         assert all(callable(getattr(kernels, name)) for name in names)
 

@@ -13,7 +13,16 @@ import numpy.typing as npt
 
 from shipd.codecs.codec import Codec, CodecError
 from shipd.codecs.plane_kernels import Bytes, plane_kernels
-from shipd.codecs.sections import base_of, onto_base, pack_entropy, unpack, whole_words
+from shipd.codecs.sections import (
+    base_of,
+    onto_base,
+    pack_codes,
+    pack_entropy,
+    room_for_codes,
+    unpack,
+    unpack_codes,
+    whole_words,
+)
 from shipproto.frame import Buffer
 
 _MEDIUM: Final = 15
@@ -40,16 +49,13 @@ class _DenseDelta:
         old = whole_words(base_of(base, len(content)), np.uint16)
         if len(content) % self.word:
             return None
-        pairs = np.empty((len(new) + 1) // 2, dtype=np.uint8)
-        codes = _room(len(new))
+        codes = room_for_codes(len(new))
         kernels = plane_kernels(new, old)
-        largest = kernels.split_steps(new, old, codes)
-        kernels.pair_steps(codes.view(np.uint16)[: len(pairs)], pairs)
-        beyond = np.empty(0 if largest < _MEDIUM else np.count_nonzero(codes == _MEDIUM), dtype=np.uint16)
-        if len(beyond):
-            kernels.gather_steps(new, old, codes.view(np.uint64), beyond)
+        beyond = np.empty(len(new), dtype=np.uint16)
+        some = kernels.split_steps(new, old, codes) == _MEDIUM
+        beyond = beyond[: kernels.gather_steps(new, old, codes.view(np.uint64), beyond) if some else 0]
         large = beyond[beyond >= _LARGE]
-        packed = pack_entropy(pairs)
+        packed = pack_codes(codes, len(new))
         packed_medium = pack_entropy((np.minimum(beyond, _LARGE) - np.uint16(_MEDIUM)).astype(np.uint8))
         if _HEAD.size + len(packed) + len(packed_medium) + large.nbytes > most:
             return None
@@ -61,37 +67,26 @@ class _DenseDelta:
         old = whole_words(base_of(base, len(out)), np.uint16)
         if len(out) % self.word:
             raise CodecError(f"a run of {len(out)} bytes is not of whole words")
-        pairs, beyond = _read(memoryview(payload), len(words))
-        kernels = plane_kernels(words)
-        codes = _room(len(words))
-        kernels.part_steps(pairs, codes.view(np.uint16)[: len(pairs)])
-        if codes[len(words) :].any():
-            raise CodecError("a step after the last word")
+        codes, beyond = _read(memoryview(payload), len(words))
         marked = np.count_nonzero(codes == _MEDIUM)
         if marked != len(beyond):
             raise CodecError(f"{marked} steps are marked as too large, and {len(beyond)} are")
+        kernels = plane_kernels(words)
         for piece in onto_base(old, words):
             kernels.apply_steps(codes[piece], words[piece])
         if marked:
             kernels.correct_steps(codes.view(np.uint64), beyond, words)
 
 
-def _room(words: int) -> Bytes:
-    """A byte for each word, and zeros up to a whole number of eight."""
-    codes = np.empty(-(-words // 8) * 8, dtype=np.uint8)
-    codes[words:] = 0
-    return codes
-
-
 def _read(payload: memoryview, words: int) -> tuple[Bytes, npt.NDArray[np.uint16]]:
-    """The pairs of steps, and those steps that are too large for them."""
+    """The code of each step, and those steps that are too large for theirs."""
     if len(payload) < _HEAD.size:
         raise CodecError(f"a payload of {len(payload)} bytes has no head")
     size, count, large_count = _HEAD.unpack_from(payload)
     middle, end = _HEAD.size + size, len(payload) - 2 * large_count
     if middle > end or count > words:
         raise CodecError(f"{len(payload)} bytes for {words} words cannot hold {size}, {count} and {large_count} steps")
-    pairs = unpack(payload[_HEAD.size : middle], (words + 1) // 2)
+    codes = unpack_codes(payload[_HEAD.size : middle], words)
     medium = unpack(payload[middle:end], count)
     large = np.frombuffer(payload, dtype=np.uint16, offset=end)
     marked = medium == _LARGE - _MEDIUM
@@ -99,7 +94,7 @@ def _read(payload: memoryview, words: int) -> tuple[Bytes, npt.NDArray[np.uint16
         raise CodecError(f"{large_count} large steps, not all of which are marked as such, and large")
     beyond = medium + np.uint16(_MEDIUM)
     beyond[marked] = large
-    return pairs, beyond
+    return codes, beyond
 
 
 DUH: Final[Codec] = _DenseDelta()

@@ -24,11 +24,29 @@ class PlaneKernels(Protocol):
     def merge_exponents(self, exponents: Bytes, rest: Bytes, words: npt.NDArray[np.uint16]) -> None:
         """What split_exponents was given."""
 
-    def split_steps(self, content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: Bytes) -> int:
-        """How far each word is from the base's, as zigzag (shipd.codecs.words) and at most 15; the largest of all.
+    def split_exponent_codes(self, words: npt.NDArray[np.uint16], low: int, codes: Bytes, rest: Bytes) -> None:
+        """As split_exponents, with each exponent less ``low`` in ``codes[n]``, and 15 for those outside of 0 to 14."""
 
-        The largest is not cut off at 15. ``codes[m]`` may be longer than the words are.
+    def merge_exponent_codes(self, codes: Bytes, low: int, rest: Bytes, words: npt.NDArray[np.uint16]) -> None:
+        """What split_exponent_codes was given, but for the words whose code is 15."""
+
+    def gather_exponents(self, words: npt.NDArray[np.uint16], codes: npt.NDArray[np.uint64], beyond: Bytes) -> int:
+        """The exponent of each word whose code is 15, one after the other into ``beyond[n]``; how many those are.
+
+        codes   of split_exponent_codes, eight in each number; zeros after the last word
         """
+
+    def correct_exponents(self, codes: npt.NDArray[np.uint64], beyond: Bytes, words: npt.NDArray[np.uint16]) -> None:
+        """After merge_exponent_codes: give the words whose code is 15 their exponents. There are as many of each."""
+
+    def pair_codes(self, codes: npt.NDArray[np.uint16], pairs: Bytes) -> None:
+        """Two bytes below 16 each into one: the first (the lower byte of each code) is its lower half."""
+
+    def part_codes(self, pairs: Bytes, codes: npt.NDArray[np.uint16]) -> None:
+        """What pair_codes was given."""
+
+    def split_steps(self, content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], codes: Bytes) -> int:
+        """How far each word is from the base's, as zigzag (shipd.codecs.words) and at most 15; the largest of these."""
 
     def gather_steps(
         self,
@@ -36,17 +54,11 @@ class PlaneKernels(Protocol):
         base: npt.NDArray[np.uint16],
         codes: npt.NDArray[np.uint64],
         beyond: npt.NDArray[np.uint16],
-    ) -> None:
-        """The whole step of each word whose code is 15. There are as many codes of 15 as ``beyond`` has places.
+    ) -> int:
+        """The whole step of each word whose code is 15, one after the other into ``beyond[n]``; how many those are.
 
         codes   of split_steps, eight in each number; zeros after the last word
         """
-
-    def pair_steps(self, codes: npt.NDArray[np.uint16], pairs: Bytes) -> None:
-        """Two bytes below 16 each into one: the first (the lower byte of each code) is its lower half."""
-
-    def part_steps(self, pairs: Bytes, codes: npt.NDArray[np.uint16]) -> None:
-        """What pair_steps was given."""
 
     def apply_steps(self, codes: Bytes, words: npt.NDArray[np.uint16]) -> None:
         """Move each word of a base so far as ``codes[m]`` says, in place."""
@@ -54,7 +66,7 @@ class PlaneKernels(Protocol):
     def correct_steps(
         self, codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16], words: npt.NDArray[np.uint16]
     ) -> None:
-        """After apply_steps: move what was moved by 15 as far as gather_steps has found instead."""
+        """After apply_steps: move what was moved by 15 as far as gather_steps has found. There are as many of each."""
 
     def split_differences(self, content: npt.NDArray[np.uint32], base: npt.NDArray[np.uint32], planes: Bytes) -> None:
         """How far each word is from the base's, as zigzag: byte k, the lowest first, into ``planes[k]`` of [4, n]."""

@@ -1,7 +1,8 @@
 """The kernels of the plane codecs (shipd.codecs.plane_kernels), compiled by numba. Importing this imports and compiles.
 
-Each loop is one that the compiler makes vector code of: every intermediate result is cut to the word's width at once,
-because numba computes in 64 bits otherwise, and nothing branches.
+The compiler makes vector code of each loop over all words: every intermediate result is cut to the word's width at
+once, because numba computes in 64 bits otherwise, and nothing branches. What is rare is gathered and corrected by loops
+that look at eight codes at a time.
 """
 
 from typing import Final
@@ -36,6 +37,21 @@ _WORDS: Final = (_U16, _U32, _U64)
 _WORDS_OUT: Final = (_U16_OUT, _U32_OUT, _array(types.uint64, written=True))
 
 
+@kernel()
+def _marks(codes: np.uint64) -> np.uint64:
+    """Of eight bytes below 16, the top bit of each that is 15."""
+    # Adding 127 sets the top bit of every difference but none.
+    tops = np.uint64((codes ^ np.uint64(0x0F0F0F0F0F0F0F0F)) + np.uint64(0x7F7F7F7F7F7F7F7F))
+    return np.uint64(~tops & np.uint64(0x8080808080808080))
+
+
+@kernel()
+def _byte_of(mark: np.uint64) -> np.int64:
+    """Which byte has ``mark`` as its top bit: every byte below gives one, and the product adds them up."""
+    below = np.uint64(((mark >> np.uint64(7)) - np.uint64(1)) & np.uint64(0x0101010101010101))
+    return np.int64(np.uint64(below * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
 @kernel([types.void(_U16, _U8_OUT, _U8_OUT)])
 def split_exponents(words: npt.NDArray[np.uint16], exponents: _Bytes, rest: _Bytes) -> None:
     """See PlaneKernels."""
@@ -52,6 +68,57 @@ def merge_exponents(exponents: _Bytes, rest: _Bytes, words: npt.NDArray[np.uint1
         low = np.uint16(rest[at])
         upper = np.uint16(np.uint16(exponents[at]) << np.uint16(7))
         words[at] = upper | np.uint16(np.uint16(low >> np.uint16(1)) | np.uint16(low << np.uint16(15)))
+
+
+@kernel([types.void(_U16, types.int64, _U8_OUT, _U8_OUT)])
+def split_exponent_codes(words: npt.NDArray[np.uint16], low: int, codes: _Bytes, rest: _Bytes) -> None:
+    """See PlaneKernels."""
+    least = np.uint8(low)
+    for at in range(len(words)):
+        word = words[at]
+        exponent = np.uint8(np.uint16(word >> np.uint16(7)))
+        codes[at] = min(np.uint8(exponent - least), np.uint8(15))
+        rest[at] = np.uint8(np.uint16(np.uint16(word << np.uint16(1)) | np.uint16(word >> np.uint16(15))))
+
+
+@kernel([types.void(_U8, types.int64, _U8, _U16_OUT)])
+def merge_exponent_codes(codes: _Bytes, low: int, rest: _Bytes, words: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    least = np.uint8(low)
+    for at in range(len(words)):
+        below = np.uint16(rest[at])
+        upper = np.uint16(np.uint16(np.uint8(codes[at] + least)) << np.uint16(7))
+        words[at] = upper | np.uint16(np.uint16(below >> np.uint16(1)) | np.uint16(below << np.uint16(15)))
+
+
+@kernel([types.int64(_U16, _U64, _U8_OUT)])
+def gather_exponents(words: npt.NDArray[np.uint16], codes: npt.NDArray[np.uint64], beyond: _Bytes) -> int:
+    """See PlaneKernels."""
+    found = 0
+    for group in range(len(codes)):
+        marks = _marks(codes[group])
+        while marks != np.uint64(0):
+            rest = np.uint64(marks & (marks - np.uint64(1)))
+            at = 8 * group + _byte_of(np.uint64(marks ^ rest))
+            beyond[found] = np.uint8(np.uint16(words[at] >> np.uint16(7)))
+            found += 1
+            marks = rest
+    return found
+
+
+@kernel([types.void(_U64, _U8, _U16_OUT)])
+def correct_exponents(codes: npt.NDArray[np.uint64], beyond: _Bytes, words: npt.NDArray[np.uint16]) -> None:
+    """See PlaneKernels."""
+    found = 0
+    for group in range(len(codes)):
+        marks = _marks(codes[group])
+        while marks != np.uint64(0):
+            rest = np.uint64(marks & (marks - np.uint64(1)))
+            at = 8 * group + _byte_of(np.uint64(marks ^ rest))
+            exponent = np.uint16(np.uint16(beyond[found]) << np.uint16(7))
+            words[at] = np.uint16(words[at] & np.uint16(0x807F)) | exponent
+            found += 1
+            marks = rest
 
 
 @kernel()
@@ -78,33 +145,19 @@ def split_steps(content: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], c
     largest = np.uint16(0)
     for at in range(len(content)):
         step = _step(content[at], base[at])
+        step = min(step, np.uint16(15))
         largest = max(largest, step)
-        codes[at] = np.uint8(min(step, np.uint16(15)))
+        codes[at] = np.uint8(step)
     return int(largest)
 
 
-@kernel()
-def _marks(codes: np.uint64) -> np.uint64:
-    """Of eight bytes below 16, the top bit of each that is 15."""
-    # Adding 127 sets the top bit of every difference but none.
-    tops = np.uint64((codes ^ np.uint64(0x0F0F0F0F0F0F0F0F)) + np.uint64(0x7F7F7F7F7F7F7F7F))
-    return np.uint64(~tops & np.uint64(0x8080808080808080))
-
-
-@kernel()
-def _byte_of(mark: np.uint64) -> np.int64:
-    """Which byte has ``mark`` as its top bit: every byte below gives one, and the product adds them up."""
-    below = np.uint64(((mark >> np.uint64(7)) - np.uint64(1)) & np.uint64(0x0101010101010101))
-    return np.int64(np.uint64(below * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@kernel([types.void(_U16, _U16, _U64, _U16_OUT)])
+@kernel([types.int64(_U16, _U16, _U64, _U16_OUT)])
 def gather_steps(
     content: npt.NDArray[np.uint16],
     base: npt.NDArray[np.uint16],
     codes: npt.NDArray[np.uint64],
     beyond: npt.NDArray[np.uint16],
-) -> None:
+) -> int:
     """See PlaneKernels."""
     found = 0
     for group in range(len(codes)):
@@ -115,6 +168,7 @@ def gather_steps(
             beyond[found] = _step(content[at], base[at])
             found += 1
             marks = rest
+    return found
 
 
 @kernel([types.void(_U64, _U16, _U16_OUT)])
@@ -133,14 +187,14 @@ def correct_steps(codes: npt.NDArray[np.uint64], beyond: npt.NDArray[np.uint16],
 
 
 @kernel([types.void(_U16, _U8_OUT)])
-def pair_steps(codes: npt.NDArray[np.uint16], pairs: _Bytes) -> None:
+def pair_codes(codes: npt.NDArray[np.uint16], pairs: _Bytes) -> None:
     """See PlaneKernels."""
     for at in range(len(codes)):
         pairs[at] = np.uint8(np.uint16(codes[at] | np.uint16(codes[at] >> np.uint16(4))))
 
 
 @kernel([types.void(_U8, _U16_OUT)])
-def part_steps(pairs: _Bytes, codes: npt.NDArray[np.uint16]) -> None:
+def part_codes(pairs: _Bytes, codes: npt.NDArray[np.uint16]) -> None:
     """See PlaneKernels."""
     for at in range(len(codes)):
         both = np.uint16(pairs[at])

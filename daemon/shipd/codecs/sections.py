@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shipd.codecs.codec import CodecError
-from shipd.codecs.plane_kernels import AnyWord, Bytes
+from shipd.codecs.plane_kernels import AnyWord, Bytes, plane_kernels
 from shipd.codecs.zstd import squeeze, squeeze_entropy, unsqueeze
 from shipproto.frame import Buffer
 
@@ -78,6 +78,32 @@ def unpack_planes(payload: memoryview, planes: int, size: int) -> list[Bytes]:
         unpacked.append(unpack(payload[at : at + length], size))
         at += length
     return unpacked
+
+
+def room_for_codes(words: int) -> Bytes:
+    """A byte for each word, and zeros up to a whole number of eight."""
+    codes = np.empty(-(-words // 8) * 8, dtype=np.uint8)
+    codes[words:] = 0
+    return codes
+
+
+def pack_codes(codes: Bytes, words: int) -> Buffer:
+    """A packed plane of ``words`` codes below 16, two to a byte; ``codes`` of room_for_codes."""
+    pairs = np.empty((words + 1) // 2, dtype=np.uint8)
+    halves = codes.view(np.uint16)[: len(pairs)]
+    plane_kernels(halves).pair_codes(halves, pairs)
+    return pack_entropy(pairs)
+
+
+def unpack_codes(section: memoryview, words: int) -> Bytes:
+    """The codes that pack_codes has made ``section`` of, as room_for_codes gives. Raises CodecError."""
+    pairs = unpack(section, (words + 1) // 2)
+    codes = room_for_codes(words)
+    halves = codes.view(np.uint16)[: len(pairs)]
+    plane_kernels(halves).part_codes(pairs, halves)
+    if codes[words:].any():
+        raise CodecError("a code after the last word")
+    return codes
 
 
 def whole_words(run: Buffer, word: type[AnyWord]) -> npt.NDArray[AnyWord]:
