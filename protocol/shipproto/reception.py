@@ -180,7 +180,7 @@ class Reception:
         if not intake.undecodable(run):
             return False
         self._plain = True
-        if self.brings(run.connection):
+        if run.connection is self.connection:
             run.connection.nack(run.sequence)
         else:
             intake.lost.add(run.chunks.start, run.chunks.stop)

@@ -13,6 +13,7 @@ from shipd.client.chunks import ChunkReader
 from shipd.transfer.lane import Lane
 from shipproto.connection import Event
 from shipproto.digests import digest_and_crc
+from shipproto.messages import SAME
 from shipproto.sender import Sender
 
 RUN: Final = 8
@@ -23,6 +24,8 @@ def send_chunks(
     sender: Sender, reader: ChunkReader, lane: Lane, chunks: range, drain: Callable[[], list[Event]]
 ) -> list[Event]:
     """Read, digest, frame and write a run of chunks that were handed out for ``lane``; what arrived meanwhile.
+
+    Of chunks that the receiver has told to have in its version already, only that is sent.
 
     ``drain`` waits until what is queued on the lane is written. What the work took is added to the lane's times.
     Raises TransferError if a tensor's bytes have changed, and what ``drain`` raises.
@@ -35,6 +38,8 @@ def send_chunks(
         reader.lends,
     )
     large = chunks.start < sender.layout.large_chunks
+    told = sender.agreed.told and not sender.raw_only(chunks.start)
+    same: range = range(0)
     digests: list[bytes] = []
     events: list[Event] = []
     reading = digesting = checking = writing = 0.0
@@ -49,6 +54,15 @@ def send_chunks(
         else:
             sender.digest_chunk(chunk, content)
         digested = clock()
+        if told and sender.held_digest(chunk) == (digests[-1] if large else sender.digests.chunk_digest(chunk)):
+            reading += have - now
+            digesting += digested - have
+            now = digested
+            same = range(same.start if same else chunk, chunk + 1)
+            continue
+        if same:
+            lane.connection.send_coded(same, SAME, b"")
+            same = range(0)
         queue(chunk, content, crc)
         framed = clock()
         # What is not lent may be a buffer that the next chunk is read into: until then the kernel must have it all.
@@ -62,6 +76,9 @@ def send_chunks(
         digesting += digested - have
         checking += framed - digested
         now = then
+    if same:
+        lane.connection.send_coded(same, SAME, b"")
+        events += drain()
     if large:
         sender.digested(chunks, digests)
     sender.sent(chunks)

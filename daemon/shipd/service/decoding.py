@@ -30,6 +30,9 @@ MOST_WAITING: Final = 4 << 20
 _AT_ONCE: Final = 2
 """Runs of one push that are decoded at the same time. Measured, one core decodes what 10 Gbit/s bring."""
 
+_LOOK_SECONDS: Final = 0.01
+"""How often a lane that is made to wait looks whether there is room."""
+
 _SMOOTHING: Final = 0.5
 
 _T = TypeVar("_T")
@@ -122,7 +125,7 @@ class Target:
 
 
 class Decoding:
-    """The runs of one push. Belongs to the loop.
+    """The runs of one push. Belongs to the loop, but for ``admit``.
 
     took        is told of each run that is in its place
     refused     is told of each that does not decode
@@ -148,7 +151,7 @@ class Decoding:
         self._running: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._waiting = 0
-        """Bytes of payloads."""
+        """Bytes of payloads; ``admit`` looks at them on other threads."""
         self.decoded_bytes = 0
         """Bytes of content that coded runs stood for, those of SAME included."""
 
@@ -164,6 +167,11 @@ class Decoding:
         task = asyncio.get_running_loop().create_task(self._decode(run), name="decode")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+
+    def admit(self, stopping: Callable[[], bool]) -> None:
+        """On a lane's thread: wait until there is room for what it has brought, or it is to end."""
+        while self._waiting > MOST_WAITING and not stopping():
+            time.sleep(_LOOK_SECONDS)
 
     async def end(self) -> None:
         """Until nothing writes into the image any more, which takes a moment at most."""

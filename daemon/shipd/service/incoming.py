@@ -68,7 +68,6 @@ class Incoming:
         self.stage_seconds: float | None = None
         """How long the serving processes took to make ready; None where there are none, or it has not come to that."""
         self._host = host
-        self._lanes = Lanes(self.receiver, self._on_event, self.flush, host.lane_ended)
         self._times = Times()
         """What the work of connections that have been replaced took."""
         self._verify_seconds = 0.0
@@ -78,6 +77,7 @@ class Incoming:
         self._decoding = Decoding(
             host.work, host.speeds, took=self._took, refused=self._not_decoded, hold_back=self._hold_back
         )
+        self._lanes = Lanes(self.receiver, self._on_event, self.flush, host.lane_ended, self._decoding.admit)
         self._verify = asyncio.Event()
         self._commit_requested = asyncio.Event()
         self._reason: TransferError | None = None

@@ -9,9 +9,9 @@ from typing import Final
 from shipd.transfer.inlet import Inlet
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
-from shipproto.connection import ChunkArrived, Connection, Event
+from shipproto.connection import ChunkArrived, Connection, Event, RunArrived
 from shipproto.errors import ProtocolError, UnexpectedMessage
-from shipproto.messages import Data, Join, Message, Nack, Ping
+from shipproto.messages import Coded, Data, Join, Message, Nack, Ping
 from shipproto.receiver import Receiver
 
 log = logging.getLogger("shipd.transfer")
@@ -31,6 +31,8 @@ class Lanes:
     on_event  takes what a lane has brought, in its order
     flush     writes what came of that to the sender
     ended     is told of each lane that is gone how many bytes it took and how many frames it resent
+    admit     waits, on a lane's thread, until there is room for one more coded run; it is given a way to see that the
+              lane is to end
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class Lanes:
         on_event: Callable[[Connection, Event], None],
         flush: Callable[[], None],
         ended: Callable[[int, int], None],
+        admit: Callable[[Callable[[], bool]], None],
     ) -> None:
         self._receiver = receiver
         self._on_event = on_event
         self._flush = flush
         self._tell_end = ended
+        self._admit = admit
         self._loop = asyncio.get_running_loop()
         self._inlets: dict[Inlet, tuple[int, int]] = {}
         """Lanes, and what had been counted of their connections when they joined."""
@@ -58,7 +62,7 @@ class Lanes:
         connection = peer.connection
         self._receiver.joined(connection, join)
         connection.awaited = _no_body
-        connection.accepts = (Data, Nack, Ping)
+        connection.accepts = (Data, Coded, Nack, Ping)
         counted = connection.bytes_received, connection.frames_resent
         try:
             inlet = Inlet(
@@ -66,7 +70,7 @@ class Lanes:
                 connection,
                 peer.name,
                 stall=stall,
-                take=self._receiver.take_on_thread,
+                take=self._take_on_thread,
                 deliver=self._deliver,
             )
             inlet.start()
@@ -78,6 +82,12 @@ class Lanes:
         self._inlets[inlet] = counted
         if self._looking is None:
             self._look()
+
+    def _take_on_thread(self, inlet: Inlet, event: Event) -> None:
+        """At once, on the lane's thread."""
+        self._receiver.take_on_thread(inlet.connection, event)
+        if isinstance(event, RunArrived):
+            self._admit(lambda: inlet.stopping)
 
     def times(self) -> Times:
         """What the work of all of them has taken so far."""

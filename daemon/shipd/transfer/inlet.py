@@ -41,7 +41,7 @@ class Inlet:
         peer: str,
         *,
         stall: float,
-        take: Callable[[Connection, Event], None],
+        take: Callable[["Inlet", Event], None],
         deliver: Callable[["Inlet", Event | None], None],
     ) -> None:
         self.connection = connection
@@ -49,7 +49,7 @@ class Inlet:
         self._peer = peer
         self._take = take
         self._deliver = deliver
-        self._stopping = False
+        self.stopping = False
         self._sock = sock
         # Not a timeout of Python's, with which it polls before it receives.
         sock.settimeout(None)
@@ -69,7 +69,7 @@ class Inlet:
 
     def stop(self) -> None:
         """End, within the time that half a megabyte takes. When this returns nothing writes to the image any more."""
-        self._stopping = True
+        self.stopping = True
         # The thread closes it when it has ended, or has done so.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -88,7 +88,7 @@ class Inlet:
         except Exception:
             log.exception("a lane failed unexpectedly", extra={"peer": self._peer})
         finally:
-            if why and not self._stopping:
+            if why and not self.stopping:
                 log.info("a lane has ended", extra={"peer": self._peer, "why": why})
             self._sock.close()
             self._deliver(self, None)
@@ -103,14 +103,14 @@ class Inlet:
         # The rest of the time this thread slept.
         times.receive += working
         times.wait += received - began - working
-        if not count or self._stopping:
+        if not count or self.stopping:
             return False
         connection.buffer_updated(count)
         now = time.monotonic()
         times.check += now - received
         if connection.has_events:
             for event in connection.events():
-                self._take(connection, event)
+                self._take(self, event)
                 self._deliver(self, event)
             times.digest += time.monotonic() - now
         if connection.has_output:
