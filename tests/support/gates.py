@@ -82,18 +82,36 @@ def swap(
     return gate.swap(action, commit_timeout=commit_timeout, max_hold=max_hold, then=then)
 
 
-@contextlib.contextmanager
-def interrupts() -> Iterator[None]:
-    """SIGALRM raises KeyboardInterrupt, wherever the interpreter looks for signals."""
+class Alarm:
+    """One KeyboardInterrupt, wherever the interpreter looks for signals; none once ``clear`` has returned or raised."""
 
-    def strike(*_: object) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self._armed = False
 
-    before = signal.signal(signal.SIGALRM, strike)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    def set(self, seconds: float) -> None:
+        """Strike after so many seconds."""
+        self._armed = True
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def clear(self) -> None:
+        """Strike no more, unless that has come already: then it is raised here at the latest."""
+        self._armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def strike(self, *_: object) -> None:
+        """The signal has arrived; how long ago it was sent nobody knows."""
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Alarm]:
+    """An alarm, by SIGALRM."""
+    alarm = Alarm()
+    before = signal.signal(signal.SIGALRM, alarm.strike)
+    try:
+        yield alarm
+    finally:
+        alarm.clear()
         signal.signal(signal.SIGALRM, before)

@@ -1,7 +1,5 @@
-import contextlib
 import functools
 import gc
-import signal
 import threading
 import time
 import timeit
@@ -328,23 +326,22 @@ def test_interrupts_leave_no_hold_behind_and_end_none_twice(swapping, gate):
     strikes = 0
     hold = gate.hold()
     until = time.monotonic() + 1.5
-    with interrupts():
+    with interrupts() as alarm:
         delay = 0
         while time.monotonic() < until:
             delay = delay % 97 + 1
             inside = False
             try:
-                signal.setitimer(signal.ITIMER_REAL, delay * 1e-6)
+                alarm.set(delay * 1e-6)
                 for _ in range(200):
                     with gate.hold():
                         inside = True
                         with gate.hold():
                             pass
                         inside = False
+                alarm.clear()
             except KeyboardInterrupt:
                 strikes += 1
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, 0)
             assert not hold.owned(), f"left behind, struck {'inside' if inside else 'outside'}"
     stop.set()
     if swapper is not None:
@@ -358,8 +355,8 @@ def test_a_wait_can_be_interrupted(gate):
     holder = Holder(gate)
     swapper = Worker(lambda: swap(gate))
     eventually(lambda: gate.shut)
-    with interrupts():
-        signal.setitimer(signal.ITIMER_REAL, 0.02)
+    with interrupts() as alarm:
+        alarm.set(0.02)
         with pytest.raises(KeyboardInterrupt), gate.hold():
             pass
     holder.leave.set()
