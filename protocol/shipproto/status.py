@@ -71,6 +71,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     uptime_seconds: float
     memory_used: int
     memory_limit: int
+    codecs: str = ""
+    """What decodes coded runs: "compiled", or "numpy" and why; empty before there have been any."""
     models: list[ModelStatus] = []
 
 

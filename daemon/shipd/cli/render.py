@@ -1,11 +1,14 @@
 """What ``shipctl`` prints for people."""
 
+import math
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shipd.client.choice import Choice
 from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
 from shipd.units import format_bytes, format_seconds
@@ -29,6 +32,8 @@ def render_receipt(receipt: Receipt) -> str:
     if receipt.already:
         return f"{receipt.model} is at {receipt.label} already, digest {receipt.digest}: nothing to send"
     size = f"{format_bytes(receipt.bytes_sent)} for {receipt.tensors} tensors of {format_bytes(receipt.bytes_total)}"
+    if receipt.bytes_sent < receipt.bytes_total * 0.95:
+        size += f" ({receipt.bytes_total / receipt.bytes_sent:.1f} times fewer)"
     times = f"wire {format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)}"
     lines = [
         f"{receipt.model} is at {receipt.label}",
@@ -49,6 +54,40 @@ def render_receipt(receipt: Receipt) -> str:
     return "\n".join(lines)
 
 
+def render_choices(receipt: Receipt) -> str:
+    """How the chunks of a push were coded, and what that was decided by."""
+    if not receipt.codecs:
+        return "everything was sent as it is, but for what the daemon had already: " + (
+            "nothing is faster on this link"
+            if receipt.base or receipt.choices
+            else "the daemon takes nothing else, or is on this host"
+        )
+    lines = [f"coded against {receipt.base[:16]}" if receipt.base else "coded without a base"]
+    for use in receipt.codecs:
+        ratio = f", {use.content_bytes / use.payload_bytes:,.1f} times fewer" if use.payload_bytes else ""
+        noun = "run" if use.runs == 1 else "runs"
+        lines.append(
+            f"  {use.codec:<7} {use.runs} {noun} of {format_bytes(use.content_bytes)} in "
+            f"{format_bytes(use.payload_bytes)}{ratio}"
+        )
+    for choice in _distinct(receipt.choices):
+        density = "" if choice.density is None else f", {100 * choice.density:.2g} % of it changed"
+        link = f"{format_bytes(choice.link)}/s" if math.isfinite(choice.link) else "no limit"
+        others = ", ".join(
+            f"{name} {format_seconds(seconds)} ({format_bytes(size)})" for name, seconds, size in choice.others
+        )
+        lines.append(
+            f"  {choice.codec.name} for {format_bytes(choice.size)}{density}, link {link}: expected "
+            f"{format_seconds(choice.seconds)} ({format_bytes(choice.size * choice.codec.share)}); not {others or '-'}"
+        )
+    return "\n".join(lines)
+
+
+def _distinct(choices: Sequence[Choice]) -> list[Choice]:
+    """The first choice of each codec, in their order: what follows differs in figures only."""
+    return list({choice.codec.name: choice for choice in reversed(choices)}.values())[::-1]
+
+
 def render_profile(profile: Profile, receipt: Receipt) -> str:
     """Where a push's time went: its stages one after the other, and what each side did on the wire."""
     named = (profile.open, profile.connect, profile.agree, profile.wire, profile.verify, profile.stage, profile.commit)
@@ -59,7 +98,7 @@ def render_profile(profile: Profile, receipt: Receipt) -> str:
         ("connect", profile.connect, "and shake hands"),
         ("agree", profile.agree, "on structure and chunks"),
         ("wire", profile.wire, f"{rate} over {lanes}"),
-        ("  sender", None, _split(profile, ("read", "digest", "check", "write", "wait"))),
+        ("  sender", None, _split(profile, ("read", "encode", "digest", "check", "write", "wait"))),
         ("  receiver", None, _split(profile, _RECEIVER)),
         ("verify", profile.verify, "digests compared"),
         ("stage", profile.stage, "serving processes made ready"),

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -18,6 +18,7 @@ from shipd.release import VERSION
 from shipproto.limits import MAX_LANES
 
 if TYPE_CHECKING:
+    from shipd.bases.base import Keeper
     from shipd.client.client import Client
 
 _DEFAULT = "127.0.0.1:7447"
@@ -69,6 +70,23 @@ def shipctl() -> None:
     type=click.IntRange(1, MAX_LANES),
     help="TCP connections to send on at once; by default as many as make it faster.",
 )
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="OLD",
+    help="Checkpoint of the version that the daemon has: only what differs is sent. By default versions that were "
+    "pushed from here before, where the link is slow enough.",
+)
+@click.option("--whole", is_flag=True, help="Send everything as it is, also what the daemon has already.")
+@click.option(
+    "--prefer",
+    type=click.Choice(["time", "bytes"]),
+    default="time",
+    show_default=True,
+    help="What to save: time until the version is committed, or bytes on the link.",
+)
+@click.option("--limit", metavar="RATE", help='Send at most this much, such as "100Mbit" or "10MB/s".')
+@click.option("--explain", is_flag=True, help="Print how chunks were coded, and why.")
 @click.option("--profile", is_flag=True, help="Print where the time went, stage by stage.")
 @_token
 @_json
@@ -80,6 +98,11 @@ def push(
     timeout: float | None,
     stall: float,
     lanes: int | None,
+    base: Path | None,
+    whole: bool,
+    prefer: Literal["time", "bytes"],
+    limit: str | None,
+    explain: bool,
     profile: bool,
     token_file: Path | None,
     as_json: bool,
@@ -88,22 +111,38 @@ def push(
 
     Until the whole version has arrived and is proved to be what was sent, nothing that is being served changes.
     """
+    if whole and base is not None:
+        raise click.UsageError("--whole sends everything as it is: there is no use for --base")
+    from shipd.bases.cache import VersionCache
     from shipd.cli.running import run_push
 
     receipt = _run(
         lambda client: run_push(
-            client, checkpoint, model=model, label=label, timeout=timeout, stall=stall, lanes=lanes, quiet=as_json
+            client,
+            checkpoint,
+            quiet=as_json,
+            model=model,
+            label=label,
+            timeout=timeout,
+            stall=stall,
+            lanes=lanes,
+            base=False if whole else base,
+            prefer=prefer,
+            limit=limit,
         ),
         address,
         token_file,
         as_json,
+        VersionCache.default(),
     )
     if as_json:
         _emit("receipt", receipt.as_dict())
     else:
-        from shipd.cli.render import render_profile, render_receipt
+        from shipd.cli.render import render_choices, render_profile, render_receipt
 
         click.echo(render_receipt(receipt))
+        if explain:
+            click.echo(render_choices(receipt))
         if profile:
             click.echo(render_profile(receipt.profile, receipt))
     if receipt.stale:
@@ -156,10 +195,10 @@ def verify(address: str, model: str, token_file: Path | None, as_json: bool) -> 
         sys.exit(13)
 
 
-def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
+def _run(ask: Any, address: str, token_file: Path | None, as_json: bool, keeper: "Keeper | None" = None) -> Any:
     """Connect and run one conversation; every failure becomes one message and one exit code.
 
-    SIGTERM ends it like Ctrl-C.
+    SIGTERM ends it like Ctrl-C. ``keeper`` keeps the version that a push has committed.
     """
     import asyncio
     import contextlib
@@ -175,7 +214,7 @@ def _run(ask: Any, address: str, token_file: Path | None, as_json: bool) -> Any:
         assert running is not None
         with contextlib.suppress(NotImplementedError):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-        async with connect(address, token=_read_token(token_file)) as client:
+        async with connect(address, token=_read_token(token_file), keep=keeper or False) as client:
             answers.append(await ask(client))
             return answers[0]
 

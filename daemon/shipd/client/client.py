@@ -54,19 +54,23 @@ _VERIFY_SECONDS: Final = 150.0
 """Two rounds of reading back, of a minute each: one that was under way when this client asked, and its own."""
 
 
-def connect(address: str, *, token: str | bytes | None = None, keep: bool = True) -> "Client":
+def connect(address: str, *, token: str | bytes | None = None, keep: bool | Keeper = True) -> "Client":
     """A client of the daemon at ``address``: HOST, HOST:PORT (7447 by default), or the path of its Unix socket.
 
     token  the secret that the daemon asks for; it is proved, never sent
     keep   whether versions that were committed are kept in memory, so that the next push of a model over a link that
            is slower than the codecs sends only what has changed. That takes as many bytes as the model has and a
-           little more, within 8 GiB for all clients of the process (``shipd.base_memory``)
+           little more, within 8 GiB for all clients of the process (``shipd.bases.store.STORE.limit``). Or who keeps
+           them instead
 
     ``async with`` connects, and raises ConnectError, AuthError or PeerError where that fails. A malformed address
     raises ValueError.
     """
     target = Path(address) if "/" in address and "://" not in address else parse_address(address)
-    return Client(target, token.encode() if isinstance(token, str) else token, (STORE,) if keep else ())
+    keepers: tuple[Keeper, ...] = ()
+    if keep is not False:
+        keepers = (STORE,) if keep is True else (keep,)
+    return Client(target, token.encode() if isinstance(token, str) else token, keepers)
 
 
 class Client:

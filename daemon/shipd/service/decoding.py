@@ -45,10 +45,21 @@ class Worker(Protocol):
 
 
 class Speeds:
-    """How fast each codec has been decoded here lately, in bytes of content a second; 0 until it has been."""
+    """How fast each codec has been decoded here lately, in bytes of content a second; 0 until it has been.
 
-    def __init__(self) -> None:
+    prepare  has the codecs' loops compiled, some time; called when the first run is to be decoded, since a daemon that
+             never sees one should not take the memory
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
         self._speeds: dict[int, float] = {}
+        self._prepare: Callable[[], None] | None = prepare
+
+    def expect(self) -> None:
+        """A run is about to be decoded."""
+        prepare, self._prepare = self._prepare, None
+        if prepare is not None:
+            prepare()
 
     def learn(self, codec: int, size: int, seconds: float) -> None:
         """``size`` bytes took so many seconds of a thread's time."""
@@ -161,6 +172,8 @@ class Decoding:
 
     def submit(self, run: RunToDecode) -> None:
         """Decode a run as soon as there is a thread for it."""
+        if run.codec != registry.SAME:
+            self._speeds.expect()
         self._waiting += len(run.payload)
         if self._waiting > MOST_WAITING:
             self._hold_back(True)  # noqa: FBT003  named where it is defined

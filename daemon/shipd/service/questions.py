@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from shipd.codecs import compiled
 from shipd.release import AGENT
 from shipd.service.models import ImageStore, Model
 from shipd.service.session import Session, SessionLost
@@ -14,6 +15,7 @@ from shipd.transfer.peer import Peer
 from shipproto.errors import LimitExceeded
 from shipproto.limits import MAX_TEXT
 from shipproto.messages import VerifyIs
+from shipproto.names import harmless
 from shipproto.receiver import Receiver
 from shipproto.status import (
     ModelStatus,
@@ -40,8 +42,15 @@ def status(models: list[Model], images: ImageStore, started: float) -> Status:
         uptime_seconds=time.time() - started,
         memory_used=images.budget.used,
         memory_limit=images.budget.limit,
+        codecs=_codecs(),
         models=[_model(model) for model in sorted(models, key=lambda model: model.name)],
     )
+
+
+def _codecs() -> str:
+    if compiled.kernels() is not None:
+        return "compiled"
+    return f"numpy ({harmless(why, MAX_TEXT)})" if (why := compiled.why_not()) else ""
 
 
 def _model(model: Model) -> ModelStatus:

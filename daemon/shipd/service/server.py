@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from shipd.codecs import compiled
 from shipd.errors import ConfigError
 from shipd.release import AGENT
 from shipd.service import questions
@@ -81,7 +82,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.images = ImageStore(config.memory_bytes)
-        self.speeds = Speeds()
+        self.speeds = Speeds(lambda: self.background(lambda _: compiled.warm_up()))
         self.models: dict[str, Model] = {}
         self.port = 0
         self._token = config.read_token()
