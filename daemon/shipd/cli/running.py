@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from shipd.client import options as pushing
 from shipd.client.client import Client
 from shipd.client.receipt import Receipt
 from shipd.units import format_bytes
