@@ -3,8 +3,8 @@
 Both sides have the base, and a float changes the more rarely the larger it is: by one step of its mantissa, which is
 as large as its exponent says, where an optimiser moves all weights alike. So the words of a run are put into classes by
 the exponent that they have in the base, and positions are counted in each class by itself. In one optimiser step of a
-sentence encoder at a learning rate of 1e-6 that takes 6.1 bits for the position of a change, where gaps in the whole run
-take 9.1. Layout: SPEC.md, annex A.4; the head: egr_format; the work: egr_compiled, egr_numpy.
+sentence encoder at a learning rate of 1e-6 that takes 6.1 bits for the position of a change; gaps in the whole run take
+9.1. Layout: SPEC.md, annex A.4; the head: egr_format; the work: egr_compiled, egr_numpy.
 """
 
 from typing import Final

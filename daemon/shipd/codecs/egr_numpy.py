@@ -1,4 +1,4 @@
-"""EGR's engine for where nothing is compiled: numpy alone, the same bytes as egr_compiled, at an eighth of its speed.
+"""EGR's engine for where nothing can be compiled: numpy alone, egr_compiled's bytes at an eighth of its speed.
 
 It counts as that one does, in masks of 64 bits. numpy is only fast where it is given much at a time, so a block is
 large, every step is one for all classes, and the arrays of a block are used again: to touch new memory costs more than
