@@ -50,6 +50,9 @@ _T = TypeVar("_T")
 
 _CONNECT_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 30.0
+_COMPILE_ABOVE: Final = 1 << 30
+"""Bytes of a model from which a process that keeps nothing in memory, and so pushes once, has loops compiled."""
+
 _VERIFY_SECONDS: Final = 150.0
 """Two rounds of reading back, of a minute each: one that was under way when this client asked, and its own."""
 
@@ -165,7 +168,13 @@ class Client:
                 if base is not None and base is not False:
                     old = CheckpointBases.of(base)
                 known = self._keepers if old is None else (old, *self._keepers)
-                incremental = Incremental(known, self._keepers, prefer=prefer, limit=options.limit)
+                incremental = Incremental(
+                    known,
+                    self._keepers,
+                    prefer=prefer,
+                    limit=options.limit,
+                    compile_above=0 if STORE in self._keepers else _COMPILE_ABOVE,
+                )
                 try:
                     running.append(
                         Push(

@@ -59,6 +59,8 @@ class Incremental:
     keepers  who keeps the version once it is committed
     prefer   "time" or "bytes"
     limit    bytes a second that may be sent; None for as many as there is room for
+    compile_above  bytes of a model from which having the codecs' loops compiled, or loaded, pays: half a second of a
+                   process that ends with this push
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Incremental:
         *,
         prefer: Prefer = "time",
         limit: float | None = None,
+        compile_above: int = 0,
     ) -> None:
         self.prefer = prefer
         self.base: Base | None = None
@@ -78,6 +81,7 @@ class Incremental:
         self._known = known
         self._keepers = keepers
         self._limit = limit
+        self._compile_above = compile_above
         self._measured = untried()
         self._where = ""
         self._local = False
@@ -91,7 +95,7 @@ class Incremental:
         if not self._worth():
             return ()
         found = [digest for bases in self._known for digest in bases.digests(sender.model, sender.offered)]
-        if found:
+        if found and sender.offered.total_bytes > self._compile_above:
             # For this push, and others. Until it is done numpy does the work.
             threading.Thread(target=compiled.warm_up, name="shipd compiler", daemon=True).start()
         return tuple(dict.fromkeys(found))[:MAX_BASES]
