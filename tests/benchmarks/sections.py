@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks import codecs, daemon_memory, growth, inference, side_by_side, small_tensors, stages
+from tests.benchmarks import (
+    codecs,
+    daemon_memory,
+    growth,
+    inference,
+    loopback,
+    side_by_side,
+    small_tensors,
+    stages,
+    steps,
+    thin,
+)
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.rows import Row, as_row
 
@@ -73,5 +84,8 @@ SECTIONS: Final = (
         "What a step becomes: payloads, and speeds on one core",
         lambda run: codecs.measure(run.rounds, run.full, run.say),
     ),
+    Section("thin-link", "A step over a thin link", lambda run: thin.measure(run.rounds, run.say)),
+    Section("steps", "Fifty successive steps", lambda _run: steps.measure()),
+    Section("loopback", "What a fast link pays", lambda run: loopback.measure(run.rounds)),
     Section("growth", "Growth", lambda run: growth.measure(run.rounds, run.full, run.say), by_name=True),
 )

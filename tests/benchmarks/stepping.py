@@ -27,7 +27,7 @@ BYTES: Final = "bytes"
 
 WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
     PLAIN: {},
-    WHOLE: {"incremental": False},
+    WHOLE: {"base": False},
     TIME: {"prefer": "time"},
     BYTES: {"prefer": "bytes"},
 }
