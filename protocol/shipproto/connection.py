@@ -44,6 +44,9 @@ Awaited = Callable[[Message, int], bool]
 """Given a message whose body comes in several frames, and the body's size: whether anybody waits for it. Where nobody
 does, its pieces are received into nothing. Raises ProtocolError where it must not come now."""
 
+_LANDS: Final = (Data, Coded)
+"""Messages whose payload goes where ``landing`` says."""
+
 _READ_AHEAD: Final = 64
 """Bytes asked for beyond a prelude: the header of a DATA frame usually arrives with it, in one call."""
 
@@ -233,7 +236,7 @@ class Connection:
 
         To be called between ``buffer_updated`` and the next ``get_buffer``.
         """
-        if isinstance(self._message, Data | Coded) and self._payload is not None and not self._discarding:
+        if isinstance(self._message, _LANDS) and self._payload is not None and not self._discarding:
             self._payload = self._nothing(len(self._payload))
             self._discarding = True
 
@@ -298,7 +301,7 @@ class Connection:
                 self._header = bytes(header)
         elif not self.established:
             raise BadPrelude("the handshake arrived damaged")
-        if isinstance(message, Data | Coded):
+        if isinstance(message, _LANDS):
             if self.landing is None:
                 raise UnexpectedMessage(f"{type(message).__name__.upper()} before anything was asked for")
             memory = self.landing(message, prelude.payload_length)

@@ -221,12 +221,12 @@ class Receiver:
         reception = self._reception
         if not reception.brings(connection):
             return []
-        if isinstance(event, ChunkArrived | RunArrived):
-            taken = reception.take(connection, event)
-            size = len(event.content) if isinstance(event, ChunkArrived) else len(event.payload)
-            if isinstance(taken, RunToDecode):
-                return [taken]
-            return self._took(taken, size) if taken else []
+        if isinstance(event, ChunkArrived):
+            chunks = range(event.chunk, event.chunk + 1)
+            return self._took(chunks, len(event.content)) if reception.hold(connection, event) else []
+        if isinstance(event, RunArrived):
+            run = reception.begin_run(connection, event)
+            return [] if run is None else [run]
         lane = connection is not reception.connection
         if isinstance(event, ChunkDamaged | RunDamaged):
             self.chunks_damaged += 1
@@ -313,7 +313,8 @@ class Receiver:
         """
         if self._reception.undecodable(run):
             self.runs_undecodable += 1
-            self._check_complete()
+            if self.finishing:
+                self._check_complete()
 
     def report(self, stage: str) -> None:
         """Tell the sender what is going on; it also shows that this side is alive."""
@@ -419,13 +420,14 @@ class Receiver:
     def _took(self, chunks: range, size: int) -> list[ReceiverEvent]:
         """These chunks are held since just now; so many bytes brought them."""
         self.payload_bytes += size
-        if self.complete or len(self.held) % _PROGRESS_CHUNKS < len(chunks):
+        intake = self._reception.books
+        if len(intake.held) % _PROGRESS_CHUNKS < len(chunks) or intake.complete:
             self.report("receiving")
-        return [*map(ChunkHeld, chunks), *self._check_complete()]
+        held: list[ReceiverEvent] = list(map(ChunkHeld, chunks))
+        return held + self._check_complete() if self.finishing else held
 
     def _check_complete(self) -> list[ReceiverEvent]:
-        if not self.finishing:
-            return []
+        """The sender has said that it has sent everything: whether it has arrived, or something has to come again."""
         if self.complete:
             self.state = ReceiverState.VERIFYING
             self._stage = "verifying"

@@ -153,7 +153,7 @@ class Reception:
         return memoryview(bytearray(size))
 
     def take_on_thread(self, connection: Connection, event: Event) -> None:
-        """What has to be done of a lane's event on its thread, before its NACK leaves and ``take`` is told."""
+        """What has to be done of a lane's event on its thread, before its NACK leaves and the other thread is told."""
         if isinstance(event, ChunkArrived):
             self.books.digests.record(event.chunk, event.content)
         elif isinstance(event, ChunkDamaged) and event.chunk is not None:
@@ -162,17 +162,19 @@ class Reception:
         elif isinstance(event, RunArrived):
             self.books.claim_run(event, connection)
 
-    def take(self, connection: Connection, event: ChunkArrived | RunArrived) -> range | RunToDecode:
-        """Take what ``connection`` has brought: chunks that are held since now, which may be none, or a run that they
-        are to be decoded from."""
+    def hold(self, connection: Connection, event: ChunkArrived) -> bool:
+        """A chunk has arrived. Whether it is held since now."""
+        intake = self.intake
+        return intake is not None and not intake.closed and intake.arrived(event, connection)
+
+    def begin_run(self, connection: Connection, event: RunArrived) -> RunToDecode | None:
+        """A run has arrived. None where it is not to be decoded."""
         intake = self.intake
         if intake is None or intake.closed:
-            return range(0)
-        if isinstance(event, ChunkArrived):
-            return range(event.chunk, event.chunk + 1) if intake.arrived(event, connection) else range(0)
+            return None
         if connection is self.connection:
             intake.claim_run(event, connection)
-        return intake.begin(event, connection) or range(0)
+        return intake.begin(event, connection)
 
     def undecodable(self, run: RunToDecode) -> bool:
         """A run does not decode: have its chunks come again. False where the transfer is over."""
