@@ -103,7 +103,9 @@ class Incremental:
     def begin(self, sender: Sender, encoders: int) -> bool:
         """The receiver has said what it takes. Whether coded runs are to be sent at all."""
         self.end()
-        if not sender.codecs or (self._local and self.prefer == "time" and self._limit is None):
+        if not (sender.incremental and sender.codecs) or (
+            self._local and self.prefer == "time" and self._limit is None
+        ):
             return False
         if sender.base in sender.bases:
             opened = (bases.open(sender.model, sender.layout, sender.base) for bases in self._known)

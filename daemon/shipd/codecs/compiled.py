@@ -10,9 +10,13 @@ What it compiles is kept on disk where it finds a place that can be written: bes
 NUMBA_CACHE_DIR. Never parallel=True, whose threads do not survive a fork; never fastmath.
 """
 
+import ctypes
+import mmap
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -50,10 +54,28 @@ class _Loader:
             from shipd.codecs import egr_compiled, planes_compiled
 
             egr_compiled.warm_up()
+            _let_go_of_compiler()
         except Exception as error:  # noqa: BLE001 - whatever it is, there is something that works without it
             self.reason = f"{type(error).__name__}: {error}"
             return None
         return Kernels(egr=egr_compiled, planes=planes_compiled)
+
+
+def _let_go_of_compiler() -> None:
+    """Everything is compiled: give back what LLVM's own code takes, some 50 MiB, and what compiling has left behind.
+
+    Its pages are those of a file and were never written to. Should they be needed again, they are read again.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions, *_, path = line.split(maxsplit=5) if line.count("/") else (line, "", "")
+        if permissions == "r-xp" and "llvmlite" in path:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 _loader: Final = _Loader()
