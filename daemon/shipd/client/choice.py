@@ -106,7 +106,7 @@ class Chooser:
     taken: list[Choice] = field(default_factory=list)
 
     def choose(self, size: int, candidates: Iterable[int], *, link: float, density: float | None, runs: int) -> Choice:
-        """The codec for a run of ``size`` bytes; RAW where none is better.
+        """The codec for a run of ``size`` bytes; RAW where none is better, or where there is none.
 
         candidates   codecs that can take this run: its word's size fits, and there is a base where one is needed
         link         bytes a second; infinite where it is not what limits
@@ -128,7 +128,8 @@ class Chooser:
                 )
         times = [(prospect.seconds(size, link, runs), prospect) for prospect in prospects]
         if self.prefer == "bytes":
-            best = min(times, key=lambda pair: (pair[1].share, pair[0]))
+            # What is expected may be of other weights than these: only the attempt shows that none is shorter than RAW.
+            best = min(times[1:] or times, key=lambda pair: (pair[1].share, pair[0]))
         else:
             best = min(times, key=lambda pair: pair[0])
         others = tuple(

@@ -66,7 +66,7 @@ class Encoder:
     lock    held for every call of the sender
     base    what deltas are made from; None: nothing but SAME and codecs that need none
     link    bytes a second, as far as is known by now
-    plain   called when the bytes as they are would be soonest there: then nothing more is encoded
+    plain   called when the bytes of a run are best sent as they are; whether nothing more is to be encoded for that
     Threads end by themselves when the sender has nothing more to hand out.
     """
 
@@ -79,7 +79,7 @@ class Encoder:
         base: Base | None,
         chooser: Chooser,
         link: Callable[[], float],
-        plain: Callable[[], None],
+        plain: Callable[[], bool],
         threads: int,
     ) -> None:
         self._sender = sender
@@ -150,8 +150,12 @@ class Encoder:
             return
 
     def _encode(self, worker: "_Worker", chunks: range, remaining: int) -> Iterator[Encoded]:
+        # As they are, even where they are the same: all of these chunks are, or none.
+        raw_only = self._sender.raw_only(chunks[0])
         for part, same in worker.read(chunks):
-            if same:
+            if raw_only:
+                yield from worker.raw(part)
+            elif same:
                 yield Encoded(part, registry.SAME, b"", worker.size(part))
             else:
                 yield from self._encode_part(worker, part, remaining)
@@ -172,9 +176,8 @@ class Encoder:
             number = choice.codec.number
             if number == RAW:
                 # Said before it is sent: nothing more is handed out to be encoded.
-                self._plain()
-                self._stop_taking.set()
-            if number == RAW or self._sender.raw_only(chunks[0]):
+                if self._plain():
+                    self._stop_taking.set()
                 yield from worker.raw(chunks)
                 return
             fits = int(_PIECE_ROOM * MAX_PAYLOAD / max(1.0, choice.codec.share * size) * len(chunks))
@@ -188,10 +191,10 @@ class Encoder:
                 with self._choosing:
                     learnt = len(payload) if payload is not None else MAX_PAYLOAD
                     self._chooser.codecs[number].learn(worker.size(piece), learnt, seconds, density)
-                if payload is not None:
+                if payload is not None and len(payload) < worker.size(piece):
                     yield Encoded(piece, number, payload, worker.size(piece))
                     break
-                if len(piece) == 1:
+                if payload is not None or len(piece) == 1:
                     yield from worker.raw(piece)
                     break
                 piece = piece[: (len(piece) + 1) // 2]

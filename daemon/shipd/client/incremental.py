@@ -128,9 +128,13 @@ class Incremental:
             return min(limit, known)
         return min(limit, _UNKNOWN if rate is None else min(rate.rate, _UNKNOWN))
 
-    def plain(self) -> None:
-        """The bytes as they are have turned out to be soonest there."""
+    def plain(self) -> bool:
+        """The bytes of a run are to travel as they are. Whether all of what follows is: where that is soonest there, but
+        not where as few bytes as possible are wanted."""
+        if self.prefer == "bytes":
+            return False
         self._plain_since = time.monotonic()
+        return True
 
     @property
     def coding_pays(self) -> bool:
