@@ -7,6 +7,7 @@ from typing import Literal
 PRELUDE = 32
 HELLO, NACK, PING, OFFER, STRUCTURE_WANTED, STRUCTURE_IS, WANT, DATA = 1, 4, 5, 16, 17, 18, 19, 20
 PROGRESS, FINISH, STAGED, COMMIT, COMMITTED, ABORT = 21, 22, 23, 24, 25, 26
+CODED, HELD = 29, 30
 
 Part = Literal["prelude", "header", "payload"]
 

@@ -1,0 +1,366 @@
+"""Pushes that send only what has changed, to a daemon: what travels, what it is made from, and what is there then."""
+
+import asyncio
+
+import pytest
+import torch
+
+import shipd
+from shipd.bases.store import STORE
+from tests.support import checkpoints, naive
+from tests.support.checkpoints import LEAF, MIB, as_state_dict, assert_installed, write_safetensors
+from tests.support.frames import CODED, DATA, HELD, Way
+from tests.support.processes import address_of, push
+from tests.support.proxy import Proxy
+from tests.support.successive import changed_in, first, following, push_small, used
+
+pytest_plugins = ["tests.support.successive"]
+
+pytestmark = pytest.mark.usefixtures("fresh_bases")
+
+V0 = first(20)
+V1 = following(V0)
+V2 = following(V1, seed=2)
+
+
+@pytest.fixture
+def has_v0(daemon):
+    """A daemon that has V0, which was pushed from here."""
+    push_small(address_of(daemon), as_state_dict(V0), label="v0")
+    return daemon
+
+
+# --- what has changed ------------------------------------------------------------------------------------------------
+
+
+def test_a_step_costs_what_has_changed(has_v0):
+    receipt = push_small(address_of(has_v0), as_state_dict(V1), label="v1")
+    assert receipt.bytes_sent < V1.nbytes / 300
+    assert receipt.base == V0.digest
+    assert receipt.digest == V1.digest
+    assert set(used(receipt)) == {"egr"}
+    assert used(receipt)["egr"].content_bytes >= V1.nbytes
+    assert not receipt.not_kept
+    assert_installed(has_v0, V1, label="v1")
+
+
+def test_a_file_is_sent_as_a_state_dict_is(has_v0, tmp_path):
+    receipt = push_small(address_of(has_v0), write_safetensors(tmp_path / "v1", V1), label="v1")
+    assert receipt.bytes_sent < V1.nbytes / 300
+    assert receipt.base == V0.digest
+    assert_installed(has_v0, V1, label="v1")
+
+
+def test_over_the_unix_socket_too(has_v0):
+    receipt = push_small(str(has_v0.config.socket), as_state_dict(V1), label="v1")
+    assert receipt.bytes_sent < V1.nbytes / 300
+    assert_installed(has_v0, V1, label="v1")
+
+
+def test_large_models_take_several_runs_and_none_is_too_long(has_v0):
+    with Proxy(has_v0.port) as proxy:
+        push_small(proxy.address, as_state_dict(V1), label="v1")
+        runs = [naive.unpack(frame.header) for frame in proxy.seen(CODED)]
+        assert proxy.count(DATA) == 0
+    assert len(runs) >= 2
+    covered = sorted(chunk for run in runs for chunk in range(run["chunk"], run["chunk"] + run["chunks"]))
+    assert covered == list(range(V1.chunks)), "each chunk once"
+    assert max(run["chunks"] for run in runs) * LEAF <= 16 * MIB
+    assert_installed(has_v0, V1, label="v1")
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_several_threads_encode(has_v0, monkeypatch, threads):
+    monkeypatch.setattr("shipd.client.coded.encoding_threads", lambda: threads)
+    for at, version in enumerate((V1, V2, V0)):
+        receipt = push_small(address_of(has_v0), as_state_dict(version), label=f"new-{at}")
+        assert receipt.bytes_sent < version.nbytes / 100
+        assert_installed(has_v0, version, label=f"new-{at}")
+
+
+def test_what_has_not_changed_costs_a_few_hundred_bytes(has_v0):
+    receipt = push_small(address_of(has_v0), as_state_dict(V0), label="the-same")
+    assert receipt.bytes_sent < 1000
+    assert set(used(receipt)) == {"same"}
+    assert not receipt.already
+    assert_installed(has_v0, V0, label="the-same")
+
+
+def test_a_label_that_is_there_already_costs_no_more(has_v0):
+    receipt = push_small(address_of(has_v0), as_state_dict(V0), label="v0")
+    assert receipt.already
+    assert receipt.bytes_sent < 1000
+    with pytest.raises(shipd.LabelConflict):
+        push_small(address_of(has_v0), as_state_dict(V1), label="v0")
+    assert_installed(has_v0, V0, label="v0")
+
+
+def test_one_weight_is_found_wherever_it_is(has_v0):
+    rows = {row.name: row.nbytes // 2 for row in V0.rows}
+    names = sorted(rows)
+    before = V0
+    for at, places in enumerate(
+        (
+            {names[0]: [0]},
+            {names[-1]: [rows[names[-1]] - 1]},
+            {name: [rows[name] // 2] for name in names},
+            {names[1]: [LEAF // 2 - 1, LEAF // 2]},
+        )
+    ):
+        before = changed_in(before, places)
+        receipt = push_small(address_of(has_v0), as_state_dict(before), label=f"new-{at}")
+        assert receipt.bytes_sent < 3000
+        assert_installed(has_v0, before, label=f"new-{at}")
+
+
+def test_a_step_at_any_rate_of_learning(has_v0):
+    before = V0
+    for at, rate in enumerate((1e-7, 2e-5, 1e-3, 1.0)):
+        before = following(before, seed=10 + at, learning_rate=rate)
+        receipt = push_small(address_of(has_v0), as_state_dict(before), label=f"new-{at}")
+        assert receipt.bytes_sent < before.nbytes * 0.7
+        assert_installed(has_v0, before, label=f"new-{at}")
+
+
+def test_a_tensor_that_nothing_makes_smaller_leaves_the_others_small(daemon):
+    """Found here: after one run that was best sent as it is, everything that followed was."""
+    noise = naive.Tensor("a.noise", "int64", (2 * MIB // 8,))
+    rows = (noise, *V0.rows)
+
+    def version(of, seed):
+        return checkpoints.Content(rows, {"a.noise": checkpoints.random_bytes(f"{seed}", 2 * MIB), **of.data})
+
+    push_small(address_of(daemon), as_state_dict(version(V0, 0)), label="v0")
+    after = version(V1, 1)
+    receipt = push_small(address_of(daemon), as_state_dict(after), label="v1")
+    assert 2 * MIB < receipt.bytes_sent < 2 * MIB + V1.nbytes / 100
+    assert used(receipt)["raw"].content_bytes == 2 * MIB
+    assert_installed(daemon, after, label="v1")
+
+
+# --- whose base ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_to_be_kept_is_not(daemon):
+    async def converse(version, label):
+        async with shipd.connect(address_of(daemon), keep=False) as client:
+            return await client.push(as_state_dict(version), model="model", label=label, prefer="bytes")
+
+    for label, version in (("v0", V0), ("v1", V1)):
+        receipt = asyncio.run(converse(version, label))
+        assert set(used(receipt)) == {"xph"}
+        assert receipt.bytes_sent < version.nbytes * 0.7
+    assert STORE.memory_used == 0
+    assert_installed(daemon, V1, label="v1")
+
+
+@pytest.mark.parametrize("kind", ["file", "torch file", "state dict", "module"])
+def test_a_base_that_is_named(has_v0, tmp_path, kind):
+    STORE.clear()
+    if kind == "file":
+        base = write_safetensors(tmp_path / "v0", V0)
+    elif kind == "torch file":
+        base = checkpoints.write_torch(tmp_path / "v0.pt", V0)
+    elif kind == "module":
+        base = _module(as_state_dict(V0))
+    else:
+        base = as_state_dict(V0)
+    receipt = push_small(address_of(has_v0), as_state_dict(V1), label="v1", base=base)
+    assert receipt.bytes_sent < V1.nbytes / 300
+    assert receipt.base == V0.digest
+    assert_installed(has_v0, V1, label="v1")
+
+
+def _module(state):
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        module = root
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+    return root
+
+
+def test_a_base_that_the_daemon_does_not_have_is_of_no_use_and_no_harm(has_v0, tmp_path):
+    STORE.clear()
+    base = write_safetensors(tmp_path / "v2", V2)
+    after = changed_in(V0, {V0.rows[0].name: [7]})
+    receipt = push_small(address_of(has_v0), as_state_dict(after), label="new", base=base)
+    # One chunk has changed, and is sent without a base; of the others it is known that they are there.
+    assert receipt.bytes_sent < LEAF
+    assert set(used(receipt)) == {"same", "xph"}
+    assert_installed(has_v0, after, label="new")
+
+
+def test_a_base_of_other_tensors_is_of_no_use_and_no_harm(has_v0, tmp_path):
+    STORE.clear()
+    base = write_safetensors(tmp_path / "other", checkpoints.medium())
+    receipt = push_small(address_of(has_v0), as_state_dict(V0), label="new", base=base)
+    assert receipt.bytes_sent < 1000
+    assert_installed(has_v0, V0, label="new")
+
+
+@pytest.mark.parametrize("prefer", ["time", "bytes"])
+def test_without_a_base_everything_travels_as_it_is(has_v0, prefer):
+    """Found here: it was encoded, where the daemon would have decoded it."""
+    with Proxy(has_v0.port) as proxy:
+        receipt = push(proxy.address, as_state_dict(V1), label="v1", base=False, prefer=prefer)
+        assert proxy.count(DATA) == V1.chunks
+        assert proxy.count(CODED) == proxy.count(HELD, Way.TO_SENDER) == 0
+    assert receipt.codecs == ()
+    assert receipt.base == ""
+    assert_installed(has_v0, V1, label="v1")
+
+
+def test_a_missing_base_is_a_typed_error(has_v0, tmp_path):
+    with pytest.raises(shipd.CheckpointError, match="gone"):
+        push_small(address_of(has_v0), as_state_dict(V1), label="v1", base=tmp_path / "gone.safetensors")
+    assert_installed(has_v0, V0, label="v0")
+
+
+def test_a_receiver_that_has_missed_steps_gets_one_delta(start_daemon):
+    here, there = start_daemon(), start_daemon()
+    versions = [V0]
+    for at in range(5):
+        versions.append(following(versions[-1], seed=20 + at))
+    push_small(address_of(there), as_state_dict(versions[0]), label="v0")
+    steps = [
+        push_small(address_of(here), as_state_dict(version), label=f"v{at}").bytes_sent
+        for at, version in enumerate(versions)
+    ][1:]
+    receipt = push_small(address_of(there), as_state_dict(versions[-1]), label="v5")
+    assert receipt.base == V0.digest
+    assert max(steps) < receipt.bytes_sent < sum(steps)
+    assert_installed(there, versions[-1], label="v5")
+
+
+def test_a_receiver_that_is_too_far_behind_gets_what_it_does_not_have(start_daemon):
+    here, there = start_daemon(), start_daemon()
+    push_small(address_of(there), as_state_dict(V0), label="v0")
+    version = V0
+    for at in range(9):
+        version = changed_in(version, {V0.rows[0].name: [at]})
+        push_small(address_of(here), as_state_dict(version), label=f"v{at}")
+    receipt = push_small(address_of(there), as_state_dict(version), label="v9")
+    # V0 is not among the eight; what is the same is known all the same.
+    assert set(used(receipt)) == {"same", "xph"}
+    assert receipt.bytes_sent < LEAF
+    assert_installed(there, version, label="v9")
+
+
+def test_two_daemons_share_a_base(start_daemon):
+    daemons = start_daemon(), start_daemon()
+    for daemon in daemons:
+        push_small(address_of(daemon), as_state_dict(V0), label="v0")
+    kept = STORE.memory_used
+    assert V0.nbytes <= kept < V0.nbytes * 1.1, "it is kept once"
+    for daemon in daemons:
+        receipt = push_small(address_of(daemon), as_state_dict(V1), label="v1")
+        assert receipt.bytes_sent < V1.nbytes / 300
+        assert_installed(daemon, V1, label="v1")
+    assert STORE.memory_used < V0.nbytes * 1.2
+
+
+def test_a_version_that_is_back_again(has_v0):
+    """From V1 to V0 is as far as from V0 to V1."""
+    push_small(address_of(has_v0), as_state_dict(V1), label="v1")
+    receipt = push_small(address_of(has_v0), as_state_dict(V0), label="v0-again")
+    assert receipt.base == V1.digest
+    assert receipt.bytes_sent < V0.nbytes / 300
+    receipt = push_small(address_of(has_v0), as_state_dict(V2), label="v2")
+    assert receipt.base == V0.digest
+    assert_installed(has_v0, V2, label="v2")
+
+
+# --- other shapes ----------------------------------------------------------------------------------------------------
+
+
+def test_another_layout_is_sent_whole_and_the_next_step_is_small_again(has_v0):
+    other = first(14, seed=5)
+    receipt = push_small(address_of(has_v0), as_state_dict(other), label="other")
+    assert set(used(receipt)) == {"xph"}
+    assert receipt.base == ""
+    assert_installed(has_v0, other, label="other")
+    after = following(other)
+    receipt = push_small(address_of(has_v0), as_state_dict(after), label="after")
+    assert receipt.base == other.digest
+    assert receipt.bytes_sent < after.nbytes / 300
+    assert_installed(has_v0, after, label="after")
+
+
+def test_the_same_weights_under_another_models_name_are_a_base(start_daemon):
+    daemon = start_daemon(models={"model": "1GiB", "copy": "1GiB"})
+    push_small(address_of(daemon), as_state_dict(V0), label="v0")
+    push_small(address_of(daemon), as_state_dict(V0), model="copy", label="v0")
+    receipt = push_small(address_of(daemon), as_state_dict(V1), model="copy", label="v1")
+    assert receipt.bytes_sent < V1.nbytes / 300
+    assert_installed(daemon, V1, model="copy", label="v1")
+    assert_installed(daemon, V0, label="v0")
+
+
+# --- on loopback, where time is what counts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [None, 2, 4])
+def test_frozen_layers_are_left_out_also_where_nothing_is_encoded(has_v0, lanes):
+    frozen = {row.name: V0.data[row.name] for row in V0.rows[1:]}
+    name = V0.rows[0].name
+    after = checkpoints.Content(V0.rows, {name: V1.data[name], **frozen})
+    with Proxy(has_v0.port) as proxy:
+        receipt = push(proxy.address, as_state_dict(after), label="new", lanes=lanes)
+        assert proxy.count(HELD, Way.TO_SENDER) == 1
+        assert proxy.count(DATA) == V0.rows[0].nbytes // LEAF
+        if lanes:
+            assert proxy.connections == lanes
+        assert all(naive.unpack(frame.header)["codec"] == 1 for frame in proxy.seen(CODED))
+    assert receipt.bytes_sent < V0.rows[0].nbytes + 5000
+    assert not STORE.memory_used or STORE.memory_used < V0.nbytes * 1.1
+    assert_installed(has_v0, after, label="new")
+
+
+def test_on_loopback_nothing_is_encoded_and_nothing_kept(daemon):
+    for at, version in enumerate((V0, V1, V1)):
+        receipt = push(address_of(daemon), as_state_dict(version), label=f"v{at}")
+        assert receipt.codecs == ()
+        assert receipt.keep_seconds < 1
+    assert receipt.bytes_sent < 3000
+    assert STORE.memory_used == 0
+    assert_installed(daemon, V1, label="v2")
+
+
+def test_a_limit_makes_a_thin_link_of_loopback(daemon):
+    push(address_of(daemon), as_state_dict(V0), label="v0", limit="400Mbit")
+    receipt = push(address_of(daemon), as_state_dict(V1), label="v1", limit="10Mbit")
+    assert receipt.bytes_sent < V1.nbytes / 200
+    assert receipt.base == V0.digest
+    assert_installed(daemon, V1, label="v1")
+
+
+def test_what_was_chosen_and_why(has_v0):
+    receipt = push_small(address_of(has_v0), as_state_dict(V1), label="v1")
+    assert {choice.codec.name for choice in receipt.choices} == {"egr"}
+    for choice in receipt.choices:
+        assert 0.001 < choice.density < 0.05
+        assert "raw" in {name for name, _seconds, _bytes in choice.others}
+    assert sum(choice.size for choice in receipt.choices) >= V1.nbytes
+
+
+def test_progress_counts_what_is_done_and_what_was_sent(has_v0):
+    seen = []
+    push_small(address_of(has_v0), as_state_dict(V1), label="v1", on_progress=seen.append)
+    assert seen
+    assert seen[-1].bytes_total >= V1.nbytes
+    assert all(progress.bytes_sent < V1.nbytes / 100 for progress in seen)
+
+
+def test_bounded_memory_is_kept_to(daemon, monkeypatch):
+    monkeypatch.setattr(STORE, "limit", V0.nbytes // 2)
+    receipt = push_small(address_of(daemon), as_state_dict(V0), label="v0")
+    assert len(receipt.not_kept) == 1
+    assert "at most" in receipt.not_kept[0]
+    receipt = push_small(address_of(daemon), as_state_dict(V1), label="v1")
+    assert "egr" not in used(receipt)
+    assert_installed(daemon, V1, label="v1")
