@@ -49,6 +49,11 @@ class Outgoing:
         """These are queued on some connection."""
         self._out.difference_update(chunks)
 
+    def put_back(self, chunks: range) -> None:
+        """These were handed out for nothing."""
+        self._out.difference_update(chunks)
+        self.wanted.add(chunks.start, chunks.stop)
+
     def come_back(self, chunks: tuple[int, ...]) -> None:
         """The receiver wants these again. Raises TransferError for one that keeps coming back."""
         for chunk in chunks:

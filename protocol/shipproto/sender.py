@@ -286,6 +286,10 @@ class Sender:
         """Chunks that were handed out have been digested, and are queued on some connection. On any thread."""
         self._outgoing.sent(chunks)
 
+    def put_back(self, chunks: range) -> None:
+        """Chunks that were handed out are not sent after all: they are handed out again."""
+        self._outgoing.put_back(chunks)
+
     def _check_unchanged(self, changed: int | None) -> None:
         if changed is not None:
             name = self.layout.structure.names[changed]

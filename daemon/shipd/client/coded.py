@@ -22,6 +22,10 @@ from shipproto.sender import Sender
 _PATIENCE: Final = 0.02
 """Seconds to wait for an encoder before the receiver is listened to."""
 
+_PROVEN: Final = 16 << 20
+"""Bytes that must have been written as they are before the kernel may keep as much of them as it likes: what is slow
+after all should not have megabytes to carry before anything else."""
+
 _LOOK_SECONDS: Final = 0.25
 """How often the rate of bytes as they are is looked at."""
 
@@ -49,6 +53,8 @@ class CodedRuns:
         self._encoder: Encoder | None = None
         self._agreed: object = None
         self._looked = (0.0, 0)
+        self._proven = False
+        """Whether the link is fast beyond doubt."""
 
     @property
     def active(self) -> bool:
@@ -62,8 +68,8 @@ class CodedRuns:
             # WANT has come: for the first time on this connection, or for what has to come again.
             self._agreed = sender.agreed
             self._looked = (time.monotonic(), self._sent)
-            if self._incremental.begin(sender, encoding_threads()):
-                self._lane.hold_little()
+            self._proven = not self._incremental.begin(sender, encoding_threads())
+            self._lane.hold_little(not self._proven)
         if not self._incremental.coding_pays:
             self._look()
             return False
@@ -81,6 +87,9 @@ class CodedRuns:
         if now - since >= _LOOK_SECONDS:
             self._looked = (now, sent)
             self._incremental.reconsider((sent - before) / (now - since))
+            if not self._proven and not self._incremental.coding_pays and sent >= _PROVEN:
+                self._proven = True
+                self._lane.hold_little(False)  # noqa: FBT003
 
     def _begin(self) -> None:
         assert self._incremental.chooser is not None

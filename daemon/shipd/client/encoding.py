@@ -175,10 +175,13 @@ class Encoder:
                 )
             number = choice.codec.number
             if number == RAW:
-                # Said before it is sent: nothing more is handed out to be encoded.
                 if self._plain():
+                    # Whoever sends them as they are can look at the link between any two of them.
                     self._stop_taking.set()
-                yield from worker.raw(chunks)
+                    with self._lock:
+                        self._sender.put_back(chunks)
+                else:
+                    yield from worker.raw(chunks)
                 return
             fits = int(_PIECE_ROOM * MAX_PAYLOAD / max(1.0, choice.codec.share * size) * len(chunks))
             piece = chunks[: max(1, min(len(chunks), fits))]

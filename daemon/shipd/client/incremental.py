@@ -85,7 +85,10 @@ class Incremental:
         self._measured = untried()
         self._where = ""
         self._local = False
-        self._plain_since: float | None = None
+        self._coding = False
+        """Whether the receiver takes coded runs at all."""
+        self._plain = False
+        """Whether the bytes as they are have turned out to be sooner there."""
 
     # --- before and during the conversation ----------------------------------------------------------------
 
@@ -103,6 +106,7 @@ class Incremental:
     def begin(self, sender: Sender, encoders: int) -> bool:
         """The receiver has said what it takes. Whether coded runs are to be sent at all."""
         self.end()
+        self._coding = False
         if not (sender.incremental and sender.codecs) or (
             self._local and self.prefer == "time" and self._limit is None
         ):
@@ -113,7 +117,8 @@ class Incremental:
         decoding = {number: speed * 1e6 or _UNTRIED_DECODING for number, speed in sender.codecs.items()}
         taken = self.chooser.taken if self.chooser is not None else []
         self.chooser = Chooser(self._measured, decoding, encoders, self.prefer, taken)
-        self._plain_since = None
+        self._plain = False
+        self._coding = True
         return True
 
     def link(self, lane: Lane) -> float:
@@ -133,22 +138,19 @@ class Incremental:
         not where as few bytes as possible are wanted."""
         if self.prefer == "bytes":
             return False
-        self._plain_since = time.monotonic()
+        self._plain = True
         return True
 
     @property
     def coding_pays(self) -> bool:
         """Whether runs are to be coded, as far as is known by now."""
-        return self.chooser is not None and self._plain_since is None
+        return self._coding and not self._plain
 
     def reconsider(self, rate: float) -> None:
         """``rate`` bytes a second are sent as they are: perhaps coding would be faster after all."""
-        if (
-            self.chooser is not None
-            and self._plain_since is not None
-            and self._faster_coded(rate, self.chooser.decoding)
-        ):
-            self._plain_since = None
+        if self._coding and self.chooser is not None:
+            self._remember(rate)
+            self._plain = not self._faster_coded(rate, self.chooser.decoding)
 
     def _faster_coded(self, rate: float, decoding: Mapping[int, float]) -> bool:
         """Whether a version that differs a little is there sooner as a delta, at so many bytes a second."""

@@ -382,9 +382,9 @@ class Lane:
         """What the link has shown so far, where that is known."""
         return link_rate.measure(self._sock)
 
-    def hold_little(self) -> None:
+    def hold_little(self, little: bool) -> None:
         """See ``link_rate.hold_little``."""
-        link_rate.hold_little(self._sock)
+        link_rate.hold_little(self._sock, little)
 
     def pace(self, rate: float) -> bool:
         """Send at most so many bytes a second. Whether the kernel sees to it."""

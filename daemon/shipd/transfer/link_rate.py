@@ -63,10 +63,11 @@ def measure(sock: socket.socket) -> LinkRate | None:
     return LinkRate(float(rate), bool(info[_FLAGS_AT] & 1), round_trip / 1e6, acknowledged) if rate else None
 
 
-def hold_little(sock: socket.socket) -> None:
-    """Have the kernel keep little that it has not sent yet, so that what is queued last does not wait for seconds."""
+def hold_little(sock: socket.socket, little: bool) -> None:
+    """Have the kernel keep little that it has not sent yet, so that what is queued last does not wait for seconds; or
+    as much as it likes, which a fast link needs."""
     if hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT if little else 0)
 
 
 def pace(sock: socket.socket, rate: float) -> bool:
