@@ -31,6 +31,8 @@ class Intake:
         """Chunks of runs that did not decode, and whose connection, the only one on which to say so, is gone."""
         self.closed = False
         """The transfer is over: nothing lands any more."""
+        self._touched = bytearray(layout.chunks)
+        """1 for each chunk whose place in the image may have been written to, by whatever came for it."""
         self._claims = Claims()
         self._decoding: set[RunToDecode] = set()
 
@@ -67,8 +69,16 @@ class Intake:
         image = self.image
         if image is None or not self._claims.claim(chunk, connection):
             return None
+        self._touched[chunk] = 1
         start, size = self.layout.chunk(chunk)
         return image[start : start + size]
+
+    def touched(self, chunk: int) -> bool:
+        """Whether the place of this chunk in the image may have been written to, if only by one that arrived damaged.
+
+        Of a chunk of a run of SAME that is being decoded; on any thread.
+        """
+        return bool(self._touched[chunk])
 
     def arrived(self, event: ChunkArrived, connection: Connection) -> bool:
         """A chunk is in its place, intact. False where it was not this connection's to bring, or is held already."""
@@ -107,6 +117,8 @@ class Intake:
             return None
         run = RunToDecode(event.chunks, event.codec, event.payload, connection, event.sequence)
         self._decoding.add(run)
+        if run.codec != SAME:
+            self._touched[run.chunks.start : run.chunks.stop] = b"\1" * len(run.chunks)
         return run
 
     def decoded(self, run: RunToDecode) -> bool:

@@ -146,6 +146,10 @@ class Receiver:
         intake = self._reception.intake
         return intake.decoding if intake is not None else 0
 
+    def touched(self, chunk: int) -> bool:
+        """See ``Intake.touched``."""
+        return self._reception.books.touched(chunk)
+
     @property
     def finishing(self) -> bool:
         """Whether the sender has said that everything wanted was sent."""
