@@ -33,6 +33,8 @@ class Intake:
         """The transfer is over: nothing lands any more."""
         self._touched = bytearray(layout.chunks)
         """1 for each chunk whose place in the image may have been written to, by whatever came for it."""
+        self._as_it_is = bytearray(layout.chunks)
+        """1 for each chunk of a run that did not decode: it must come as it is."""
         self._claims = Claims()
         self._decoding: set[RunToDecode] = set()
 
@@ -96,13 +98,16 @@ class Intake:
     # --- runs ----------------------------------------------------------------------------------------------
 
     def check_run(self, run: Coded) -> None:
-        """Raises MalformedMessage where there are no such chunks, LimitExceeded where they are too much for one run."""
+        """Raises MalformedMessage where there are no such chunks, or a run of them did not decode before: so nobody can
+        have runs refused for ever. LimitExceeded where they are too much for one run."""
         stop = run.chunk + run.chunks
         if stop > self.layout.chunks:
             raise MalformedMessage(f"chunks [{run.chunk}, {stop}) of {self.layout.chunks}")
         start, end = self.layout.span(range(run.chunk, stop))
         if run.codec != SAME and end - start > MAX_RUN_BYTES:
             raise LimitExceeded(f"a run of {end - start} bytes; at most {MAX_RUN_BYTES}")
+        if self._as_it_is.find(1, run.chunk, stop) >= 0:
+            raise MalformedMessage(f"chunks [{run.chunk}, {stop}) in a run again, although one of them did not decode")
 
     def claim_run(self, event: RunArrived, connection: Connection) -> None:
         """A run has arrived: its chunks are received nowhere else. On any thread, that of ``connection``."""
@@ -140,6 +145,7 @@ class Intake:
         if image is None:
             return False
         self._claims.drop_run(run.chunks)
+        self._as_it_is[run.chunks.start : run.chunks.stop] = b"\1" * len(run.chunks)
         for chunk in run.chunks:
             self.digests.forget(chunk)
         self._clear(image, run.chunks)
