@@ -31,6 +31,10 @@ class Intake:
         """Chunks of runs that did not decode, and whose connection, the only one on which to say so, is gone."""
         self.closed = False
         """The transfer is over: nothing lands any more."""
+        self._touched = bytearray(layout.chunks)
+        """1 for each chunk whose place in the image may have been written to, by whatever came for it."""
+        self._as_it_is = bytearray(layout.chunks)
+        """1 for each chunk of a run that did not decode: it must come as it is."""
         self._claims = Claims()
         self._decoding: set[RunToDecode] = set()
 
@@ -67,8 +71,16 @@ class Intake:
         image = self.image
         if image is None or not self._claims.claim(chunk, connection):
             return None
+        self._touched[chunk] = 1
         start, size = self.layout.chunk(chunk)
         return image[start : start + size]
+
+    def touched(self, chunk: int) -> bool:
+        """Whether the place of this chunk in the image may have been written to, if only by one that arrived damaged.
+
+        Of a chunk of a run of SAME that is being decoded; on any thread.
+        """
+        return bool(self._touched[chunk])
 
     def arrived(self, event: ChunkArrived, connection: Connection) -> bool:
         """A chunk is in its place, intact. False where it was not this connection's to bring, or is held already."""
@@ -86,13 +98,16 @@ class Intake:
     # --- runs ----------------------------------------------------------------------------------------------
 
     def check_run(self, run: Coded) -> None:
-        """Raises MalformedMessage where there are no such chunks, LimitExceeded where they are too much for one run."""
+        """Raises MalformedMessage where there are no such chunks, or a run of them did not decode before: so nobody can
+        have runs refused for ever. LimitExceeded where they are too much for one run."""
         stop = run.chunk + run.chunks
         if stop > self.layout.chunks:
             raise MalformedMessage(f"chunks [{run.chunk}, {stop}) of {self.layout.chunks}")
         start, end = self.layout.span(range(run.chunk, stop))
         if run.codec != SAME and end - start > MAX_RUN_BYTES:
             raise LimitExceeded(f"a run of {end - start} bytes; at most {MAX_RUN_BYTES}")
+        if self._as_it_is.find(1, run.chunk, stop) >= 0:
+            raise MalformedMessage(f"chunks [{run.chunk}, {stop}) in a run again, although one of them did not decode")
 
     def claim_run(self, event: RunArrived, connection: Connection) -> None:
         """A run has arrived: its chunks are received nowhere else. On any thread, that of ``connection``."""
@@ -107,6 +122,8 @@ class Intake:
             return None
         run = RunToDecode(event.chunks, event.codec, event.payload, connection, event.sequence)
         self._decoding.add(run)
+        if run.codec != SAME:
+            self._touched[run.chunks.start : run.chunks.stop] = b"\1" * len(run.chunks)
         return run
 
     def decoded(self, run: RunToDecode) -> bool:
@@ -128,6 +145,7 @@ class Intake:
         if image is None:
             return False
         self._claims.drop_run(run.chunks)
+        self._as_it_is[run.chunks.start : run.chunks.stop] = b"\1" * len(run.chunks)
         for chunk in run.chunks:
             self.digests.forget(chunk)
         self._clear(image, run.chunks)

@@ -146,6 +146,10 @@ class Receiver:
         intake = self._reception.intake
         return intake.decoding if intake is not None else 0
 
+    def touched(self, chunk: int) -> bool:
+        """See ``Intake.touched``."""
+        return self._reception.books.touched(chunk)
+
     @property
     def finishing(self) -> bool:
         """Whether the sender has said that everything wanted was sent."""
@@ -308,8 +312,8 @@ class Receiver:
     def undecodable(self, run: RunToDecode) -> None:
         """The run does not decode: its chunks are asked for again, and to come as they are.
 
-        On the connection that brought it, which the shell has to flush unless it is a lane with a thread of its own.
-        Where that is gone they are asked for once everything else has arrived.
+        By NACK where the transfer's own connection has brought it, which the shell has to flush. Where that is gone, or
+        it was a lane, whose thread may sleep, they are asked for once everything else has arrived.
         """
         if self._reception.undecodable(run):
             self.runs_undecodable += 1

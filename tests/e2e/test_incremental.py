@@ -1,6 +1,7 @@
 """Pushes that send only what has changed, to a daemon: what travels, what it is made from, and what is there then."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +158,7 @@ def test_what_is_not_to_be_kept_is_not(daemon):
 @pytest.mark.parametrize("kind", ["file", "torch file", "state dict", "module"])
 def test_a_base_that_is_named(has_v0, tmp_path, kind):
     STORE.clear()
+    base: Path | torch.nn.Module | dict[str, torch.Tensor]
     if kind == "file":
         base = write_safetensors(tmp_path / "v0", V0)
     elif kind == "torch file":
@@ -322,11 +324,12 @@ def test_frozen_layers_are_left_out_also_where_nothing_is_encoded(has_v0, lanes)
 
 
 def test_on_loopback_nothing_is_encoded_and_nothing_kept(daemon):
-    for at, version in enumerate((V0, V1, V1)):
-        receipt = push(address_of(daemon), as_state_dict(version), label=f"v{at}")
-        assert receipt.codecs == ()
-        assert receipt.keep_seconds < 1
-    assert receipt.bytes_sent < 3000
+    receipts = [
+        push(address_of(daemon), as_state_dict(version), label=f"v{at}") for at, version in enumerate((V0, V1, V1))
+    ]
+    assert [receipt.codecs for receipt in receipts] == [(), (), ()]
+    assert [receipt.keep_seconds for receipt in receipts] == [0, 0, 0]
+    assert receipts[2].bytes_sent < 3000
     assert STORE.memory_used == 0
     assert_installed(daemon, V1, label="v2")
 
@@ -343,13 +346,14 @@ def test_what_was_chosen_and_why(has_v0):
     receipt = push_small(address_of(has_v0), as_state_dict(V1), label="v1")
     assert {choice.codec.name for choice in receipt.choices} == {"egr"}
     for choice in receipt.choices:
+        assert choice.density is not None
         assert 0.001 < choice.density < 0.05
         assert "raw" in {name for name, _seconds, _bytes in choice.others}
     assert sum(choice.size for choice in receipt.choices) >= V1.nbytes
 
 
 def test_progress_counts_what_is_done_and_what_was_sent(has_v0):
-    seen = []
+    seen: list[shipd.Progress] = []
     push_small(address_of(has_v0), as_state_dict(V1), label="v1", on_progress=seen.append)
     assert seen
     assert seen[-1].bytes_total >= V1.nbytes

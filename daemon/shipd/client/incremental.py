@@ -134,8 +134,8 @@ class Incremental:
         return min(limit, _UNKNOWN if rate is None else min(rate.rate, _UNKNOWN))
 
     def plain(self) -> bool:
-        """The bytes of a run are to travel as they are. Whether all of what follows is: where that is soonest there, but
-        not where as few bytes as possible are wanted."""
+        """The bytes of a run are to travel as they are. Whether those of all that follow are, too: where time counts,
+        but not where as few bytes as possible are wanted."""
         if self.prefer == "bytes":
             return False
         self._plain = True

@@ -92,12 +92,13 @@ class Ground:
 @dataclass(slots=True)
 class Target:
     """Where runs are decoded into. ``before`` are the digests of what the image held until now, where that was whole:
-    chunks that are the base's already need not be copied."""
+    chunks that are the base's already need not be copied, but those that are ``touched`` since."""
 
     layout: Layout
     image: memoryview
     digests: LeafDigests
     before: LeafDigests | None
+    touched: Callable[[int], bool]
     closed: threading.Event = field(default_factory=threading.Event)
 
     def decode(self, run: RunToDecode, base: Ground | None) -> tuple[int, float]:
@@ -124,7 +125,7 @@ class Target:
         for chunk in chunks:
             if self.closed.is_set():
                 return
-            if self.before is not None and self.before.chunk_digest(chunk) == base.digests.chunk_digest(chunk):
+            if self._has(chunk, base):
                 continue
             start, size = self.layout.chunk(chunk)
             # numpy lets go of the GIL while it copies.
@@ -133,6 +134,15 @@ class Target:
                 np.frombuffer(base.image[start : start + size], dtype=np.uint8),
             )
         self.digests.adopt(chunks, base.digests)
+
+    def _has(self, chunk: int, base: Ground) -> bool:
+        """Whether the image has this chunk of the base already. Not where a damaged one was received over it."""
+        before = self.before
+        return (
+            before is not None
+            and not self.touched(chunk)
+            and before.chunk_digest(chunk) == base.digests.chunk_digest(chunk)
+        )
 
 
 class Decoding:

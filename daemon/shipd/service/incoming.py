@@ -257,7 +257,8 @@ class Incoming:
                 ground = Ground(version.digest, version.slot.memory.view, version.slot.digests)
             ability = self._host.speeds.ability(ground)
         self.receiver.accept(pool.layout, slot.memory.view, lanes=self._lane_limit(), ability=ability)
-        self._decoding.begin(Target(pool.layout, slot.memory.view, self.receiver.digests, slot.before), ground)
+        receiver, image = self.receiver, slot.memory.view
+        self._decoding.begin(Target(pool.layout, image, receiver.digests, slot.before, receiver.touched), ground)
         self.flush()
 
     def _lane_limit(self) -> int:
