@@ -42,3 +42,11 @@ def decode(codec_number: int, payload: bytes, base: bytes | None, size: int) -> 
     content = decoder(payload, base, size)
     assert len(content) == size
     return content
+
+
+def outcome(codec_number: int, payload: bytes, base: bytes | None, size: int) -> bytes | None:
+    """What ``decode`` makes of a payload, or None where it is refused."""
+    try:
+        return decode(codec_number, payload, base, size)
+    except ValueError:
+        return None
