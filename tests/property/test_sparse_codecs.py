@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shipd.codecs import egr, egr_format
+from shipd.codecs import egr
 from shipd.codecs.codec import Codec
 from shipd.codecs.egr import EGR
 from shipd.codecs.gz import GZ
 from tests.property.strategies import examples
-from tests.support import egr_payload, sparse
+from tests.support import sparse
 from tests.support.sparse import BFLOAT16, ENOUGH, FLOAT16, Words, decoded, encoded
 
 ENGINES = sparse.engines()
@@ -36,31 +36,6 @@ def test_both_engines_give_the_same_bytes(run: tuple[Words, Words], dtype: int) 
         assert payload is not None
         for engine in ENGINES.values():
             assert (sparse.decode_with(engine)(payload, base) == content).all()
-
-
-@examples(200)
-@given(sparse.runs(), dtypes)
-def test_a_payload_is_what_the_specification_says(run: tuple[Words, Words], dtype: int) -> None:
-    """The codec's own choice of parameters, and everything else element by element."""
-    content, base = run
-    payload = encoded(EGR, content, base, dtype)
-    frame, table, _ = egr_format.read(memoryview(payload), len(base))
-    found = egr_payload.changes(content.tolist(), base.tolist(), *frame)
-    classes = {}
-    for number, (gaps, steps) in found.items():
-        _, r, kind, first, _, second = table[number].tolist()
-        above = [(place, abs(step) - 1) for place, step in enumerate(steps) if abs(step) > 1]
-        places = [place for place, _ in above]
-        lists = {
-            0: [],
-            1: [([abs(step) - 1 for step in steps], first)],
-            2: [
-                ([place - before - 1 for place, before in zip(places, [-1, *places], strict=False)], first),
-                ([value - 1 for _, value in above], second),
-            ],
-        }[kind]
-        classes[number] = egr_payload.Class(gaps, [int(step < 0) for step in steps], r, kind, lists)
-    assert payload == egr_payload.payload(*frame, classes)
 
 
 @CODECS

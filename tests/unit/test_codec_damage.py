@@ -13,7 +13,7 @@ from shipd.codecs.planes import PLANES
 from shipd.codecs.words import unzigzag
 from shipd.codecs.xph import XPH
 from shipd.codecs.zstd import squeeze, squeeze_entropy
-from tests.support import naive_dense
+from tests.support import naive_codecs
 from tests.support.runs import ENOUGH, bfloat16, decoded, like_weights, outcome, without_numba
 
 WORDS = 96
@@ -32,13 +32,6 @@ RUNS = {
     "planes with a base": (PLANES, STEPPED.tobytes() + b"r", VALUES.tobytes() + b"s", 2),
     "planes of bytes": (PLANES, bytes(range(20)) * 9, bytes(180), 23),
 }
-
-
-def naive_outcome(codec, payload: bytes, base: bytes | None, size: int) -> bytes | None:
-    try:
-        return naive_dense.DECODERS[codec.name](payload, base, size)
-    except naive_dense.Refused:
-        return None
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -64,7 +57,7 @@ def test_every_bit_changed(name: str) -> None:
         changed = bytearray(payload)
         changed[bit // 8] ^= 1 << bit % 8
         found = outcome(codec, bytes(changed), base, len(content))
-        assert naive_outcome(codec, bytes(changed), base, len(content)) == found
+        assert naive_codecs.outcome(codec.number, bytes(changed), base, len(content)) == found
         with without_numba():
             assert outcome(codec, bytes(changed), base, len(content)) == found
 
@@ -85,7 +78,7 @@ def refused(codec, payload: bytes, size: int, base: bytes | None = None) -> None
     given = base if base is not None or not codec.delta else bytes(size)
     with pytest.raises(CodecError):
         decoded(codec, payload, given, size)
-    assert naive_outcome(codec, payload, given, size) is None
+    assert naive_codecs.outcome(codec.number, payload, given, size) is None
 
 
 def test_a_plane_is_itself_or_a_shorter_frame() -> None:

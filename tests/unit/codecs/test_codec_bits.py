@@ -9,7 +9,7 @@ from shipd.codecs import bits
 from shipd.codecs.bits import MAX_NUMBER, Reader, check_padding, number_size, put_fields, put_number, put_unary
 from shipd.codecs.codec import CodecError
 from tests.property.strategies import examples
-from tests.support import egr_payload
+from tests.support import payloads
 
 NUMBERS = (0, 1, 127, 128, 300, 16_383, 16_384, (1 << 21) - 1, 1 << 21, MAX_NUMBER)
 
@@ -18,7 +18,7 @@ NUMBERS = (0, 1, 127, 128, 300, 16_383, 16_384, (1 << 21) - 1, 1 << 21, MAX_NUMB
 def test_numbers(value: int) -> None:
     written = bytearray()
     put_number(written, value)
-    assert bytes(written) == egr_payload.number(value)
+    assert bytes(written) == payloads.number(value)
     assert number_size(value) == len(written)
     reader = Reader(memoryview(written + b"rest"))
     assert reader.number(value) == value
@@ -39,7 +39,7 @@ def test_numbers_in_another_form(written: str) -> None:
 @given(st.lists(st.integers(0, 31)), st.sampled_from((1, 2, 1 << 16)))
 def test_unary(values: list[int], piece: int) -> None:
     part = put_unary(np.array(values, dtype=np.uint8))
-    assert part.tobytes() == egr_payload.bit_string([bit for value in values for bit in [0] * value + [1]])
+    assert part.tobytes() == payloads.bit_string([bit for value in values for bit in [0] * value + [1]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bits, "_SLICE", piece)
         assert bits.take_unary(part, len(values), 31).tolist() == values
@@ -64,7 +64,7 @@ def test_fields(given_values: tuple[int, list[int]]) -> None:
 
 def test_padding() -> None:
     for size in range(17):
-        part = egr_payload.bit_string([1] * size)
+        part = payloads.bit_string([1] * size)
         check_padding(memoryview(part), size)
         if size % 8:
             for bit in range(size % 8, 8):

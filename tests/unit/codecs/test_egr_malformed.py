@@ -8,8 +8,8 @@ import pytest
 from shipd.codecs import egr
 from shipd.codecs.codec import CodecError
 from shipd.codecs.egr import EGR
-from tests.support import sparse
-from tests.support.egr_payload import Class, bit_string, number, payload
+from tests.support import naive_codecs, payloads, sparse
+from tests.support.payloads import Class, bit_string, number
 from tests.support.sparse import encoded, weights
 
 ENGINES = sparse.engines()
@@ -21,16 +21,18 @@ FAR = 1 << 31
 
 
 def refused(some: bytes, base: np.ndarray = BASE) -> None:
-    """Every engine does."""
+    """By every engine, and by the second decoder."""
     for engine in ENGINES.values():
         with pytest.raises(CodecError):
             sparse.decode_with(engine)(some, base)
+    with pytest.raises(ValueError, match=r"\S"):
+        naive_codecs.decode(EGR.number, some, base.tobytes(), base.nbytes)
 
 
 def one(**fields) -> bytes:
     """A payload of one class; by default the changes are the words 5 and 16, each by one up."""
     given: dict[str, Any] = {"gaps": [5, 10], "signs": [0, 0], "r": 2} | fields
-    return payload(7, 127, {K: Class(**given)})
+    return payloads.egr(7, 127, {K: Class(**given)})
 
 
 def test_it_is_what_it_says() -> None:
@@ -65,6 +67,7 @@ def test_every_flipped_bit(run: tuple[np.ndarray, np.ndarray]) -> None:
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         outcomes = {sparse.outcome(sparse.decode_with(by), bytes(flipped), run[1]) for by in ENGINES.values()}
+        outcomes.add(naive_codecs.outcome(EGR.number, bytes(flipped), run[1].tobytes(), run[1].nbytes))
         assert len(outcomes) == 1, bit
         taken += outcomes != {None}
     # Flipped signs, for one, make another run: the digests find those.
@@ -73,12 +76,12 @@ def test_every_flipped_bit(run: tuple[np.ndarray, np.ndarray]) -> None:
 
 HEADS = {
     "no head": b"",
-    "a shift that no float has": payload(8, 127, {}),
-    "an exponent that no float16 has": payload(10, 32, {}),
-    "more after no change": payload(7, 127, {}) + b"\0",
-    "a class without changes": payload(7, 127, {K: Class([], [])}),
-    "more changes than words": payload(7, 127, {K: Class([0] * 101, [0] * 101)}),
-    "more changes than words in two classes": payload(
+    "a shift that no float has": payloads.egr(8, 127, {}),
+    "an exponent that no float16 has": payloads.egr(10, 32, {}),
+    "more after no change": payloads.egr(7, 127, {}) + b"\0",
+    "a class without changes": payloads.egr(7, 127, {K: Class([], [])}),
+    "more changes than words": payloads.egr(7, 127, {K: Class([0] * 101, [0] * 101)}),
+    "more changes than words in two classes": payloads.egr(
         7, 127, {22: Class([0] * 51, [0] * 51), K: Class([0] * 50, [0] * 50)}
     ),
     "a kind that there is not": one(kind=3),
@@ -91,10 +94,10 @@ HEADS = {
     "a number of five bytes": b"\x07\x7f\0\0\x80" + b"\x80\x80\x80\x80\x01",
     "a number that ends in zero": b"\x07\x7f\0\0\x80" + b"\x82\x00\x02\0",
     "a class of a huge claim": one(changes=FAR >> 4),
-    "changes that the unary part cannot have": payload(7, 127, {K: Class([0] * 3, [0] * 3, changes=90)}),
-    "a unary part of a huge claim": payload(7, 127, {K: Class([5], [0])}, unary_size=(1 << 28) - 1),
-    "a unary part that is too long": payload(7, 127, {K: Class([5], [0])}, unary_size=2),
-    "a unary part that is too short": payload(7, 127, {K: Class([5, 9], [0, 0])}, unary_size=1),
+    "changes that the unary part cannot have": payloads.egr(7, 127, {K: Class([0] * 3, [0] * 3, changes=90)}),
+    "a unary part of a huge claim": payloads.egr(7, 127, {K: Class([5], [0])}, unary_size=(1 << 28) - 1),
+    "a unary part that is too long": payloads.egr(7, 127, {K: Class([5], [0])}, unary_size=2),
+    "a unary part that is too short": payloads.egr(7, 127, {K: Class([5, 9], [0, 0])}, unary_size=1),
     "signs that are not filled up with zeros": one()[:-1] + bytes((one()[-1] | 0x80,)),
 }
 
@@ -131,7 +134,7 @@ PARTS = {
     "a rare magnitude beyond every word": one(kind=2, lists=[([0], 0), ([32767], 15)]),
     "32768 up": one(kind=1, lists=[([0, 32767], 15)]),
     "32768 up, rarely": one(kind=2, lists=[([0], 0), ([32766], 15)]),
-    "a change in a class that has no words": payload(7, 127, {22: Class([0], [0])}),
+    "a change in a class that has no words": payloads.egr(7, 127, {22: Class([0], [0])}),
 }
 
 
@@ -167,8 +170,8 @@ def test_a_long_run_that_a_short_payload_is_for() -> None:
     """Nothing of a claimed size is made before it is known to be there: the run itself is all there is."""
     base = np.zeros(1 << 23, dtype=np.uint16)
     lies = (
-        payload(7, 0, {K: Class([5], [0], changes=1 << 23)}),
-        payload(7, 0, {K: Class([5], [0])}, unary_size=1 << 27),
+        payloads.egr(7, 0, {K: Class([5], [0], changes=1 << 23)}),
+        payloads.egr(7, 0, {K: Class([5], [0])}, unary_size=1 << 27),
     )
     for some in lies:
         for engine in ENGINES.values():

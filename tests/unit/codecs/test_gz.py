@@ -10,7 +10,7 @@ from shipd.codecs.bits import put_number
 from shipd.codecs.codec import CodecError
 from shipd.codecs.gz import GZ
 from shipd.codecs.zstd import squeeze
-from tests.support import sparse
+from tests.support import naive_codecs, sparse
 from tests.support.sparse import BFLOAT16, ENOUGH, decoded, encoded, weights
 
 BASE = np.arange(0x3F00, 0x3F00 + 100, dtype=np.uint16)
@@ -31,6 +31,8 @@ def payload(
 def refused(some: bytes, base: np.ndarray = BASE) -> None:
     with pytest.raises(CodecError):
         decoded(GZ, some, base)
+    with pytest.raises(ValueError, match=r"\S"):
+        naive_codecs.decode(GZ.number, some, base.tobytes(), base.nbytes)
 
 
 def test_known_streams() -> None:
@@ -93,7 +95,8 @@ def test_every_flipped_bit() -> None:
     for bit in range(8 * len(some)):
         flipped = bytearray(some)
         flipped[bit // 8] ^= 1 << bit % 8
-        sparse.outcome(lambda this, on: decoded(GZ, this, on), bytes(flipped), base)
+        found = sparse.outcome(lambda this, on: decoded(GZ, this, on), bytes(flipped), base)
+        assert found == naive_codecs.outcome(GZ.number, bytes(flipped), base.tobytes(), base.nbytes), bit
 
 
 LIES = {
