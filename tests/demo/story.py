@@ -160,6 +160,7 @@ class Story:
             codes = serving.stop(), self.daemon.terminate()
         wrong = serving.wrong(self.expected)
         mixed = sum(wrong.values())
+        versions = ", ".join(made.name for made in self.expected.values())
         self.screen.chapter("All the while")
         self.screen.row(
             "answers",
@@ -169,7 +170,7 @@ class Story:
         )
         self.screen.row(
             "mixed",
-            f"{mixed} from a mixed model: bit for bit what {', '.join(made.name for made in self.expected.values())} say elsewhere"
+            f"{mixed} from a mixed model: bit for bit what {versions} say elsewhere"
             if not mixed
             else f"{mixed} from a mixed model, or from one that is not what its label says",
             holds=not mixed,
