@@ -82,6 +82,22 @@ def test_exposure_is_at_most_two_and_the_drop_in_is_what_raises_it(tmp_path):
     assert plain < gpu <= 2.0
 
 
+@needs_systemd
+def test_what_forbids_compiled_code_is_one_commented_line(tmp_path):
+    text = (SYSTEMD / "shipd.service").read_text()
+    assert text.count("\n#MemoryDenyWriteExecute=yes\n") == 1
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "forbidden").mkdir()
+    forbidding = render(tmp_path / "forbidden", gpu=False, unit=text.replace("#MemoryDeny", "MemoryDeny"))
+    allowed, forbidden = exposure(render(tmp_path / "allowed", gpu=False)), exposure(forbidding)
+    # What the README says of both.
+    assert (allowed, forbidden) == (1.4, 1.4)
+
+
+def test_compiled_code_is_kept_where_the_service_may_write(unit):
+    assert unit["Environment"] == f"NUMBA_CACHE_DIR=/var/cache/{unit['CacheDirectory']}/numba"
+
+
 @pytest.mark.parametrize("name", ["shipd.service", "gpu.conf"])
 def test_every_setting_of_the_service_is_explained(name):
     section = (SYSTEMD / name).read_text().partition("[Service]\n")[2].partition("[Install]\n")[0]
@@ -168,5 +184,5 @@ def test_sysusers_creates_the_user_of_the_unit(unit):
 def test_the_drop_in_changes_nothing_but_devices_and_memory(unit):
     drop_in = directives((SYSTEMD / "gpu.conf").read_text())
     loosened = {key for key in drop_in if key in unit}
-    assert loosened == {"PrivateDevices", "MemoryDenyWriteExecute", "ProcSubset"}
-    assert set(drop_in) - loosened == {"DevicePolicy", "DeviceAllow"}
+    assert loosened == {"PrivateDevices", "ProcSubset"}
+    assert set(drop_in) - loosened == {"DevicePolicy", "DeviceAllow", "MemoryDenyWriteExecute"}
