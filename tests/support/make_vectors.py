@@ -1,7 +1,7 @@
 """Writes protocol/vectors: ``python -m tests.support.make_vectors``. Byte for byte the same every time.
 
-Everything in them comes from tests.support.naive, which shares no code with shipproto; tests/support/golden has them by
-chapter.
+Everything in them comes from tests.support.naive, naive_codecs and payloads, which share no code with shipproto and
+shipd; tests/support/golden has them by chapter.
 """
 
 import json
@@ -16,8 +16,10 @@ from tests.support.golden.book import Book
 from tests.support.golden.coded import accept_coded, reject_coded
 from tests.support.golden.connections import accept_connections
 from tests.support.golden.contents import accept_bodies, accept_structures
+from tests.support.golden.dense_codecs import accept_dense_codecs, reject_dense_codecs
 from tests.support.golden.messages import accept_messages
 from tests.support.golden.pushes import accept_conversations, reject_conversations
+from tests.support.golden.sparse_codecs import accept_sparse_codecs, reject_sparse_codecs
 from tests.support.vectors import DIRECTORY
 
 CHAPTERS: Final = (
@@ -27,6 +29,8 @@ CHAPTERS: Final = (
     accept_bodies,
     accept_conversations,
     accept_coded,
+    accept_dense_codecs,
+    accept_sparse_codecs,
     reject_frames,
     reject_bodies,
     reject_handshakes,
@@ -35,6 +39,8 @@ CHAPTERS: Final = (
     reject_other_bodies,
     reject_conversations,
     reject_coded,
+    reject_dense_codecs,
+    reject_sparse_codecs,
 )
 
 

@@ -1,5 +1,7 @@
-"""Golden vectors: their file format (protocol/vectors/README.md) and how shipproto is run on one."""
+"""Golden vectors: their file format (protocol/vectors/README.md) and how shipproto and the codecs are run on one."""
 
+import contextlib
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -9,6 +11,8 @@ from typing import Any, Final
 
 import msgspec
 
+from shipd.codecs.codec import CodecError
+from shipd.codecs.registry import BY_NUMBER
 from shipproto.aborts import read_abort
 from shipproto.connection import (
     ChunkArrived,
@@ -125,7 +129,7 @@ def load(which: str) -> Iterator[tuple[str, Vector]]:
         yield path.stem, json.loads(path.read_text())
 
 
-# --- running shipproto on a vector -------------------------------------------------------------------------------
+# --- running this implementation on a vector ---------------------------------------------------------------------
 
 
 @dataclass
@@ -137,11 +141,11 @@ class Result:
 
 
 def run(vector: Vector, chop: Chop = "whole", seed: int = 0) -> Result:
-    """Run one vector. ProtocolError and TransferError are results; anything else is raised."""
+    """Run one vector. ProtocolError, TransferError and CodecError are results; anything else is raised."""
     result = Result()
     try:
         _KINDS[vector["kind"]](vector, result.found, chop, random.Random(seed))
-    except (ProtocolError, TransferError) as error:
+    except (ProtocolError, TransferError, CodecError) as error:
         result.error = error
     return result
 
@@ -318,6 +322,26 @@ def _abort(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Rand
     found["details"] = list(error.details)
 
 
+def _codec(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
+    """With compiled loops and with numpy alone, beside the base and in a copy of it."""
+    # Only here, because it compiles.
+    from tests.support.runs import decoded, without_numba
+
+    codec, payload, size = BY_NUMBER[vector["codec"]], read(vector["input"]), vector["size"]
+    base = read(vector["base"]) if "base" in vector else None
+    contents, refusals = set(), []
+    for compiled, in_place in itertools.product((True, False), repeat=2):
+        with contextlib.nullcontext() if compiled else without_numba():
+            try:
+                contents.add(decoded(codec, payload, base, size, in_place=in_place))
+            except CodecError as error:
+                refusals.append(error)
+    assert len(contents) + bool(refusals) == 1, "read in one way and refused, or read as another run, in another"
+    if refusals:
+        raise refusals[0]
+    found["content"] = spell(contents.pop())
+
+
 _KINDS: Final = {
     "connection": _connection,
     "receiver": _receiver,
@@ -328,4 +352,5 @@ _KINDS: Final = {
     "status": _status,
     "verification": _verification,
     "abort": _abort,
+    "codec": _codec,
 }

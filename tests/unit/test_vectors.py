@@ -2,6 +2,7 @@
 
 import pytest
 
+from shipd.codecs.registry import BY_NUMBER
 from tests.support import make_vectors
 from tests.support.link import CHOPS, Chop
 from tests.support.vectors import DIRECTORY, Vector, load, read, run
@@ -44,6 +45,15 @@ def test_there_are_enough() -> None:
     assert len(ACCEPT) >= 25
     assert len(REJECT) >= 60
     assert len({vector["what"] for vector in REJECT.values()}) > 0.9 * len(REJECT), "each for a reason of its own"
+
+
+@pytest.mark.parametrize("codec", BY_NUMBER)
+def test_there_are_enough_of_each_codec(codec: int) -> None:
+    accepted, refused = (
+        [vector["what"] for vector in vectors.values() if vector.get("codec") == codec] for vectors in (ACCEPT, REJECT)
+    )
+    assert len(accepted) >= 4
+    assert len(set(refused)) == len(refused) >= 6, "each for a reason of its own"
 
 
 def test_the_script_writes_exactly_these() -> None:

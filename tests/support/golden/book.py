@@ -1,9 +1,9 @@
-"""What the chapters of golden vectors are written with: the book, names and nonces, short forms, one push."""
+"""What the chapters of golden vectors are written with: the book, names, nonces, short forms, one push, one codec."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from tests.support import naive
+from tests.support import naive, naive_codecs
 from tests.support.models import SMALL, content_of
 from tests.support.naive import Stream, Tensor, encode_ranges, encode_structure
 from tests.support.vectors import Vector, as_json, spell
@@ -35,6 +35,28 @@ class Book:
     def _add(self, path: str, vector: Vector) -> None:
         assert path not in self.files, path
         self.files[path] = vector
+
+
+class CodecPages:
+    """Where a codec's vectors go; the second decoder must agree with each."""
+
+    def __init__(self, book: Book, codec: int, name: str) -> None:
+        self._book, self._codec, self._name = book, codec, name
+
+    def accept(self, name: str, what: str, payload: bytes, content: bytes, base: bytes | None = None) -> None:
+        """A payload that stands for ``content``."""
+        assert naive_codecs.decode(self._codec, payload, base, len(content)) == content, name
+        fields = self._fields(payload, base, len(content))
+        self._book.accept(f"codec-{self._name}-{name}", what, **fields, content=spell(content))
+
+    def reject(self, name: str, what: str, payload: bytes, size: int, base: bytes | None = None) -> None:
+        """A payload that a decoder must refuse for a run of ``size`` bytes."""
+        assert naive_codecs.outcome(self._codec, payload, base, size) is None, name
+        self._book.reject(f"codec-{self._name}-{name}", what, "CodecError", **self._fields(payload, base, size))
+
+    def _fields(self, payload: bytes, base: bytes | None, size: int) -> Vector:
+        given = {} if base is None else {"base": spell(base)}
+        return {"kind": "codec", "codec": self._codec, "size": size, **given, "input": spell(payload)}
 
 
 # --- short forms -------------------------------------------------------------------------------------------------
