@@ -4,6 +4,7 @@ This is the whole public surface, imported only when it is used: a sender of saf
 torch, and nothing here starts a thread at import.
 
     connect, Client, Receipt, Progress        the sending side; Status, Verification: what it is told
+    kept_versions                             what it keeps so that the next push sends only what has changed
     attach, Resident, Version                 the serving side
     Daemon, Config                            a daemon inside a process
     ShipError and its subclasses              everything that can go wrong, see shipd.errors
@@ -12,6 +13,7 @@ torch, and nothing here starts a thread at import.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shipd.bases.store import kept_versions as kept_versions
     from shipd.client.client import Client as Client
     from shipd.client.client import connect as connect
     from shipd.client.options import Progress as Progress
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from shipproto.status import Verification as Verification
 
 _HOMES = {
+    "shipd.bases.store": ("kept_versions",),
     "shipd.client.client": ("Client", "connect"),
     "shipd.client.options": ("Progress",),
     "shipd.client.receipt": ("Receipt",),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shipd
-from shipd.bases.store import STORE
+from shipd.bases.store import kept_versions
 from tests.support import checkpoints, naive
 from tests.support.checkpoints import LEAF, MIB, as_state_dict, assert_installed, write_safetensors
 from tests.support.frames import CODED, DATA, HELD, Way
@@ -151,13 +151,13 @@ def test_what_is_not_to_be_kept_is_not(daemon):
         receipt = asyncio.run(converse(version, label))
         assert set(used(receipt)) == {"xph"}
         assert receipt.bytes_sent < version.nbytes * 0.7
-    assert STORE.memory_used == 0
+    assert kept_versions.memory_used == 0
     assert_installed(daemon, V1, label="v1")
 
 
 @pytest.mark.parametrize("kind", ["file", "torch file", "state dict", "module"])
 def test_a_base_that_is_named(has_v0, tmp_path, kind):
-    STORE.clear()
+    kept_versions.clear()
     base: Path | torch.nn.Module | dict[str, torch.Tensor]
     if kind == "file":
         base = write_safetensors(tmp_path / "v0", V0)
@@ -187,7 +187,7 @@ def _module(state):
 
 
 def test_a_base_that_the_daemon_does_not_have_is_of_no_use_and_no_harm(has_v0, tmp_path):
-    STORE.clear()
+    kept_versions.clear()
     base = write_safetensors(tmp_path / "v2", V2)
     after = changed_in(V0, {V0.rows[0].name: [7]})
     receipt = push_small(address_of(has_v0), as_state_dict(after), label="new", base=base)
@@ -198,7 +198,7 @@ def test_a_base_that_the_daemon_does_not_have_is_of_no_use_and_no_harm(has_v0, t
 
 
 def test_a_base_of_other_tensors_is_of_no_use_and_no_harm(has_v0, tmp_path):
-    STORE.clear()
+    kept_versions.clear()
     base = write_safetensors(tmp_path / "other", checkpoints.medium())
     receipt = push_small(address_of(has_v0), as_state_dict(V0), label="new", base=base)
     assert receipt.bytes_sent < 1000
@@ -257,13 +257,13 @@ def test_two_daemons_share_a_base(start_daemon):
     daemons = start_daemon(), start_daemon()
     for daemon in daemons:
         push_small(address_of(daemon), as_state_dict(V0), label="v0")
-    kept = STORE.memory_used
+    kept = kept_versions.memory_used
     assert V0.nbytes <= kept < V0.nbytes * 1.1, "it is kept once"
     for daemon in daemons:
         receipt = push_small(address_of(daemon), as_state_dict(V1), label="v1")
         assert receipt.bytes_sent < V1.nbytes / 300
         assert_installed(daemon, V1, label="v1")
-    assert STORE.memory_used < V0.nbytes * 1.2
+    assert kept_versions.memory_used < V0.nbytes * 1.2
 
 
 def test_a_version_that_is_back_again(has_v0):
@@ -319,7 +319,7 @@ def test_frozen_layers_are_left_out_also_where_nothing_is_encoded(has_v0, lanes)
             assert proxy.connections == lanes
         assert all(naive.unpack(frame.header)["codec"] == 1 for frame in proxy.seen(CODED))
     assert receipt.bytes_sent < V0.rows[0].nbytes + 5000
-    assert not STORE.memory_used or STORE.memory_used < V0.nbytes * 1.1
+    assert not kept_versions.memory_used or kept_versions.memory_used < V0.nbytes * 1.1
     assert_installed(has_v0, after, label="new")
 
 
@@ -330,7 +330,7 @@ def test_on_loopback_nothing_is_encoded_and_nothing_kept(daemon):
     assert [receipt.codecs for receipt in receipts] == [(), (), ()]
     assert [receipt.keep_seconds for receipt in receipts] == [0, 0, 0]
     assert receipts[2].bytes_sent < 3000
-    assert STORE.memory_used == 0
+    assert kept_versions.memory_used == 0
     assert_installed(daemon, V1, label="v2")
 
 
@@ -361,7 +361,7 @@ def test_progress_counts_what_is_done_and_what_was_sent(has_v0):
 
 
 def test_bounded_memory_is_kept_to(daemon, monkeypatch):
-    monkeypatch.setattr(STORE, "limit", V0.nbytes // 2)
+    monkeypatch.setattr(kept_versions, "limit", V0.nbytes // 2)
     receipt = push_small(address_of(daemon), as_state_dict(V0), label="v0")
     assert len(receipt.not_kept) == 1
     assert "at most" in receipt.not_kept[0]

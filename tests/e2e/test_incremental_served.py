@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import shipd
-from shipd.bases.store import STORE
+from shipd.bases.store import kept_versions
 from tests.support import finetune
 from tests.support.checkpoints import MIB, as_state_dict
 from tests.support.exact import right_answer, state
@@ -166,7 +166,7 @@ def test_fifty_steps_of_a_real_model(start_shipd):
         gc.collect()
         daemons.append(memory(daemon.pid)["RssAnon"])
         senders.append(memory()["RssAnon"])
-        kept.append(STORE.memory_used)
+        kept.append(kept_versions.memory_used)
     assert min(sent) > 20
     assert sorted(sent)[len(sent) // 2] > 300
     # The first dozen fill eight versions, caches of layouts, and the heap's holes.

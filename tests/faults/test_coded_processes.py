@@ -10,7 +10,7 @@ import pytest
 import shipd
 import shipd.client.encoding
 import shipd.service.decoding
-from shipd.bases.store import STORE
+from shipd.bases.store import kept_versions
 from tests.support.checkpoints import MIB, as_state_dict, assert_installed, write_safetensors
 from tests.support.coded_by_hand import CodedSender
 from tests.support.exact import right_answer, state
@@ -345,11 +345,11 @@ def test_thousands_of_runs_in_flight_take_no_memory(start_shipd):
 
 def test_the_store_is_not_what_a_fork_inherits(daemon):
     """A child has nothing in memory, and its parent has."""
-    assert STORE.memory_used
+    assert kept_versions.memory_used
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        os.write(write, str(STORE.memory_used).encode())
+        os.write(write, str(kept_versions.memory_used).encode())
         os._exit(0)
     os.waitpid(pid, 0)
     os.close(write)

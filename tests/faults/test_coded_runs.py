@@ -8,7 +8,7 @@ import pytest
 import shipd
 import shipd.client.encoding
 import shipd.service.decoding
-from shipd.bases.store import STORE
+from shipd.bases.store import kept_versions
 from tests.support import naive
 from tests.support.checkpoints import LEAF, as_state_dict, assert_installed, write_safetensors
 from tests.support.fake_daemon import FakeDaemon, after_hello
@@ -113,7 +113,7 @@ def test_a_chunk_that_is_damaged_every_time_ends_the_push(daemon, proxy):
 @pytest.mark.parametrize("kind", [HELD, WANT])
 @pytest.mark.parametrize("part", ["payload", "header", "prelude"])
 def test_damage_to_what_the_daemon_says_it_holds(daemon, proxy, kind, part):
-    STORE.clear()
+    kept_versions.clear()
     after = changed_in(V0, {FIRST: [3]})
     proxy.flip(part, kind=kind, way=Way.TO_SENDER)
     receipt = push(proxy.address, as_state_dict(after), label="new")
@@ -229,7 +229,7 @@ def test_a_daemon_that_is_restarted_halfway_has_no_base(start_shipd):
 
 
 def test_a_sender_that_is_restarted_has_no_base(daemon):
-    STORE.clear()
+    kept_versions.clear()
     receipt = push_small(address_of(daemon), as_state_dict(V1), label="v1")
     assert set(used(receipt)) == {"xph"}, "all of it has changed"
     assert_installed(daemon, V1, label="v1")
@@ -239,14 +239,14 @@ def test_a_base_that_is_dropped_while_it_is_used(daemon, proxy, monkeypatch):
     """What was encoded by then is used; the rest goes on without."""
     # As many frames as are held back in the proxy and the kernel must not be all there are.
     monkeypatch.setattr(shipd.client.encoding, "_WAITING", 1)
-    monkeypatch.setattr(STORE, "limit", STORE.limit)
+    monkeypatch.setattr(kept_versions, "limit", kept_versions.limit)
     version = following(first(64, seed=3), learning_rate=1e-3)
     base = first(64, seed=3)
     push_small(address_of(daemon), as_state_dict(base), label="base")
     held = proxy.hold(kind=CODED, nth=0)
     with Background(push_small, proxy.address, as_state_dict(version), label="new") as pushing:
         held.wait()
-        STORE.limit = 0
+        kept_versions.limit = 0
         held.release()
         receipt = pushing.result()
     assert receipt.not_kept, "nothing is kept any more"
@@ -293,7 +293,7 @@ def test_another_sender_moves_the_daemon_on_while_this_one_is_away(daemon, proxy
 
 def test_a_base_file_that_is_written_to_meanwhile(daemon, proxy, tmp_path):
     """What it was made from is not what the daemon has: the digests show it, and the tensors come again."""
-    STORE.clear()
+    kept_versions.clear()
     path = write_safetensors(tmp_path / "base", V0)
     held = proxy.hold(kind=WANT, way=Way.TO_SENDER)
     with Background(push_small, proxy.address, as_state_dict(V1), label="v1", base=path) as pushing:
@@ -307,7 +307,7 @@ def test_a_base_file_that_is_written_to_meanwhile(daemon, proxy, tmp_path):
 
 
 def test_a_base_file_that_is_cut_short_meanwhile(daemon, proxy, tmp_path):
-    STORE.clear()
+    kept_versions.clear()
     path = write_safetensors(tmp_path / "base", V0)
     held = proxy.hold(kind=WANT, way=Way.TO_SENDER)
     with Background(push_small, proxy.address, as_state_dict(V1), label="v1", base=path) as pushing:
@@ -321,7 +321,7 @@ def test_a_base_file_that_is_cut_short_meanwhile(daemon, proxy, tmp_path):
 
 
 def test_a_base_whose_tensors_change_meanwhile(daemon, proxy):
-    STORE.clear()
+    kept_versions.clear()
     base = as_state_dict(V0)
     held = proxy.hold(kind=CODED, nth=0)
     with Background(push_small, proxy.address, as_state_dict(V1), label="v1", base=base) as pushing:
@@ -352,13 +352,13 @@ def test_tensors_that_change_while_they_are_encoded(daemon, proxy):
 def test_tensors_that_change_before_they_are_kept(daemon, monkeypatch):
     """Committed is what was sent; what is there now is not it, and is no base."""
     state = as_state_dict(V1)
-    keep = STORE.keep
+    keep = kept_versions.keep
 
     def late(model, digests, read_chunk):
         state[FIRST].add_(1)
         return keep(model, digests, read_chunk)
 
-    monkeypatch.setattr(STORE, "keep", late)
+    monkeypatch.setattr(kept_versions, "keep", late)
     receipt = push_small(address_of(daemon), state, label="v1")
     assert receipt.digest == V1.digest
     assert len(receipt.not_kept) == 1
@@ -414,7 +414,7 @@ def _old_daemon(peer, offered):
 
 
 def test_a_daemon_that_has_never_heard_of_bases(daemon):
-    assert STORE.memory_used, "there is something to offer"
+    assert kept_versions.memory_used, "there is something to offer"
     with FakeDaemon(after_hello(_old_daemon)) as old, pytest.raises(shipd.Busy):
         push_small(old.address, as_state_dict(V1), label="v1")
 
@@ -450,7 +450,7 @@ def test_daemons_that_lie_about_what_they_decode(daemon, lie):
 
 @pytest.mark.parametrize("body", [b"", b"x", bytes(16), bytes(16 * (V1.chunks + 1))])
 def test_daemons_that_lie_about_what_they_hold(daemon, body):
-    STORE.clear()
+    kept_versions.clear()
 
     def answer(peer, offered):
         named = {"transfer": offered["transfer"]}

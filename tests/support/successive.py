@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import shipd
-from shipd.bases.store import STORE
+from shipd.bases.store import kept_versions
 from shipd.client import incremental
 from shipd.client.receipt import CodecUse
 from shipd.codecs import compiled
@@ -33,9 +33,9 @@ def fresh_bases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Else the first push would leave a thread behind that compiles, which takes half a minute where nothing is cached.
     compiled.warm_up()
     monkeypatch.setattr(incremental, "_rates", {})
-    STORE.clear()
+    kept_versions.clear()
     yield
-    STORE.clear()
+    kept_versions.clear()
 
 
 def push_small(address: str, checkpoint: Any, **options: Any) -> shipd.Receipt:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shipd.bases.base import BaseLost
-from shipd.bases.store import STORE, VersionStore
+from shipd.bases.store import VersionStore, kept_versions
 from shipd.errors import TensorChanged
 from shipproto.digests import LeafDigests
 from shipproto.layout import Layout
@@ -443,10 +443,10 @@ def test_a_fork_while_locks_are_held(generator: np.random.Generator) -> None:
         with pytest.raises(BaseLost):
             read(base, 0, 1, first.layout)
         assert keep(store, first) is None
-        STORE.clear()
+        kept_versions.clear()
 
     (history,) = store._histories.values()
-    with history._lock, store._lock, STORE._lock:
+    with history._lock, store._lock, kept_versions._lock:
         assert in_child(child) == ""
     assert_reads(base, first)
 

@@ -269,5 +269,5 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-STORE: Final = VersionStore()
+kept_versions: Final = VersionStore()
 """The process's own."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 from shipd.address import Address, parse_address
 from shipd.bases.base import Keeper
 from shipd.bases.checkpoint import CheckpointBases
-from shipd.bases.store import STORE
+from shipd.bases.store import kept_versions
 from shipd.checkpoints.source import Source, open_source
 from shipd.client.choice import Prefer
 from shipd.client.incremental import Incremental
@@ -63,8 +63,8 @@ def connect(address: str, *, token: str | bytes | None = None, keep: bool | Keep
     token  the secret that the daemon asks for; it is proved, never sent
     keep   whether versions that were committed are kept in memory, so that the next push of a model over a link that
            is slower than the codecs sends only what has changed. That takes as many bytes as the model has and a
-           little more, within 8 GiB for all clients of the process (``shipd.bases.store.STORE.limit``). Or who keeps
-           them instead
+           little more, within ``shipd.kept_versions.limit``, 8 GiB for all clients of the process. Or who keeps them
+           instead
 
     ``async with`` connects, and raises ConnectError, AuthError or PeerError where that fails. A malformed address
     raises ValueError.
@@ -72,7 +72,7 @@ def connect(address: str, *, token: str | bytes | None = None, keep: bool | Keep
     target = Path(address) if "/" in address and "://" not in address else parse_address(address)
     keepers: tuple[Keeper, ...] = ()
     if keep is not False:
-        keepers = (STORE,) if keep is True else (keep,)
+        keepers = (kept_versions,) if keep is True else (keep,)
     return Client(target, token.encode() if isinstance(token, str) else token, keepers)
 
 
@@ -173,7 +173,7 @@ class Client:
                     self._keepers,
                     prefer=prefer,
                     limit=options.limit,
-                    compile_above=0 if STORE in self._keepers else _COMPILE_ABOVE,
+                    compile_above=0 if kept_versions in self._keepers else _COMPILE_ABOVE,
                 )
                 try:
                     running.append(
