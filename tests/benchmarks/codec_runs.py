@@ -27,6 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shipd.codecs import compiled as loops
+from shipd.codecs import registry
 from shipd.codecs.codec import Codec
 from shipproto.dtypes import BY_NAME
 from shipproto.limits import LEAF_SIZE, MAX_PAYLOAD
@@ -191,10 +193,6 @@ def coder_of(name: str, case: Case) -> Coder | None:
 
 def codecs() -> dict[str, Codec]:
     """Those of shipd, by name."""
-    try:
-        registry = importlib.import_module("shipd.codecs.registry")
-    except ModuleNotFoundError:
-        return {}
     return dict(registry.BY_NAME)
 
 
@@ -285,6 +283,8 @@ def run(kernels: str, rounds: int, sizes: Sequence[int]) -> list[Sample]:
     if not compiled:
         # As where memory may not be made executable: importing it fails.
         sys.modules["numba"] = None  # type: ignore[assignment]  # the documented way to have an import fail
+    if loops.warm_up() is not compiled:
+        raise RuntimeError(f"{kernels} was to be measured: {loops.why_not() or 'numba was there'}")
     found: list[Sample] = []
     for case in cases(sizes if compiled else (), rounds):
         names = case.coders if compiled else [name for name in case.coders if name not in RIVALS]

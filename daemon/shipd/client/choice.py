@@ -20,6 +20,9 @@ _RAW_RATE: Final = 3e9
 """Bytes a second that one core reads, digests and sends, and another receives: what a link must exceed for nothing but
 the cores to count."""
 
+_TOLD: Final = 64
+"""Changes of mind that are remembered."""
+
 _SMOOTHING: Final = 0.5
 """Weight of the latest measurement in a running average: speeds drift, and a codec's first run is a cold one."""
 
@@ -104,6 +107,7 @@ class Chooser:
     encoders: int = 1
     prefer: Prefer = "time"
     taken: list[Choice] = field(default_factory=list)
+    """Choices other than the one before, and the first, for whoever wants to know why."""
 
     def choose(self, size: int, candidates: Iterable[int], *, link: float, density: float | None, runs: int) -> Choice:
         """The codec for a run of ``size`` bytes; RAW where none is better, or where there is none.
@@ -138,5 +142,6 @@ class Chooser:
             if prospect is not best[1]
         )
         choice = Choice(best[1], size, link, density, best[0], others)
-        self.taken.append(choice)
+        if len(self.taken) < _TOLD and (not self.taken or self.taken[-1].codec.number != choice.codec.number):
+            self.taken.append(choice)
         return choice

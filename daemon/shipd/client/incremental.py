@@ -45,7 +45,7 @@ def untried() -> dict[int, Measured]:
     """What to expect of each codec before it has been used: on weights of bfloat16, measured; see README.md."""
     shares = {"xph": (0.0, 0.67), "gz": (0.77, 0.0003), "egr": (0.48, 0.0003), "duh": (0.3, 0.045)}
     shares |= {"f32d": (0.0, 0.33), "planes": (0.0, 0.85)}
-    speeds = {"xph": 1.2e9, "gz": 2.5e9, "egr": 1.5e9, "duh": 1.0e9, "f32d": 0.8e9, "planes": 0.6e9}
+    speeds = {"xph": 2.5e9, "gz": 5.0e9, "egr": 5.0e9, "duh": 2.0e9, "f32d": 0.9e9, "planes": 1.3e9}
     return {
         codec.number: Measured(codec.number, codec.name, speeds[codec.name], *shares[codec.name])
         for codec in registry.CODECS

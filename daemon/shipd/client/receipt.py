@@ -43,7 +43,7 @@ class Receipt:
     pause_seconds    the longest time that any serving process held back its readers; None where none is attached
     base             digest of the version that deltas were made from, hexadecimal; empty where there were none
     codecs           how often coded runs, and chunks as they are beside them, were sent, by codec
-    choices          what was chosen for each run, and why
+    choices          what was chosen and why: for the first run, and wherever that changed
     keep_seconds     keeping the version as a base for the next push, which is not part of ``seconds``
     not_kept         why that was not possible, by each place that did not
     profile          where the time went, stage by stage
