@@ -11,7 +11,7 @@ from shipd.bases.store import kept_versions
 from tests.support import checkpoints, naive
 from tests.support.checkpoints import LEAF, MIB, as_state_dict, assert_installed, write_safetensors
 from tests.support.frames import CODED, DATA, HELD, Way
-from tests.support.processes import address_of, push
+from tests.support.processes import Background, address_of, push
 from tests.support.proxy import Proxy
 from tests.support.successive import changed_in, first, following, push_small, used
 
@@ -264,6 +264,52 @@ def test_two_daemons_share_a_base(start_daemon):
         assert receipt.bytes_sent < V1.nbytes / 300
         assert_installed(daemon, V1, label="v1")
     assert kept_versions.memory_used < V0.nbytes * 1.2
+
+
+def test_a_base_moves_on_while_another_push_reads_it(start_daemon, monkeypatch):
+    """Two pushes from one process at once, one of them slow: it still gets what it has begun with."""
+    monkeypatch.setattr("shipd.client.encoding._WAITING", 1)
+    here, there = start_daemon(), start_daemon()
+    after = following(V0, seed=40, learning_rate=3e-4)
+    for daemon in (here, there):
+        push_small(address_of(daemon), as_state_dict(V0), label="v0")
+    with Proxy(there.port) as proxy:
+        held = proxy.hold(kind=CODED, nth=0)
+        with Background(push_small, proxy.address, as_state_dict(after), label="slow") as pushing:
+            held.wait()
+            for at, version in enumerate((V1, V2)):
+                assert not push_small(address_of(here), as_state_dict(version), label=f"v{at + 1}").not_kept
+            held.release()
+            receipt = pushing.result()
+        assert proxy.connections == 1
+    assert receipt.base == V0.digest
+    assert "xph" not in used(receipt)
+    assert not receipt.not_kept
+    assert_installed(there, after, label="slow")
+    assert_installed(here, V2, label="v2")
+    receipt = push_small(address_of(here), as_state_dict(following(V2, seed=41)), label="next")
+    assert receipt.base == V2.digest
+
+
+def test_pushes_to_several_daemons_at_once(start_daemon):
+    daemons = [start_daemon() for _ in range(3)]
+
+    async def to_all(version, label):
+        async def one(daemon):
+            async with shipd.connect(address_of(daemon)) as client:
+                return await client.push(as_state_dict(version), model="model", label=label, prefer="bytes")
+
+        return await asyncio.gather(*map(one, daemons))
+
+    before = None
+    for at, version in enumerate((V0, V1, V2)):
+        receipts = asyncio.run(to_all(version, f"v{at}"))
+        for daemon, receipt in zip(daemons, receipts, strict=True):
+            assert_installed(daemon, version, label=f"v{at}")
+            if before is not None:
+                assert receipt.base == before.digest
+                assert receipt.bytes_sent < version.nbytes / 300
+        before = version
 
 
 def test_a_version_that_is_back_again(has_v0):

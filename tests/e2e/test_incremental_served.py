@@ -10,8 +10,10 @@ from shipd.bases.store import kept_versions
 from tests.support import finetune
 from tests.support.checkpoints import MIB, as_state_dict
 from tests.support.exact import right_answer, state
-from tests.support.processes import address_of, memory, push, status
-from tests.support.serving_process import both
+from tests.support.frames import CODED
+from tests.support.processes import Background, address_of, memory, push, status
+from tests.support.proxy import Proxy, until
+from tests.support.serving_process import both, sessions
 from tests.support.successive import following, of_words, push_small, used
 
 pytest_plugins = ["tests.support.serving_process", "tests.support.successive"]
@@ -128,6 +130,50 @@ def test_what_the_model_ties_and_the_checkpoint_does_not(start_daemon, attach):
     with pytest.raises(shipd.TensorMismatch):
         push_small(address_of(daemon), loose, label="v3")
     assert resident.verify() == receipt.digest
+
+
+def test_a_process_that_attaches_while_a_delta_is_on_its_way(start_daemon, serve):
+    daemon = start_daemon(models={})
+    first_one = serve(daemon.config.socket, version=0, mode="copy", kind="wide")
+    push_small(address_of(daemon), state(1, "wide"), label="v1")
+    with Proxy(daemon.port) as proxy:
+        held = proxy.hold(kind=CODED, nth=1)
+        with Background(push_small, proxy.address, state(2, "wide"), label="v2") as pushing:
+            held.wait()
+            later = serve(daemon.config.socket, version=7, mode="flip", kind="wide")
+            assert later.ask("answer") == right_answer(1, "wide")
+            held.release()
+            receipt = pushing.result()
+    assert receipt.swapped == 2
+    for process in (first_one, later):
+        process.ask("await_label", "v2")
+        assert process.ask("verify") == receipt.digest
+
+
+@pytest.mark.parametrize("how", ["detach", "kill"])
+def test_the_last_process_leaves_while_a_delta_is_on_its_way(start_daemon, serve, how):
+    """The version that it is made from stays for as long as the push takes."""
+    daemon = start_daemon(models={})
+    process = serve(daemon.config.socket, version=0, mode="copy", kind="wide")
+    push_small(address_of(daemon), state(1, "wide"), label="v1")
+    with Proxy(daemon.port) as proxy:
+        held = proxy.hold(kind=CODED, nth=1)
+        with Background(push_small, proxy.address, mixed(2, 1), label="v2") as pushing:
+            held.wait()
+            if how == "kill":
+                process.kill()
+            else:
+                process.ask("detach")
+            until(lambda: not sessions(daemon), "the daemon has seen it leave")
+            held.release()
+            receipt = pushing.result()
+    assert receipt.swapped == 0
+    assert receipt.bytes_sent < receipt.bytes_total
+    (model,) = status(address_of(daemon)).models
+    assert (model.label, model.digest) == ("v2", receipt.digest)
+    process = serve(daemon.config.socket, version=0, mode="copy", kind="wide")
+    assert process.ask("label") == "v2"
+    assert process.ask("verify") == receipt.digest
 
 
 # --- many steps ------------------------------------------------------------------------------------------------------

@@ -291,18 +291,39 @@ def test_another_sender_moves_the_daemon_on_while_this_one_is_away(daemon, proxy
     assert_installed(daemon, V1, label="v1")
 
 
-def test_a_base_file_that_is_written_to_meanwhile(daemon, proxy, tmp_path):
-    """What it was made from is not what the daemon has: the digests show it, and the tensors come again."""
+def _overwrite(path, version):
+    """In place, as no careful trainer does."""
+    other = write_safetensors(path.with_name("other"), version)
+    path.write_bytes(other.read_bytes())
+
+
+def test_a_base_file_that_is_written_to_before_it_is_used(daemon, proxy, tmp_path):
     kept_versions.clear()
     path = write_safetensors(tmp_path / "base", V0)
     held = proxy.hold(kind=WANT, way=Way.TO_SENDER)
     with Background(push_small, proxy.address, as_state_dict(V1), label="v1", base=path) as pushing:
         held.wait()
-        write_safetensors(tmp_path / "other", V1)
-        path.write_bytes((tmp_path / "other").read_bytes())
+        _overwrite(path, V1)
         held.release()
         receipt = pushing.result()
-    assert receipt.digest == V1.digest
+    assert "same" not in used(receipt), "that it has changed is seen"
+    assert_installed(daemon, V1, label="v1")
+
+
+def test_a_base_file_that_is_written_to_while_it_is_used(daemon, proxy, tmp_path, monkeypatch):
+    """What is the same there now is not what the daemon has: the digests show it, and the tensors come again."""
+    monkeypatch.setattr(shipd.client.encoding, "_WAITING", 1)
+    kept_versions.clear()
+    path = write_safetensors(tmp_path / "base", V0)
+    held = proxy.hold(kind=CODED, nth=0)
+    with Background(push_small, proxy.address, as_state_dict(V1), label="v1", base=path) as pushing:
+        held.wait()
+        _overwrite(path, V1)
+        held.release()
+        receipt = pushing.result()
+    assert "same" in used(receipt)
+    assert proxy.count(WANT, Way.TO_SENDER) == 2, "they were asked for again"
+    assert receipt.base == V0.digest
     assert_installed(daemon, V1, label="v1")
 
 

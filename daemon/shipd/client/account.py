@@ -35,9 +35,12 @@ class Account:
     committing: float | None = None
     committed: float | None = None
     codecs: dict[str, CodecUse] = field(default_factory=dict)
+    base: bytes = b""
 
-    def coded(self, codec: int, size: int, payload: int) -> None:
-        """``size`` bytes of content were sent as a payload of so many bytes."""
+    def coded(self, codec: int, size: int, payload: int, base: bytes) -> None:
+        """``size`` bytes of content were sent as a payload of so many bytes, where this ``base`` was agreed on."""
+        # What comes again as it is, or to a daemon that was restarted, does not make it unused.
+        self.base = base or self.base
         name = registry.NAMES[codec]
         use = self.codecs.get(name, CodecUse(name, 0, 0, 0))
         self.codecs[name] = CodecUse(name, use.runs + 1, use.content_bytes + size, use.payload_bytes + payload)
@@ -85,7 +88,7 @@ class Account:
             wire_seconds=wire,
             stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             pause_seconds=committed.pause_seconds,
-            base=sender.base.hex() if self.codecs else "",
+            base=self.base.hex(),
             codecs=tuple(self.codecs.values()),
             choices=tuple(incremental.chooser.taken) if incremental.chooser is not None else (),
             not_kept=tuple(incremental.kept),

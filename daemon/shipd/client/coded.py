@@ -123,7 +123,7 @@ class CodedRuns:
             connection.send_data(ready.chunks[0], memoryview(ready.payload))
         else:
             connection.send_coded(ready.chunks, ready.codec, ready.payload)
-        self._account.coded(ready.codec, ready.size, len(ready.payload))
+        self._account.coded(ready.codec, ready.size, len(ready.payload), self._sender.base)
         waited = self._lane.times.wait
         events = drain()
         self._account.wire_wait += self._lane.times.wait - waited
