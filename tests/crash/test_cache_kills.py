@@ -118,8 +118,9 @@ def test_killed_at_every_call(tmp_path: Path, versions: list[Version], before: b
         assert len(list(cache.folder.iterdir())) == 2
         if not ended:
             break
+    else:
+        raise AssertionError("it was killed every time")
     # It was killed before and after the new one was there, and not at all in the end; and never back again.
-    assert ended == 0
     assert outcomes == sorted(outcomes)
     assert outcomes.count(False) > 5
     assert outcomes.count(True) > 1

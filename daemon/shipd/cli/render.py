@@ -15,7 +15,7 @@ from shipd.units import format_bytes, format_seconds
 from shipproto.names import harmless
 from shipproto.status import ModelStatus, Status, Verification
 
-_RECEIVER = ("receiver_receive", "receiver_check", "receiver_digest")
+_RECEIVER = ("receiver_receive", "receiver_check", "receiver_digest", "receiver_decode")
 _WORDS = {
     "digest": "checks",
     "check": "frames",
@@ -24,6 +24,7 @@ _WORDS = {
     "receiver_receive": "receive",
     "receiver_check": "CRC32C",
     "receiver_digest": "digest",
+    "receiver_decode": "decode",
 }
 
 

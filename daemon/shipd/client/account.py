@@ -111,6 +111,7 @@ class Account:
             receiver_receive=committed.receive_seconds,
             receiver_check=committed.check_seconds,
             receiver_digest=committed.digest_seconds,
+            receiver_decode=committed.decode_seconds,
             verify=committed.verify_seconds,
             stage=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             commit=ended - self.committing if self.committing is not None else 0.0,

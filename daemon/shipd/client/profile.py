@@ -10,7 +10,7 @@ class Profile:
     open, connect, agree    opening the checkpoint; connecting, with the handshake; from OFFER to the first chunk
     wire                    first chunk written until the last one was verified at the receiver; of it, on each side:
       read, encode, digest, check, write, wait    the sender, see ``shipd.transfer.times``
-      receiver_receive, _check, _digest           the receiver; what is missing to ``wire`` it waited for bytes
+      receiver_receive, _check, _digest, _decode  the receiver; what is missing to ``wire`` it waited for bytes
     verify                  comparing digests
     stage                   serving processes making ready
     commit                  from COMMIT to COMMITTED; of it, in the process that paused longest:
@@ -33,6 +33,7 @@ class Profile:
     receiver_receive: float
     receiver_check: float
     receiver_digest: float
+    receiver_decode: float
     verify: float
     stage: float
     commit: float

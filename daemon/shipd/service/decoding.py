@@ -175,6 +175,8 @@ class Decoding:
         """Bytes of payloads; ``admit`` looks at them on other threads."""
         self.decoded_bytes = 0
         """Bytes of content that coded runs stood for, those of SAME included."""
+        self.seconds = 0.0
+        """What decoding took, added up over all threads."""
 
     def begin(self, target: Target, base: Ground | None) -> None:
         """Runs may arrive from here on."""
@@ -214,6 +216,7 @@ class Decoding:
                 if not target.closed.is_set():
                     size, seconds = await self._work(target.decode, run, self._base)
                     self._speeds.learn(run.codec, size, seconds)
+                    self.seconds += seconds
                     done = True
         except CodecError as error:
             log.warning(

@@ -114,7 +114,12 @@ class Families:
         yield from (running, held, total)
         payload = CounterMetricFamily(
             "shipd_payload_bytes",
-            "Bytes of tensors (and of the padding between small ones) that arrived intact, over all pushes.",
+            "Bytes of chunks and of coded runs that arrived intact, over all pushes.",
+            labels=("model",),
+        )
+        decoded = CounterMetricFamily(
+            "shipd_decoded_bytes",
+            "Bytes of tensors that coded runs stood for, those included that were left out since they had not changed.",
             labels=("model",),
         )
         damaged = CounterMetricFamily(
@@ -125,8 +130,9 @@ class Families:
         for name, tally in self._tally.each():
             incoming = self._daemon.models[name].incoming if name else None
             payload.add_metric((name,), tally.payload_bytes + (incoming.receiver.payload_bytes if incoming else 0))
+            decoded.add_metric((name,), tally.decoded_bytes + (incoming.decoded_bytes if incoming else 0))
             damaged.add_metric((name,), tally.frames_damaged + (incoming.receiver.chunks_damaged if incoming else 0))
-        yield from (payload, damaged)
+        yield from (payload, decoded, damaged)
         yield from self._durations()
 
     def _durations(self) -> Iterator[Metric]:

@@ -96,6 +96,11 @@ class Incoming:
         return self._pool is not None
 
     @property
+    def decoded_bytes(self) -> int:
+        """Bytes of content that coded runs stood for, unchanged ones included."""
+        return self._decoding.decoded_bytes
+
+    @property
     def transfer_id(self) -> str:
         """The transfer's id in hexadecimal."""
         return self.receiver.transfer.hex()
@@ -360,6 +365,7 @@ class Incoming:
             Committed(
                 check_seconds=spent.check,
                 copy_seconds=outcome.copy_seconds,
+                decode_seconds=self._decoding.seconds,
                 digest=version.digest,
                 digest_seconds=spent.digest,
                 label=version.label,

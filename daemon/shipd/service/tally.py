@@ -53,6 +53,7 @@ class ModelTally:
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self.payload_bytes = 0
+        self.decoded_bytes = 0
         self.frames_damaged = 0
         self.evictions = 0
         self.transfer_seconds = Histogram(TRANSFER_SECONDS)
@@ -69,6 +70,7 @@ class ModelTally:
         """Count in what ``other`` has counted."""
         self.outcomes += other.outcomes
         self.payload_bytes += other.payload_bytes
+        self.decoded_bytes += other.decoded_bytes
         self.frames_damaged += other.frames_damaged
         self.evictions += other.evictions
         self.transfer_seconds.add(other.transfer_seconds)
@@ -132,6 +134,7 @@ class Tally:
         tally = self.of(incoming.model.name)
         receiver = incoming.receiver
         tally.payload_bytes += receiver.payload_bytes
+        tally.decoded_bytes += incoming.decoded_bytes
         tally.frames_damaged += receiver.chunks_damaged
         if incoming.stage_seconds is not None:
             tally.stage_seconds.observe(incoming.stage_seconds)

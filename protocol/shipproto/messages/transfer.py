@@ -157,14 +157,15 @@ class Commit(Message, frozen=True, kw_only=True):
 class Committed(Message, frozen=True, kw_only=True):
     """The version is the current one. ``stale`` names the processes that could not follow and are fenced.
 
-    Where the receiver's time went: in receiving, checking and digesting, over all connections; in verifying; and in the
-    process that paused longest, in waiting for the last hold and in copying.
+    Where the receiver's time went: in receiving, checking and digesting, over all connections; in decoding; in
+    verifying; and in the process that paused longest, in waiting for the last hold and in copying.
     """
 
     TYPE = 25
     DURATIONS = (
         "check_seconds",
         "copy_seconds",
+        "decode_seconds",
         "digest_seconds",
         "receive_seconds",
         "verify_seconds",
@@ -174,6 +175,7 @@ class Committed(Message, frozen=True, kw_only=True):
     """It had been the current version before this push."""
     check_seconds: Seconds = NO_TIME
     copy_seconds: Seconds = NO_TIME
+    decode_seconds: Seconds = NO_TIME
     digest: Digest
     digest_seconds: Seconds = NO_TIME
     label: Label
