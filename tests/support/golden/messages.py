@@ -45,7 +45,8 @@ MESSAGES: Final[Sequence[tuple[str, dict[str, Any], bytes]]] = (
         "Committed",
         {
             "check_seconds": 0.04, "copy_seconds": 0.06, "decode_seconds": 0.07, "digest": DIGEST,
-            "digest_seconds": 0.03, "label": "v1", "pause_seconds": 0.07, "receive_seconds": 0.2, "verify_seconds": 0.01, "wait_seconds": 0.005, **T,
+            "digest_seconds": 0.03, "label": "v1", "pause_seconds": 0.07, "receive_seconds": 0.2,
+            "verify_seconds": 0.01, "wait_seconds": 0.005, **T,
         },
         b"",
     ),
