@@ -7,9 +7,10 @@ import zstandard
 
 from shipd.codecs import registry
 from tests.support import checkpoints
-from tests.support.checkpoints import MIB, Content, as_state_dict, assert_installed
+from tests.support.checkpoints import LEAF, MIB, Content, as_state_dict, assert_installed
 from tests.support.coded_by_hand import CodedSender, ranges_of
 from tests.support.frames import DATA
+from tests.support.naive import Tensor
 from tests.support.processes import Background, address_of, push
 from tests.support.proxy import Proxy, until
 from tests.support.successive import changed_in, first, following
@@ -28,7 +29,7 @@ FIRST = min(row.name for row in V0.rows)
 @pytest.fixture
 def target(start_daemon):
     """A daemon with V0 in the model that is attacked, and a model for others."""
-    daemon = start_daemon(models={"model": "1GiB", "victim": "1GiB"})
+    daemon = start_daemon(models=dict.fromkeys(("model", "victim", "other"), "1GiB"))
     push(address_of(daemon), as_state_dict(V0), model="victim", label="v0")
     return daemon
 
@@ -352,3 +353,25 @@ def test_garbage_where_the_same_is_said_to_be(target):
             sender.expect("Committed")
     if found.name == "Staged":
         assert_installed(target, V0, model="victim", label="hostile")
+
+
+def test_something_between_two_tensors_is_not_taken(target):
+    """Found here: it would have stayed in the image, digested by nobody, and spoilt the deltas of later versions."""
+    rows = [Tensor(f"t{at}", "bfloat16", (LEAF // 2 + 1,)) for at in range(4)]
+    version = checkpoints.content(rows)
+    push(address_of(target), as_state_dict(version), model="other", label="v0")
+    after = changed_in(version, {"t1": [0]})
+    with CodedSender(target.port, after, version, model="other") as sender:
+        image = bytearray(sender.image)
+        end = sender.span(1, 1).stop
+        image[end : end + 8] = b"anything"
+        sender.image = bytes(image)
+        number = sender.sequence
+        sender.right("egr", 0, sender.chunks)
+        assert sender.expect("Nack").fields["sequences"] == [number]
+        for chunk in range(sender.chunks):
+            sender.data(chunk)
+        sender.finish().commit()
+    assert_installed(target, after, model="other", label="hostile")
+    held = target.server.models["other"].version.slot.memory.view
+    assert bytes(held[end : end + 8]) == bytes(8)

@@ -104,7 +104,8 @@ class Target:
     def decode(self, run: RunToDecode, base: Ground | None) -> tuple[int, float]:
         """Put a run into its place, and digest it: bytes of content, and what decoding them took of a thread's time.
 
-        On any thread. Raises CodecError where the payload is none.
+        On any thread. Raises CodecError where the payload is none, or says that there is anything between two chunks:
+        that would stay there, of no tensor and digested by nobody, and spoil the deltas of later versions.
         """
         if run.codec == registry.SAME:
             assert base is not None
@@ -115,6 +116,8 @@ class Target:
         began = time.thread_time()
         codec.decode(run.payload, base.image[start:end] if base is not None else None, self.image[start:end])
         seconds = time.thread_time() - began
+        if any(any(self.image[gap:after]) for gap, after in self.layout.gaps(run.chunks)):
+            raise CodecError("something between two chunks")
         for chunk in run.chunks:
             first, size = self.layout.chunk(chunk)
             self.digests.record(chunk, self.image[first : first + size])
