@@ -9,7 +9,7 @@ from typing import Final
 
 _SIZE: Final = re.compile(r"\s*([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*)\s*", re.ASCII)
 
-_BITS: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgtKMGT]?)bits?", re.ASCII | re.IGNORECASE)
+_BITS: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgtKMGT]?)(?:[bB][iI][tT][sS]?|b)", re.ASCII)
 
 _POWERS: Final = {"k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
@@ -43,24 +43,30 @@ def parse_size(text: str | int) -> int:
 def parse_rate(text: "str | float") -> float:
     """Bytes a second meant by ``text``: ``"100Mbit"``, ``"1.5 Gbit/s"``, ``"10MB/s"``, ``"512kB"``; a number is bytes.
 
-    bit units are powers of 1000, as those of links are; others are as ``parse_size`` has them. Raises ValueError.
+    A small b means bits and a capital B bytes: ``"8Mbps"`` is ``"1MBps"``. Units of bits are powers of 1000, as links'
+    are; others are as ``parse_size`` has them. Raises ValueError.
     """
     if not isinstance(text, str):
-        rate = float(text)
+        # True is a number to Python, and in a configuration a wrong value like any other.
+        rate = 0.0 if isinstance(text, bool) else float(text)
         if not math.isfinite(rate) or rate < 1:
             raise ValueError(f"a rate must be at least one byte a second, not {text!r}")
         return rate
-    plain = text.strip()
+    shown = repr(text if len(text) <= 40 else text[:40] + "…")
+    plain = text.strip() if len(text) <= 100 else ""
     for ending in ("/s", "ps"):
         plain = plain.removesuffix(ending)
     match = _BITS.fullmatch(plain)
-    rate = (
-        float(match[1]) * 1000 ** _POWERS.get(match[2].lower(), 0) / 8
-        if match is not None
-        else float(parse_size(plain))
-    )
+    try:
+        rate = (
+            float(match[1]) * 1000 ** _POWERS.get(match[2].lower(), 0) / 8
+            if match is not None
+            else float(parse_size(plain))
+        )
+    except ValueError:
+        raise ValueError(f"{shown} is not a rate; write a number and a unit, such as '100Mbit' or '10MB/s'") from None
     if rate < 1:
-        raise ValueError(f"a rate must be at least one byte a second, not {text!r}")
+        raise ValueError(f"a rate must be at least one byte a second, not {shown}")
     return rate
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shipd.units import format_bytes, format_seconds, parse_size
+from shipd.units import format_bytes, format_seconds, parse_rate, parse_size
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,54 @@ def test_what_is_no_size_is_refused(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_size(text)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("8bit", 1),
+        ("8 bits/s", 1),
+        ("8 bps", 1),
+        ("800kbit", 100_000),
+        ("100Mbit", 12_500_000),
+        ("100 mbit/s", 12_500_000),
+        ("100 Mbits", 12_500_000),
+        ("100MBIT", 12_500_000),
+        ("1.5 Gbit/s", 187_500_000),
+        ("2Tbit", 250_000_000_000),
+        ("10MB/s", 10_000_000),
+        ("10 MBps", 10_000_000),
+        ("512kB", 512_000),
+        ("1MiB/s", 1024 * 1024),
+        ("1M", 1024 * 1024),
+        ("4096", 4096),
+        (" 10 MB ", 10_000_000),
+        (1, 1),
+        (1.5, 1.5),
+        (12_500_000, 12_500_000),
+        # A small b is bits and a capital one bytes: eight times as many.
+        ("80Mbps", 10_000_000),
+        ("80Mb/s", 10_000_000),
+        ("80Mb", 10_000_000),
+    ],
+)
+def test_rates_are_understood(text, rate):
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "Mbit", "10 Xbit", "-1Mbit", "1,5Mbit", "10Mbit/h", "1e9bit", "1" * 200])
+def test_what_is_no_rate_is_refused(text):
+    with pytest.raises(
+        ValueError, match="is not a rate; write a number and a unit, such as '100Mbit' or '10MB/s'"
+    ) as e:
+        parse_rate(text)
+    assert len(str(e.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["0", "0Mbit", "4bit", "0.9 B", 0.0, -5, 0.5, math.nan, math.inf, True])
+def test_less_than_a_byte_a_second_is_no_rate(text):
+    with pytest.raises(ValueError, match="at least one byte a second"):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize(
