@@ -74,7 +74,7 @@ def pace(sock: socket.socket, rate: float) -> bool:
     """Have the kernel send at most ``rate`` bytes a second on this connection, evenly. Whether it does."""
     if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
-    value = _UNLIMITED if math.isinf(rate) else max(1, int(rate))
+    value = _UNLIMITED if math.isinf(rate) else min(max(1, int(rate)), _UNLIMITED)
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", value))
     except OSError:
