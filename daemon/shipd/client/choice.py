@@ -23,6 +23,10 @@ the cores to count."""
 _TOLD: Final = 64
 """Changes of mind that are remembered."""
 
+_MOST_BY_WORD: Final = 4.0
+"""Words of payload that one changed word takes at most: itself, and where it is. What looks like more comes of a sample
+that has missed most changes, and would keep a codec from being tried where the next sample misses none."""
+
 _SMOOTHING: Final = 0.5
 """Weight of the latest measurement in a running average: speeds drift, and a codec's first run is a cold one."""
 
@@ -88,7 +92,8 @@ class Measured:
             self.encode += weight * (size / seconds - self.encode)
         share = payload / size
         if density and self.share_of_density:
-            self.share_of_density += weight * (max(0.0, share - self.share_at_least) / density - self.share_of_density)
+            by_word = min(max(0.0, share - self.share_at_least) / density, _MOST_BY_WORD)
+            self.share_of_density += weight * (by_word - self.share_of_density)
         else:
             self.share_at_least += weight * (share - self.share_at_least)
 
