@@ -172,7 +172,8 @@ def test_a_choice_says_what_it_rests_on() -> None:
 def test_the_first_measurement_replaces_the_guess_and_later_ones_count_for_half() -> None:
     known = Measured(XPH, "xph", encode=1.0, share_at_least=0.9)
     known.learn(1000, 500, 0.001, None)
-    assert (known.encode, known.share(None), known.tried) == (pytest.approx(1e6), 0.5, 1)
+    assert known.encode == pytest.approx(1e6)
+    assert (known.share(None), known.tried) == (0.5, 1)
     known.learn(1000, 700, 0.0005, None)
     assert known.encode == pytest.approx(1.5e6)
     assert known.share(None) == pytest.approx(0.6)

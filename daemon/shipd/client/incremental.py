@@ -178,7 +178,11 @@ class Incremental:
             return
         began = time.monotonic()
         for keeper in self._keepers:
-            if (why := keeper.keep(sender.model, sender.digests, read_chunk)) is not None:
+            try:
+                why = keeper.keep(sender.model, sender.digests, read_chunk)
+            except Exception as error:  # noqa: BLE001 - what is committed is committed, whatever a keeper comes to
+                why = f"{type(error).__name__}: {error}"
+            if why is not None:
                 self.kept.append(why)
                 log.info("the version is not kept for the next push", extra={"why": why})
         self.keep_seconds = time.monotonic() - began
