@@ -287,8 +287,13 @@ def test_a_base_moves_on_while_another_push_reads_it(start_daemon, monkeypatch):
     assert not receipt.not_kept
     assert_installed(there, after, label="slow")
     assert_installed(here, V2, label="v2")
-    receipt = push_small(address_of(here), as_state_dict(following(V2, seed=41)), label="next")
-    assert receipt.base == V2.digest
+    # What was kept last is a base. V2 is too far from it to be kept beside it: it was dropped, and no harm is done.
+    receipt = push_small(address_of(there), as_state_dict(following(after, seed=41)), label="next")
+    assert receipt.base == after.digest
+    following_v2 = following(V2, seed=41)
+    receipt = push_small(address_of(here), as_state_dict(following_v2), label="next")
+    assert receipt.base == ""
+    assert_installed(here, following_v2, label="next")
 
 
 def test_pushes_to_several_daemons_at_once(start_daemon):

@@ -42,6 +42,8 @@ def environment(**changes: str | None) -> dict[str, str]:
     foreign = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", "FORCE_COLOR", "PYTHONWARNINGS")
     for name in (*foreign, *(name for name in values if name.startswith("SHIPD_"))):
         values[name] = None
+    # Nobody's own cache is read from, or written to.
+    values["SHIPD_CACHE"] = ""
     values.update(changes)
     return {name: value for name, value in values.items() if value is not None}
 

@@ -160,10 +160,19 @@ def test_a_choice_says_what_it_rests_on() -> None:
     ]
     seconds = {name: seconds for name, seconds, _size in choice.others}
     assert seconds == pytest.approx({"raw": 1.208, "xph": 0.64, "egr": 0.406})
-    assert by.taken == [choice]
     again = choose(by, math.inf)
-    assert by.taken == [choice, again]
     assert {name for name, _seconds, _size in again.others} == {"xph", "gz", "egr"}
+
+
+def test_changes_of_mind_are_remembered_and_not_too_many() -> None:
+    by = chooser()
+    choices = [choose(by, link) for link in (10 * MB, 11 * MB, math.inf, math.inf, 10 * MB)]
+    assert by.taken == [choices[0], choices[2], choices[4]]
+    for _ in range(100):
+        choose(by, math.inf)
+        choose(by, 10 * MB)
+    assert len(by.taken) == 64
+    assert by.taken[:3] == [choices[0], choices[2], choices[4]]
 
 
 # --- learning --------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class FakeKeeper:
     known: tuple[bytes, ...] = ()
     answer: "str | Exception | None" = None
     asked: list[str] = field(default_factory=list)
-    opened: list[FakeBase] = field(default_factory=list)
+    opened: list[Any] = field(default_factory=list)
 
     def digests(self, model: str, offered: object) -> tuple[bytes, ...]:
         self.asked.append(f"digests of {model}")
@@ -99,6 +99,11 @@ def measured(rate: float, *, acknowledged: int = 1 << 20, at_least: bool = False
 
 def push(*keepers: FakeKeeper, **options: Any) -> Incremental:
     return Incremental(keepers, keepers, **{"compile_above": 1 << 60, **options})
+
+
+def pays(by: Incremental) -> bool:
+    """A call, which mypy does not take for a value that stays."""
+    return by.coding_pays
 
 
 def kept(by: Incremental, of: Sender | None = None, rate: float = 0.0) -> None:
@@ -220,7 +225,7 @@ def test_coding_begins_with_the_base_that_both_have():
     answered = sender(bases=digests(2), base=digests(2)[1])
     by.offers(lane(), answered)
     assert by.begin(answered, 3)
-    assert by.coding_pays
+    assert pays(by)
     assert by.base is other.opened[0]
     assert one.opened == []
     assert by.chooser is not None
@@ -228,7 +233,7 @@ def test_coding_begins_with_the_base_that_both_have():
     # Another connection: what was open is closed, and what was chosen is not forgotten.
     by.chooser.choose(1000, (), link=math.inf, density=None, runs=1)
     assert by.begin(answered, 1)
-    assert other.opened[0].closed == 1
+    assert [base.closed for base in other.opened] == [1, 0]
     assert len(by.chooser.taken) == 1
     by.end()
     by.end()
@@ -278,19 +283,18 @@ def test_whether_anything_is_coded(options, local, answered, begins):
     by = push(**options)
     by.offers(lane(local=local), sender())
     assert by.begin(sender(**answered), 1) is begins
-    assert by.coding_pays is begins
+    assert pays(by) is begins
 
 
 def test_a_receiver_that_no_longer_takes_coded_runs_gets_none():
-    by = push(FakeKeeper(digests(1)))
+    keeper = FakeKeeper(digests(1))
+    by = push(keeper)
     by.offers(lane(), sender())
     assert by.begin(sender(bases=digests(1), base=digests(1)[0]), 1)
-    base = by.base
     assert not by.begin(sender(codecs={}), 1)
-    assert not by.coding_pays
+    assert not pays(by)
     assert by.base is None
-    assert isinstance(base, FakeBase)
-    assert base.closed == 1
+    assert [base.closed for base in keeper.opened] == [1]
 
 
 # --- while it runs ---------------------------------------------------------------------------------------------------
@@ -301,15 +305,15 @@ def test_where_time_counts_coding_ends_and_comes_back_with_the_rate(rates):
     by.offers(lane(), sender())
     by.begin(sender(), 1)
     assert by.plain(), "nothing more is encoded"
-    assert not by.coding_pays
+    assert not pays(by)
     by.reconsider(FAST)
-    assert not by.coding_pays
+    assert not pays(by)
     assert rates[THERE] == FAST
     by.reconsider(5 * MB)
-    assert by.coding_pays
+    assert pays(by)
     assert rates[THERE] == 5 * MB
     by.reconsider(FAST)
-    assert not by.coding_pays
+    assert not pays(by)
 
 
 def test_where_bytes_count_coding_goes_on_after_a_run_that_is_best_as_it_is():
@@ -317,7 +321,7 @@ def test_where_bytes_count_coding_goes_on_after_a_run_that_is_best_as_it_is():
     by.offers(lane(), sender())
     by.begin(sender(), 1)
     assert not by.plain()
-    assert by.coding_pays
+    assert pays(by)
 
 
 def test_it_is_the_receivers_speed_that_is_reconsidered():
@@ -327,19 +331,19 @@ def test_it_is_the_receivers_speed_that_is_reconsidered():
     by.plain()
     # At 1 MB/s of decoding nothing is worth being coded for a link of 5 MB/s.
     by.reconsider(5 * MB)
-    assert not by.coding_pays
+    assert not pays(by)
     by.reconsider(0.1 * MB)
-    assert by.coding_pays
+    assert pays(by)
 
 
 def test_nothing_is_reconsidered_where_nothing_can_be_coded(rates):
     by = push()
     by.offers(lane(), sender())
     by.reconsider(MB)
-    assert not by.coding_pays
+    assert not pays(by)
     by.begin(sender(codecs={}), 1)
     by.reconsider(MB)
-    assert not by.coding_pays
+    assert not pays(by)
     assert not rates
 
 
@@ -349,7 +353,7 @@ def test_another_connection_begins_with_coding_again():
     by.begin(sender(), 1)
     by.plain()
     assert by.begin(sender(), 1)
-    assert by.coding_pays
+    assert pays(by)
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------

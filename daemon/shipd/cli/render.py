@@ -134,6 +134,11 @@ def print_status(status: Status, address: str) -> None:
         f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}",
         soft_wrap=True,
     )
+    if status.codecs not in ("", "compiled"):
+        # What they are where all is well is nobody's concern.
+        console.print(
+            f"deltas are decoded more slowly than they could be, by {harmless(status.codecs)}", soft_wrap=True
+        )
     if not status.models:
         console.print("no models: nothing is attached, and the configuration declares none")
         return

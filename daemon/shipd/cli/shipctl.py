@@ -15,6 +15,7 @@ import click
 
 from shipd.errors import ConfigError, ShipError, TensorMismatch
 from shipd.release import VERSION
+from shipd.units import parse_rate
 from shipproto.limits import MAX_LANES
 
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ _token = click.option(
     help="File with the token that the daemon asks for.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, each with a type.")
+
+
+def _check_rate(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+    """Wrong usage is told before anything is connected to."""
+    if text is not None:
+        try:
+            parse_rate(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return text
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -85,7 +96,9 @@ def shipctl() -> None:
     show_default=True,
     help="What to save: time until the version is committed, or bytes on the link.",
 )
-@click.option("--limit", metavar="RATE", help='Send at most this much, such as "100Mbit" or "10MB/s".')
+@click.option(
+    "--limit", metavar="RATE", callback=_check_rate, help='Send at most this much, such as "100Mbit" or "10MB/s".'
+)
 @click.option("--explain", is_flag=True, help="Print how chunks were coded, and why.")
 @click.option("--profile", is_flag=True, help="Print where the time went, stage by stage.")
 @_token

@@ -39,8 +39,9 @@ class Account:
 
     def coded(self, codec: int, size: int, payload: int, base: bytes) -> None:
         """``size`` bytes of content were sent as a payload of so many bytes, where this ``base`` was agreed on."""
-        # What comes again as it is, or to a daemon that was restarted, does not make it unused.
-        self.base = base or self.base
+        if codec == registry.SAME or (codec in registry.BY_NUMBER and registry.BY_NUMBER[codec].delta):
+            # What comes again as it is, or to a daemon that was restarted, does not make it unused.
+            self.base = base
         name = registry.NAMES[codec]
         use = self.codecs.get(name, CodecUse(name, 0, 0, 0))
         self.codecs[name] = CodecUse(name, use.runs + 1, use.content_bytes + size, use.payload_bytes + payload)

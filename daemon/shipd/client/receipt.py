@@ -41,7 +41,8 @@ class Receipt:
     wire_seconds     first DATA byte written until the last frame was verified at the receiver
     stage_seconds    serving processes making ready
     pause_seconds    the longest time that any serving process held back its readers; None where none is attached
-    base             digest of the version that deltas were made from, hexadecimal; empty where there were none
+    base             digest of the version that deltas were made from, or chunks were the same as, hexadecimal; empty
+                     where nothing was
     codecs           how often coded runs, and chunks as they are beside them, were sent, by codec
     choices          what was chosen and why: for the first run, and wherever that changed
     keep_seconds     keeping the version as a base for the next push, which is not part of ``seconds``
