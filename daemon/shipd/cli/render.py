@@ -134,6 +134,8 @@ def print_status(status: Status, address: str) -> None:
         f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}",
         soft_wrap=True,
     )
+    if status.codecs:
+        console.print(f"deltas are decoded by {_decoder(status.codecs)}", soft_wrap=True)
     if not status.models:
         console.print("no models: nothing is attached, and the configuration declares none")
         return
@@ -167,6 +169,10 @@ def print_status(status: Status, address: str) -> None:
                 f"{model.name}: {transfer.stage} a push from {transfer.peer}: {format_bytes(transfer.bytes_held)} of "
                 f"{format_bytes(transfer.bytes_total)} ({share:.0f} %){state}"
             )
+
+
+def _decoder(codecs: str) -> str:
+    return "compiled code" if codecs == "compiled" else codecs
 
 
 def _processes(model: ModelStatus) -> Text:
