@@ -89,6 +89,7 @@ class Account:
             stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             pause_seconds=committed.pause_seconds,
             base=self.base.hex(),
+            base_unused=incremental.unused,
             codecs=tuple(self.codecs.values()),
             choices=tuple(incremental.chooser.taken) if incremental.chooser is not None else (),
             not_kept=tuple(incremental.kept),

@@ -42,6 +42,7 @@ class Receipt:
     stage_seconds    serving processes making ready
     pause_seconds    the longest time that any serving process held back its readers; None where none is attached
     base             digest of the version that deltas were made from, hexadecimal; empty where there were none
+    base_unused      why the ``base`` that was asked for was of no use; empty where it was, or was not looked at
     codecs           how often coded runs, and chunks as they are beside them, were sent, by codec
     choices          what was chosen and why: for the first run, and wherever that changed
     keep_seconds     keeping the version as a base for the next push, which is not part of ``seconds``
@@ -67,6 +68,7 @@ class Receipt:
     stage_seconds: float
     pause_seconds: float | None
     base: str
+    base_unused: str
     codecs: tuple[CodecUse, ...]
     choices: tuple[Choice, ...]
     keep_seconds: float
