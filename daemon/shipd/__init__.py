@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shipd.bases.store import kept_versions as kept_versions
+    from shipd.client.choice import Choice as Choice
     from shipd.client.client import Client as Client
     from shipd.client.client import connect as connect
     from shipd.client.options import Progress as Progress
+    from shipd.client.receipt import CodecUse as CodecUse
     from shipd.client.receipt import Receipt as Receipt
     from shipd.errors import AttachError as AttachError
     from shipd.errors import AuthError as AuthError
@@ -55,7 +57,8 @@ _HOMES = {
     "shipd.bases.store": ("kept_versions",),
     "shipd.client.client": ("Client", "connect"),
     "shipd.client.options": ("Progress",),
-    "shipd.client.receipt": ("Receipt",),
+    "shipd.client.choice": ("Choice",),
+    "shipd.client.receipt": ("CodecUse", "Receipt"),
     "shipd.errors": (
         *("AttachError", "AuthError", "Busy", "CheckpointError", "ConfigError", "ConnectError", "Fenced"),
         *("IntegrityError", "Interrupted", "LabelConflict", "MemoryLimit", "OutcomeUnknown", "PeerError", "Refused"),

@@ -15,7 +15,7 @@ from tests.support.checkpoints import MIB, as_state_dict, assert_installed, writ
 from tests.support.coded_by_hand import CodedSender
 from tests.support.exact import right_answer, state
 from tests.support.frames import CODED, PRELUDE
-from tests.support.processes import ROOT, Background, Helper, address_of, memory, push, status
+from tests.support.processes import ROOT, Background, Helper, address_of, memory, push, shipctl, status
 from tests.support.proxy import Proxy, until
 from tests.support.serving_process import both
 from tests.support.successive import first, following, push_small, used
@@ -277,6 +277,7 @@ def test_without_numba_on_either_side_the_same_bytes_travel(start_shipd, tmp_pat
             assert said.models[0].digest == versions[-1].digest
             if crippled:
                 until(lambda: _codecs(service).startswith("numpy"), "the daemon says what it does without")
+                assert "slowly than they could be, by numpy (" in shipctl("status", "--to", service.address).out
     assert told[False] == told[True]
     assert [digest for digest, *_ in told[True]] == [version.digest for version in versions]
 

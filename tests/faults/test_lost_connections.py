@@ -1,5 +1,6 @@
 """Connections that are cut, half closed or refused: what travels again, and what is known of a COMMIT that was lost."""
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def test_cut_inside_prelude_header_and_payload(daemon, proxy, new, keep, how):
     push(proxy.address, new)
     assert proxy.connections == 2
     assert_only_missing(proxy, 1, 4, how)
+    assert_installed(daemon, NEW)
+
+
+@pytest.mark.parametrize("how", ["rst", "fin"])
+def test_lost_between_connecting_and_pushing(daemon, proxy, new, how):
+    async def converse() -> None:
+        async with shipd.connect(proxy.address) as client:
+            proxy.sever_all(how)
+            await client.push(new, model="model")
+
+    asyncio.run(converse())
+    assert proxy.connections == 2
     assert_installed(daemon, NEW)
 
 

@@ -2,17 +2,21 @@
 
 import math
 import os
+import select
 import socket
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from typing import cast
 
 import pytest
 
 from shipd.transfer import link_rate
+from shipd.transfer.lane import ConnectionLost, Lane
 from tests.support.processes import DEADLINE, Background
 from tests.support.proxy import until
+from tests.support.pumps import reset
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux measures connections")
 
@@ -150,3 +154,29 @@ def test_of_a_kernel_that_says_less_nothing_is_known(ends, monkeypatch):
     until(lambda: link_rate.measure(here) is not None, "there is a rate")
     monkeypatch.setattr(link_rate, "_TCP_INFO_SIZE", 160)
     assert link_rate.measure(here) is None
+
+
+def test_a_connection_that_was_reset_is_lost_and_nothing_that_is_asked_of_it_fails_before(ends):
+    here, there = ends
+    reset(there)
+    poll = select.poll()
+    poll.register(here, select.POLLIN)
+    assert poll.poll(DEADLINE * 1000)
+    lane = Lane(here, "there")
+    assert lane.address is None
+    assert lane.local
+    lane.hold_little(True)
+    with pytest.raises(ConnectionLost):
+        list(lane.pump(DEADLINE))
+
+
+def test_systems_that_set_nothing_on_a_lost_connection():
+    """macOS answers EINVAL once the peer has reset it."""
+
+    class Lost:
+        family = socket.AF_INET
+
+        def setsockopt(self, *_: object) -> None:
+            raise OSError(22, "Invalid argument")
+
+    link_rate.hold_little(cast("socket.socket", Lost()), True)

@@ -175,6 +175,16 @@ def test_no_link_is_faster_than_the_limit(rates, known):
     assert by.link(measured(FAST, acknowledged=0)) in (MB, 3 * MB)
 
 
+def test_what_a_limit_lets_through_is_not_taken_for_the_link(rates):
+    by = push(limit=3 * MB)
+    by.offers(lane(), sender())
+    by.link(measured(2.9 * MB))
+    kept(by, rate=2.9 * MB)
+    assert not rates, "a push without the limit would begin as if the link were that slow"
+    by.link(measured(MB))
+    assert rates == {THERE: MB}
+
+
 # --- what is offered -------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +314,7 @@ def test_where_time_counts_coding_ends_and_comes_back_with_the_rate(rates):
     by = push()
     by.offers(lane(), sender())
     by.begin(sender(), 1)
-    assert by.plain(), "nothing more is encoded"
+    assert by.plain(math.inf), "nothing more is encoded"
     assert not pays(by)
     by.reconsider(FAST)
     assert not pays(by)
@@ -320,7 +330,7 @@ def test_where_bytes_count_coding_goes_on_after_a_run_that_is_best_as_it_is():
     by = push(prefer="bytes")
     by.offers(lane(), sender())
     by.begin(sender(), 1)
-    assert not by.plain()
+    assert not by.plain(math.inf)
     assert pays(by)
 
 
@@ -328,7 +338,7 @@ def test_it_is_the_receivers_speed_that_is_reconsidered():
     by = push()
     by.offers(lane(), sender())
     by.begin(sender(codecs=dict.fromkeys(ALL, 1)), 1)
-    by.plain()
+    by.plain(math.inf)
     # At 1 MB/s of decoding nothing is worth being coded for a link of 5 MB/s.
     by.reconsider(5 * MB)
     assert not pays(by)
@@ -351,7 +361,7 @@ def test_another_connection_begins_with_coding_again():
     by = push()
     by.offers(lane(), sender())
     by.begin(sender(), 1)
-    by.plain()
+    by.plain(math.inf)
     assert by.begin(sender(), 1)
     assert pays(by)
 
@@ -430,3 +440,13 @@ def test_the_rate_of_the_whole_push_counts_where_the_kernel_has_told_none(rates)
     assert rates == {THERE: FAST}
     kept(by, rate=MB)
     assert rates == {THERE: FAST}, "what is known already is better than that"
+
+
+def test_a_named_base_in_another_structure_than_the_one_that_rules_is_told_of():
+    """The model has no place for some of its tensors, so its version has another digest than the checkpoint's."""
+    named = FakeKeeper(digests(1))
+    by = Incremental((named,), named=named, prefer="bytes")
+    offer = by.offers(lane(), sender())
+    ruling = Version.of(model(90)).layout
+    by.begin(sender(bases=offer, base=digests(1, first=7)[0], layout=ruling), 1)
+    assert by.unused == "the model does not have all tensors that are in both checkpoints, or ties some of them"

@@ -47,6 +47,8 @@ async def run_push(
 
     with bar:
         receipt = await client.push(checkpoint, base=base, on_progress=show, **options)
+    if receipt.base_unused:
+        click.echo(f"shipctl: --base {base} is of no use here: {receipt.base_unused}", err=True)
     for why in receipt.not_kept:
         click.echo(f"shipctl: the next push will send everything: this version is not kept, since {why}", err=True)
     running = asyncio.current_task()

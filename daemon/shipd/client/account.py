@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from shipd.client.incremental import Incremental
 from shipd.client.profile import Profile
@@ -10,6 +11,9 @@ from shipd.codecs import registry
 from shipd.transfer.times import Times
 from shipproto.messages import Committed
 from shipproto.sender import Sender
+
+_TELLING: Final = 1 << 20
+"""Bytes below which how long they took says nothing of the link."""
 
 
 @dataclass(slots=True)
@@ -62,6 +66,8 @@ class Account:
         """Bytes a second that went over the wire; 0 where there was nothing to measure."""
         if self.first_data is None or self.all_held is None or self.all_held <= self.first_data:
             return 0.0
+        if self.bytes_sent < _TELLING:
+            return 0.0
         return self.bytes_sent / (self.all_held - self.first_data)
 
     def receipt(self, sender: Sender, model: str, committed: Committed, incremental: Incremental) -> Receipt:
@@ -90,6 +96,7 @@ class Account:
             stage_seconds=sender.staged.stage_seconds if sender.staged is not None else 0.0,
             pause_seconds=committed.pause_seconds,
             base=self.base.hex(),
+            base_unused=incremental.unused,
             codecs=tuple(self.codecs.values()),
             choices=tuple(incremental.chooser.taken) if incremental.chooser is not None else (),
             not_kept=tuple(incremental.kept),

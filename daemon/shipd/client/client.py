@@ -171,6 +171,7 @@ class Client:
                 incremental = Incremental(
                     known,
                     self._keepers,
+                    named=old,
                     prefer=prefer,
                     limit=options.limit,
                     compile_above=0 if kept_versions in self._keepers else _COMPILE_ABOVE,

@@ -135,6 +135,8 @@ class CodedRuns:
             self._encoder.stop()
             self._account.times.add(self._encoder.times)
             self._encoder = None
+            # What was sent until now says little of how fast bytes as they are would be.
+            self._looked = (time.monotonic(), self._sent)
 
     def stop(self) -> None:
         """Nothing is encoded any more, and nothing reads the base."""

@@ -79,7 +79,7 @@ class Encoder:
         base: Base | None,
         chooser: Chooser,
         link: Callable[[], float],
-        plain: Callable[[], bool],
+        plain: Callable[[float], bool],
         threads: int,
     ) -> None:
         self._sender = sender
@@ -175,7 +175,7 @@ class Encoder:
                 )
             number = choice.codec.number
             if number == RAW:
-                if self._plain():
+                if self._plain(choice.link):
                     # Whoever sends them as they are can look at the link between any two of them.
                     self._stop_taking.set()
                     with self._lock:

@@ -36,6 +36,9 @@ _KEPT_FOR: Final = 0.01
 _MANY_RUNS: Final = 8
 """Of a version whose size does not matter."""
 
+_LIMITED: Final = 0.8
+"""Share of a limit from which a rate is taken to be the limit's."""
+
 _rates: dict[str, float] = {}
 _rates_lock = threading.Lock()
 """Bytes a second that pushes of this process have reached to each address: where the next one begins."""
@@ -57,6 +60,7 @@ class Incremental:
 
     known    who knows bases, the likeliest first
     keepers  who keeps the version once it is committed
+    named    the one of ``known`` that was asked for by name: it is told why it was of no use
     prefer   "time" or "bytes"
     limit    bytes a second that may be sent; None for as many as there is room for
     compile_above  bytes of a model from which having the codecs' loops compiled, or loaded, pays: half a second of a
@@ -68,6 +72,7 @@ class Incremental:
         known: Sequence[Bases] = (),
         keepers: Sequence[Keeper] = (),
         *,
+        named: Bases | None = None,
         prefer: Prefer = "time",
         limit: float | None = None,
         compile_above: int = 0,
@@ -78,6 +83,10 @@ class Incremental:
         self.kept: list[str] = []
         """Why the version was not kept, by each that did not."""
         self.keep_seconds = 0.0
+        self.unused = ""
+        """Why the base that was named is of no use, as the end of a sentence; empty where it is, or none was."""
+        self._named = named
+        self._named_digests: tuple[bytes, ...] = ()
         self._known = known
         self._keepers = keepers
         self._limit = limit
@@ -97,7 +106,12 @@ class Incremental:
         self._where, self._local = lane.peer, lane.local
         if not self._worth():
             return ()
-        found = [digest for bases in self._known for digest in bases.digests(sender.model, sender.offered)]
+        found: list[bytes] = []
+        for bases in self._known:
+            digests = bases.digests(sender.model, sender.offered)
+            found += digests
+            if bases is self._named:
+                self._named_digests = digests
         if found and sender.offered.total_bytes > self._compile_above:
             # For this push, and others. Until it is done numpy does the work.
             threading.Thread(target=compiled.warm_up, name="shipd compiler", daemon=True).start()
@@ -111,6 +125,8 @@ class Incremental:
             self._local and self.prefer == "time" and self._limit is None
         ):
             return False
+        if self._named is not None:
+            self.unused = self._why_unused(sender)
         if sender.base in sender.bases:
             opened = (bases.open(sender.model, sender.layout, sender.base) for bases in self._known)
             self.base = next((base for base in opened if base is not None), None)
@@ -120,6 +136,15 @@ class Incremental:
         self._plain = False
         self._coding = True
         return True
+
+    def _why_unused(self, sender: Sender) -> str:
+        if not self._named_digests:
+            return "its tensors are not those of the checkpoint"
+        if sender.base in self._named_digests:
+            return ""
+        if sender.layout.structure.digest != sender.offered.digest:
+            return "the model does not have all tensors that are in both checkpoints, or ties some of them"
+        return "it is not the version that the daemon has"
 
     def link(self, lane: Lane) -> float:
         """Bytes a second that coding has to reckon with: what the link has shown, as far as that is to be believed."""
@@ -133,10 +158,10 @@ class Incremental:
             return min(limit, known)
         return min(limit, _UNKNOWN if rate is None else min(rate.rate, _UNKNOWN))
 
-    def plain(self) -> bool:
-        """The bytes of a run are to travel as they are. Whether those of all that follow are, too: where time counts,
-        but not where as few bytes as possible are wanted."""
-        if self.prefer == "bytes":
+    def plain(self, link: float) -> bool:
+        """The bytes of a run are to travel as they are, over a link that carries so many a second. Whether those of all
+        that follow are, too: where that is because of the link, and not of this run."""
+        if self.prefer == "bytes" or (self.chooser is not None and self._faster_coded(link, self.chooser.decoding)):
             return False
         self._plain = True
         return True
@@ -159,6 +184,9 @@ class Incremental:
         return choice.codec.number != RAW
 
     def _remember(self, rate: float) -> None:
+        if self._limit is not None and rate > _LIMITED * self._limit:
+            # That is the limit, and not what the link carries where there is none.
+            return
         with _rates_lock:
             _rates[self._where] = rate
 

@@ -43,6 +43,7 @@ class Receipt:
     pause_seconds    the longest time that any serving process held back its readers; None where none is attached
     base             digest of the version that deltas were made from, or chunks were the same as, hexadecimal; empty
                      where nothing was
+    base_unused      why the ``base`` that was asked for was of no use; empty where it was, or was not looked at
     codecs           how often coded runs, and chunks as they are beside them, were sent, by codec
     choices          what was chosen and why: for the first run, and wherever that changed
     keep_seconds     keeping the version as a base for the next push, which is not part of ``seconds``
@@ -68,6 +69,7 @@ class Receipt:
     stage_seconds: float
     pause_seconds: float | None
     base: str
+    base_unused: str
     codecs: tuple[CodecUse, ...]
     choices: tuple[Choice, ...]
     keep_seconds: float

@@ -365,18 +365,26 @@ class Lane:
 
     @property
     def address(self) -> Address | None:
-        """Where it leads, as a number: for further connections to the same daemon. None for a Unix socket."""
-        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return None
-        host, port = self._sock.getpeername()[:2]
-        return Address(host, port)
+        """Where it leads, as a number: for further connections to the same daemon. None for a Unix socket, and for a
+        connection that the peer has reset."""
+        ends = self._ends()
+        return Address(*ends[1][:2]) if ends is not None else None
 
     @property
     def local(self) -> bool:
-        """Whether the peer is on this very host, so that no link lies between."""
+        """Whether the peer is on this very host, so that no link lies between; or was reset, and there is none left."""
+        ends = self._ends()
+        return ends is None or bool(ends[0][0] == ends[1][0])
+
+    def _ends(self) -> tuple[Any, Any] | None:
+        """This side's address and the peer's, where they have any."""
         if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return True
-        return bool(self._sock.getpeername()[0] == self._sock.getsockname()[0])
+            return None
+        try:
+            return self._sock.getsockname(), self._sock.getpeername()
+        except OSError:
+            # The peer has reset it, which whoever reads next is told as what it is.
+            return None
 
     def rate(self) -> link_rate.LinkRate | None:
         """What the link has shown so far, where that is known."""

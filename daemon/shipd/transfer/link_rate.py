@@ -4,6 +4,7 @@ Linux measures the rate at which the peer acknowledges bytes, on every connectio
 is no such thing (other systems, Unix sockets) nothing is known, and callers go by what they have seen themselves.
 """
 
+import contextlib
 import math
 import socket
 import struct
@@ -67,7 +68,9 @@ def hold_little(sock: socket.socket, little: bool) -> None:
     """Have the kernel keep little that it has not sent yet, so that what is queued last does not wait for seconds; or
     as much as it likes, which a fast link needs."""
     if hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT if little else 0)
+        # macOS sets nothing on a connection that the peer has reset; whoever reads next is told that it is lost.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT if little else 0)
 
 
 def pace(sock: socket.socket, rate: float) -> bool:
