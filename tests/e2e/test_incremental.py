@@ -404,6 +404,13 @@ def test_what_was_chosen_and_why(has_v0):
     assert len(receipt.choices) == 1
 
 
+@pytest.mark.parametrize("prefer", ["time", "bytes"])
+def test_what_was_left_out_is_counted(has_v0, prefer):
+    receipt = push(address_of(has_v0), as_state_dict(V0), label="again", prefer=prefer)
+    assert receipt.bytes_unchanged >= V0.nbytes
+    assert receipt.bytes_sent < V0.nbytes / 100
+
+
 def test_progress_counts_what_is_done_and_what_was_sent(has_v0):
     seen: list[shipd.Progress] = []
     push_small(address_of(has_v0), as_state_dict(V1), label="v1", on_progress=seen.append)

@@ -27,6 +27,7 @@ class Account:
     began: float
     connected_before: float = 0.0
     bytes_sent: int = 0
+    bytes_unchanged: int = 0
     frames_resent: int = 0
     lanes: int = 1
     times: Times = field(default_factory=Times)
@@ -46,6 +47,8 @@ class Account:
         if codec == registry.SAME or (codec in registry.BY_NUMBER and registry.BY_NUMBER[codec].delta):
             # What comes again as it is, or to a daemon that was restarted, does not make it unused.
             self.base = base
+        if codec == registry.SAME:
+            self.bytes_unchanged += size
         name = registry.NAMES[codec]
         use = self.codecs.get(name, CodecUse(name, 0, 0, 0))
         self.codecs[name] = CodecUse(name, use.runs + 1, use.content_bytes + size, use.payload_bytes + payload)
@@ -85,6 +88,7 @@ class Account:
             tensors=len(structure),
             bytes_total=structure.total_bytes,
             bytes_sent=self.bytes_sent,
+            bytes_unchanged=self.bytes_unchanged,
             frames_resent=self.frames_resent,
             resent_tensors=tuple(resent),
             skipped=tuple(sender.skipped),

@@ -113,6 +113,7 @@ class Outlet:
     def __init__(self, number: int, pool: "Outlets") -> None:
         self.number = number
         self.bytes_sent = 0
+        self.bytes_unchanged = 0
         self.frames_resent = 0
         self.error: BaseException | None = None
         """What ended it after it had carried something."""
@@ -152,6 +153,7 @@ class Outlet:
                 self.ready = False
                 lane.close(discard=self._pool.discard)
                 self.bytes_sent, self.frames_resent = lane.bytes_sent, lane.connection.frames_resent
+                self.bytes_unchanged = lane.bytes_unchanged
                 self.times = lane.times
                 self.times.wait = self._waited
         except Interrupted:
@@ -282,6 +284,11 @@ class Outlets:
     def bytes_sent(self) -> int:
         """Written by all of them so far."""
         return sum(outlet.bytes_sent for outlet in self._outlets)
+
+    @property
+    def bytes_unchanged(self) -> int:
+        """Of chunks that any of them has left out; known when they have been stopped."""
+        return sum(outlet.bytes_unchanged for outlet in self._outlets)
 
     @property
     def frames_resent(self) -> int:

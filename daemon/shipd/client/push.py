@@ -182,6 +182,7 @@ class Push:
             outlets.stop(discard=missing)
             lane.close(flush=True, discard=missing)
             account = self._account
+            account.bytes_unchanged += lane.bytes_unchanged + outlets.bytes_unchanged
             account.bytes_sent += lane.bytes_sent - sent_before + outlets.bytes_sent
             account.frames_resent += lane.connection.frames_resent + outlets.frames_resent
             account.times.add(lane.times)

@@ -58,6 +58,7 @@ def send_chunks(
             reading += have - now
             digesting += digested - have
             now = digested
+            lane.bytes_unchanged += len(content)
             same = range(same.start if same else chunk, chunk + 1)
             continue
         if same:

@@ -96,6 +96,8 @@ class Lane:
         )
         self.fds: deque[int] = deque()
         self.bytes_sent = 0
+        self.bytes_unchanged = 0
+        """Of chunks of which all that was sent is that they have not changed. Counted by whoever sends."""
         self.times = Times()
         self.open_seconds = 0.0
         """What connecting and the handshake took."""
