@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 import shipd
+from shipd.client import incremental
 from shipd.transfer import link_rate
+from shipd.transfer.lane import Lane
 from tests.support import thin_link
 from tests.support.checkpoints import as_state_dict, assert_installed, write_safetensors
 from tests.support.frames import DATA
@@ -104,6 +106,36 @@ def test_a_step_over_a_thin_link_is_sent_as_a_delta_with_nothing_said(link, ther
     assert model.digest == V1.digest
     (choice, *_) = receipts[1].choices
     assert choice.link < 100e6, "nowhere near what the cores would do"
+
+
+def test_what_turns_out_slow_as_it_is_is_coded_after_all(link, there, monkeypatch):
+    """The link was fast the last time, so the push begins without; then it looks how fast that goes."""
+    larger = first(8)
+    with link.sender.entered():
+        where = address(link, there)
+        monkeypatch.setitem(incremental._rates, where, 5e9)
+        receipt = push(where, as_state_dict(larger), label="slow", token=TOKEN)
+        (model,) = status(where, token=TOKEN).models
+    assert model.digest == larger.digest
+    assert "xph" in used(receipt)
+    assert used(receipt)["xph"].content_bytes < larger.nbytes, "some of it had been sent by then"
+    assert receipt.bytes_sent < larger.nbytes
+    assert [choice.codec.name for choice in receipt.choices] == ["raw", "xph"]
+
+
+def test_a_link_that_is_faster_than_any_codec_gets_the_bytes_as_they_are(daemon, monkeypatch):
+    """A host beyond a link like loopback: its rate is known, and not looked at again."""
+    monkeypatch.setattr(Lane, "local", False)
+    monkeypatch.setattr("shipd.client.coded._LOOK_SECONDS", 1e9)
+    where = address_of(daemon)
+    for at, version in enumerate((V0, V1)):
+        monkeypatch.setitem(incremental._rates, where, 50e9)
+        receipt = push(where, as_state_dict(version), label=f"v{at}")
+        assert receipt.codecs == ()
+        assert receipt.bytes_sent > version.nbytes
+        assert [choice.codec.name for choice in receipt.choices] == ["raw"]
+        assert_installed(daemon, version, label=f"v{at}")
+    assert shipd.kept_versions.memory_used == 0
 
 
 # --- as the kernel has it, over loopback -----------------------------------------------------------------------------
