@@ -138,6 +138,7 @@ class Push:
             waker=self._interruptible,
         )
         self._spare = None
+        self._pace(lane)
         self._established = True
         self._account.connect += lane.open_seconds
         lane.use(self._interruptible)
@@ -145,7 +146,6 @@ class Push:
         # A commit that was asked for on an earlier connection may have happened, whatever is answered on this one.
         self._uncertain = self._commit_sent
         sent_before = lane.bytes_sent
-        limit = self._options.limit
         outlets = Outlets(
             self._sender,
             self._lock,
@@ -154,8 +154,6 @@ class Push:
             stall=self._options.stall,
         )
         try:
-            if limit is not None and not lane.pace(limit):
-                raise ConnectError(f"the connection to {lane.peer} cannot be kept to a rate", peer=lane.peer)
             if self._sender.incremental:
                 self._sender.bases = self._incremental.offers(lane, self._sender)
             return Conversation(
@@ -166,7 +164,9 @@ class Push:
                 self._options,
                 self._account,
                 self._incremental,
-                single=isinstance(self._address, Path) or self._breaks >= _SINGLE_AFTER or limit is not None,
+                single=isinstance(self._address, Path)
+                or self._breaks >= _SINGLE_AFTER
+                or self._options.limit is not None,
                 committing=partial(self._commit_leaves, lane),
             ).run(deadline)
         except (TransferError, ShipError) as error:
@@ -189,6 +189,13 @@ class Push:
             account.times.add(outlets.times())
             account.wire_wait += outlets.times().wait
             account.lanes = max(account.lanes, 1 + outlets.lanes)
+
+    def _pace(self, lane: Lane) -> None:
+        """Raises ConnectError: a limit that cannot be kept to is not gone beyond, and trying again would not help."""
+        limit = self._options.limit
+        if limit is not None and not lane.pace(limit):
+            lane.close()
+            raise ConnectError(f"the connection to {lane.peer} cannot be kept to a rate", peer=lane.peer)
 
     def _open(self, where: Address | None, waker: Waker) -> Lane:
         """A lane, to the very daemon that the transfer's own connection leads to."""
