@@ -30,6 +30,9 @@ class Stage:
         self.outlets = SimpleNamespace(bytes_sent=0, lock=self.lock, want=lambda *_: None)
         self.account = SimpleNamespace(times=Times())
 
+    def reads_base(self, _: object) -> bool:
+        return False
+
     def begin(self, *_: object) -> bool:
         return True
 

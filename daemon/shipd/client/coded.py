@@ -4,6 +4,7 @@ Whether runs are coded is decided again and again: an encoder that finds the byt
 the rest travels on as many lanes as make it faster, and where that turns out slow it begins once more.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -51,6 +52,7 @@ class CodedRuns:
         self._account = account
         self._stall = stall
         self._encoder: Encoder | None = None
+        self._beginning: _Beginning | None = None
         self._agreed: object = None
         self._looked = (0.0, 0)
         self._proven = False
@@ -59,7 +61,7 @@ class CodedRuns:
     @property
     def active(self) -> bool:
         """Whether what is to be sent next comes from an encoder; starts one where that is best."""
-        if self._encoder is not None:
+        if self._encoder is not None or self._beginning is not None:
             return True
         sender = self._sender
         if not sender.sending:
@@ -67,14 +69,20 @@ class CodedRuns:
         if self._agreed is not sender.agreed:
             # WANT has come: for the first time on this connection, or for what has to come again.
             self._agreed = sender.agreed
-            self._looked = (time.monotonic(), self._sent)
-            self._proven = not self._incremental.begin(sender, encoding_threads())
-            self._lane.hold_little(not self._proven)
+            if self._incremental.reads_base(sender):
+                self._beginning = _Beginning(lambda: self._incremental.begin(sender, encoding_threads()))
+                return True
+            self._begun(self._incremental.begin(sender, encoding_threads()))
         if not self._incremental.coding_pays:
             self._look()
             return False
         self._begin()
         return True
+
+    @property
+    def beginning(self) -> bool:
+        """Whether nothing can be sent yet, because a base is being opened."""
+        return self._beginning is not None
 
     @property
     def _sent(self) -> int:
@@ -90,6 +98,12 @@ class CodedRuns:
             if not self._proven and not self._incremental.coding_pays and sent >= _PROVEN:
                 self._proven = True
                 self._lane.hold_little(False)  # noqa: FBT003
+
+    def _begun(self, coding: bool) -> None:
+        """Whether coded runs are to be sent at all is known."""
+        self._looked = (time.monotonic(), self._sent)
+        self._proven = not coding
+        self._lane.hold_little(coding)
 
     def _begin(self) -> None:
         assert self._incremental.chooser is not None
@@ -108,6 +122,12 @@ class CodedRuns:
 
     def step(self, drain: Callable[[], list[Event]]) -> list[Event]:
         """Send what is ready, or wait a moment for it; what the receiver has said meanwhile."""
+        if self._beginning is not None:
+            coding = self._beginning.take(_PATIENCE)
+            if coding is not None:
+                self._beginning = None
+                self._begun(coding)
+            return list(self._lane.pump())
         encoder = self._encoder
         assert encoder is not None
         ready = encoder.take(_PATIENCE)
@@ -140,5 +160,32 @@ class CodedRuns:
 
     def stop(self) -> None:
         """Nothing is encoded any more, and nothing reads the base."""
+        if self._beginning is not None:
+            self._beginning.join()
+            self._beginning = None
         self._end()
         self._incremental.end()
+
+
+class _Beginning(threading.Thread):
+    """``begin`` on a thread of its own, where it reads a base: for that long the receiver must not take this side for
+    dead."""
+
+    def __init__(self, begin: Callable[[], bool]) -> None:
+        super().__init__(name="shipd base", daemon=True)
+        self._begin = begin
+        self._result: bool | BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._begin()
+        except BaseException as error:  # noqa: BLE001  raised by take, on the thread that asks
+            self._result = error
+
+    def take(self, patience: float) -> bool | None:
+        """What ``begin`` has returned, None before it has; waits at most so many seconds. Raises what it raised."""
+        self.join(patience)
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result

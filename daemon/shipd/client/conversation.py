@@ -141,7 +141,8 @@ class Conversation:
 
     def _send_coded(self, deadline: float) -> None:
         """Send the next coded run, or wait a moment for it."""
-        self._account.sending(self._offered_at)
+        if not self._coded.beginning:
+            self._account.sending(self._offered_at)
         self._keep_alive()
         drain = partial(self._lane.drain, self._options.stall, until=deadline, watch=self._outlets.check)
         self._take((*self._coded.step(drain), *self._lane.pump()))

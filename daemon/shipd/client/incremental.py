@@ -117,6 +117,11 @@ class Incremental:
             threading.Thread(target=compiled.warm_up, name="shipd compiler", daemon=True).start()
         return tuple(dict.fromkeys(found))[:MAX_BASES]
 
+    @staticmethod
+    def reads_base(sender: Sender) -> bool:
+        """Whether ``begin`` has a base to open, which may take as long as reading all of it from a disk."""
+        return bool(sender.base) and sender.base in sender.bases
+
     def begin(self, sender: Sender, encoders: int) -> bool:
         """The receiver has said what it takes. Whether coded runs are to be sent at all."""
         self.end()
@@ -127,7 +132,7 @@ class Incremental:
             return False
         if self._named is not None:
             self.unused = self._why_unused(sender)
-        if sender.base in sender.bases:
+        if self.reads_base(sender):
             opened = (bases.open(sender.model, sender.layout, sender.base) for bases in self._known)
             self.base = next((base for base in opened if base is not None), None)
         decoding = {number: speed * 1e6 or _UNTRIED_DECODING for number, speed in sender.codecs.items()}
