@@ -450,3 +450,18 @@ def test_a_named_base_in_another_structure_than_the_one_that_rules_is_told_of():
     ruling = Version.of(model(90)).layout
     by.begin(sender(bases=offer, base=digests(1, first=7)[0], layout=ruling), 1)
     assert by.unused == "the model does not have all tensors that are in both checkpoints, or ties some of them"
+
+
+@pytest.mark.parametrize(
+    ("options", "link", "pays"),
+    [({}, FAST, False), ({}, MB, True), ({"prefer": "bytes"}, FAST, True), ({"limit": MB}, FAST, True)],
+    ids=["fast", "slow", "bytes", "limited"],
+)
+def test_over_a_link_that_is_known_to_be_fast_nothing_is_read_for_an_encoder(rates, options, link, pays):
+    rates[THERE] = link
+    by = push(**options)
+    by.offers(lane(), sender())
+    assert by.begin(sender(), 1), "should it turn out to be slow after all"
+    assert by.coding_pays is pays
+    by.reconsider(MB)
+    assert by.coding_pays

@@ -138,7 +138,10 @@ class Incremental:
         decoding = {number: speed * 1e6 or _UNTRIED_DECODING for number, speed in sender.codecs.items()}
         taken = self.chooser.taken if self.chooser is not None else []
         self.chooser = Chooser(self._measured, decoding, encoders, self.prefer, taken)
-        self._plain = False
+        # Where the link is known to be fast, not even the first run is read for nothing.
+        known = _rates.get(self._where)
+        fast = known is not None and not self._faster_coded(min(self._limit or float("inf"), known), decoding)
+        self._plain = fast and self.prefer == "time"
         self._coding = True
         return True
 
