@@ -73,7 +73,7 @@ class Encoding:
         self.base = MemoryBase(self.layout, self.before) if held is not None and not told else None
         self.chooser = Chooser(untried(), dict.fromkeys(untried(), 5e8), prefer="bytes")
         self.lock = threading.Lock()
-        self.plain: Callable[[], bool] = lambda: False
+        self.plain: Callable[[float], bool] = lambda _link: False
         self.link = 1e6
         self.source: Source = open_source(as_state_dict(after))
 
@@ -233,7 +233,7 @@ def test_where_plain_bytes_are_best_for_all_that_follows_nothing_is_taken_any_mo
     encoding.link = 1e12
     asked: list[int] = []
 
-    def plain() -> bool:
+    def plain(_link: float) -> bool:
         asked.append(encoding.sender.waiting)
         return True
 
