@@ -27,6 +27,10 @@ log = logging.getLogger("shipd.transfer")
 MOST_WAITING: Final = 4 << 20
 """Bytes of payloads that wait to be decoded: beyond it nothing more is taken from connections that bring runs."""
 
+_MOST_SHORTER: Final = 64
+"""Times that a payload counts as shorter than its content, at most, when it waits: a sender that is made to wait takes
+this side for dead after a while, and 4 MiB can stand for gigabytes, which without compiled code take that long."""
+
 _AT_ONCE: Final = 2
 """Runs of one push that are decoded at the same time. Measured, one core decodes what 10 Gbit/s bring."""
 
@@ -175,7 +179,7 @@ class Decoding:
         self._running: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._waiting = 0
-        """Bytes of payloads; ``admit`` looks at them on other threads."""
+        """Bytes, as ``_weight`` counts them; ``admit`` looks at them on other threads."""
         self.decoded_bytes = 0
         """Bytes of content that coded runs stood for, those of SAME included."""
         self.seconds = 0.0
@@ -189,12 +193,19 @@ class Decoding:
         """Decode a run as soon as there is a thread for it."""
         if run.codec != registry.SAME:
             self._speeds.expect()
-        self._waiting += len(run.payload)
+        self._waiting += self._weight(run)
         if self._waiting > MOST_WAITING:
             self._hold_back(True)  # noqa: FBT003  named where it is defined
         task = asyncio.get_running_loop().create_task(self._decode(run), name="decode")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+
+    def _weight(self, run: RunToDecode) -> int:
+        """Bytes that a run counts for while it waits. What is the same costs little, however much it is."""
+        if run.codec == registry.SAME or self._target is None:
+            return 0
+        start, end = self._target.layout.span(run.chunks)
+        return max(len(run.payload), (end - start) // _MOST_SHORTER)
 
     def admit(self, stopping: Callable[[], bool]) -> None:
         """On a lane's thread: wait until there is room for what it has brought, or it is to end."""
@@ -233,7 +244,7 @@ class Decoding:
             )
         except Exception:
             log.exception("decoding failed unexpectedly")
-        self._waiting -= len(run.payload)
+        self._waiting -= self._weight(run)
         if self._waiting <= MOST_WAITING // 2:
             self._hold_back(False)  # noqa: FBT003
         if done:
