@@ -161,6 +161,24 @@ def test_each_chunk_comes_once_and_decodes(threads):
     assert encoding.sender.waiting == 0
 
 
+@pytest.mark.parametrize("there_are", [1, 2])
+def test_where_the_system_has_few_threads_those_that_there_are_do_the_work(monkeypatch, there_are):
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == there_are:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    encoding = Encoding(V1, V0)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert covered(encoding.run(4)) == list(range(encoding.layout.chunks))
+    with pytest.raises(RuntimeError, match="new thread"):
+        encoding.run(4)
+
+
 def test_what_is_the_same_as_in_the_base_is_told_apart_from_what_is_not():
     encoding = Encoding(changed_in(V0, {V0.rows[0].name: [0]}), V0)
     found = encoding.run()

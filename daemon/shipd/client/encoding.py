@@ -95,9 +95,18 @@ class Encoder:
         self._stopping = threading.Event()
         self._stop_taking = threading.Event()
         self._choosing = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, name="shipd encoder", daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for _ in range(threads):
+            thread = threading.Thread(target=self._run, name="shipd encoder", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # The system has no more for this process: those that there are do the work.
+                if not self._threads:
+                    raise
+                log.info("fewer threads encode than could", extra={"why": str(error)})
+                break
+            self._threads.append(thread)
 
     @property
     def done(self) -> bool:
