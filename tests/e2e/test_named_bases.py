@@ -1,55 +1,50 @@
-"""A base that is named: what is said where it turns out to be of no use, by the receipt and by shipctl."""
+"""A checkpoint named as the base of a push, where the model's structure is not the checkpoint's."""
 
-import pytest
+import torch
+from torch import nn
 
-from tests.support.checkpoints import as_state_dict, assert_installed, write_safetensors
-from tests.support.processes import address_of, push_arguments, shipctl
-from tests.support.successive import first, following, push_small
+import shipd
+from tests.support.processes import address_of, push
+from tests.support.serving_process import Attach
 
-pytest_plugins = ["tests.support.successive"]
-
-pytestmark = pytest.mark.usefixtures("fresh_bases")
-
-V0 = first()
-V1 = following(V0)
-V2 = following(V1, seed=2)
-SMALLER = first(2)
+pytest_plugins = ["tests.support.serving_process"]
 
 
-@pytest.fixture
-def has_v0(daemon):
-    """A daemon that has V0, of which nothing is known here."""
-    push_small(address_of(daemon), as_state_dict(V0), label="v0", base=False)
-    return daemon
+class Counting(nn.Module):
+    """A layer of 8 MB, tied to another name, and a buffer that is in checkpoints but not in versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16)
+        self.other = self.one
+        self.register_buffer("positions", torch.arange(64), persistent=False)
+        self.requires_grad_(False)
 
 
-def test_one_that_the_daemon_has_is_used_and_nothing_said(has_v0):
-    receipt = push_small(address_of(has_v0), as_state_dict(V1), base=as_state_dict(V0))
-    assert receipt.base == V0.digest
-    assert receipt.base_unused == ""
+def checkpoint(seed: int, changed: int = 0) -> dict[str, torch.Tensor]:
+    """As a trainer has it that knows of neither: each name with bytes of its own."""
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    weight.view(-1)[: changed * 1000 : 1000] *= 2
+    return {"one.weight": weight, "other.weight": weight.clone(), "positions": torch.arange(64)}
 
 
-@pytest.mark.parametrize(
-    ("base", "why"),
-    [(V2, "it is not the version that the daemon has"), (SMALLER, "its tensors are not those of the checkpoint")],
-    ids=["another version", "other tensors"],
-)
-def test_another_is_told_of_and_the_push_goes_on_without(has_v0, tmp_path, base, why):
-    receipt = push_small(address_of(has_v0), as_state_dict(V1), label="v1", base=as_state_dict(base))
-    assert receipt.base_unused == why
-    assert receipt.bytes_sent > V1.nbytes / 3
-    assert_installed(has_v0, V1, label="v1")
-
-    new, old = write_safetensors(tmp_path / "new", V0), write_safetensors(tmp_path / "old", base)
-    finished = shipctl(
-        *push_arguments(has_v0, new, "--base", old, "--prefer", "bytes"), env={"SHIPD_CACHE": str(tmp_path / "cache")}
+def test_a_base_with_tensors_that_the_model_skips_and_ties(daemon: shipd.Daemon, attach: Attach) -> None:
+    resident = attach(Counting(), daemon)
+    first = push(address_of(daemon), checkpoint(1), label="first")
+    assert first.skipped == ("positions",)
+    second = push(
+        address_of(daemon), checkpoint(1, changed=900), label="second", base=checkpoint(1), prefer="bytes", stall=5.0
     )
-    assert finished.code == 0, finished
-    assert f"shipctl: --base {old} is of no use here: {why}" in finished.err
+    assert second.base == first.digest
+    assert second.base_unused == ""
+    assert second.bytes_sent < 20_000
+    assert resident.verify() == second.digest == resident.digest
 
 
-def test_where_no_base_is_worth_looking_at_nothing_is_said(has_v0, tmp_path):
-    new, old = write_safetensors(tmp_path / "new", V1), write_safetensors(tmp_path / "old", V2)
-    finished = shipctl(*push_arguments(has_v0, new, "--base", old), env={"SHIPD_CACHE": ""})
-    assert finished.code == 0, finished
-    assert finished.err == ""
+def test_another_version_than_the_daemon_has(daemon: shipd.Daemon, attach: Attach) -> None:
+    resident = attach(Counting(), daemon)
+    push(address_of(daemon), checkpoint(1), label="first")
+    second = push(address_of(daemon), checkpoint(2), label="second", base=checkpoint(3), prefer="bytes")
+    assert second.base == ""
+    assert second.base_unused == "it is not the version that the daemon has"
+    assert resident.verify() == second.digest

@@ -14,6 +14,7 @@ from shipd.client.incremental import Incremental
 from shipd.codecs import compiled, registry
 from shipd.transfer.lane import Lane
 from shipd.transfer.link_rate import LinkRate
+from shipproto.agreement import Agreement
 from shipproto.digests import LeafDigests
 from shipproto.sender import Sender
 from tests.support.bases import Version, model
@@ -86,7 +87,9 @@ def sender(**values: Any) -> Sender:
         "bases": (),
         "base": b"",
     }
-    return cast("Sender", SimpleNamespace(**{**defaults, **values}))
+    values = {**defaults, **values}
+    told = bool(values["base"]) and values["base"] not in values["bases"]
+    return cast("Sender", SimpleNamespace(agreed=Agreement(values["base"], values["codecs"], told), **values))
 
 
 def lane(**values: Any) -> Lane:
@@ -442,14 +445,13 @@ def test_the_rate_of_the_whole_push_counts_where_the_kernel_has_told_none(rates)
     assert rates == {THERE: FAST}, "what is known already is better than that"
 
 
-def test_a_named_base_in_another_structure_than_the_one_that_rules_is_told_of():
-    """The model has no place for some of its tensors, so its version has another digest than the checkpoint's."""
+def test_a_named_base_that_is_another_version_in_the_structure_that_rules_is_told_of():
     named = FakeKeeper(digests(1))
     by = Incremental((named,), named=named, prefer="bytes")
     offer = by.offers(lane(), sender())
     ruling = Version.of(model(90)).layout
     by.begin(sender(bases=offer, base=digests(1, first=7)[0], layout=ruling), 1)
-    assert by.unused == "the model does not have all tensors that are in both checkpoints, or ties some of them"
+    assert by.unused == "it is not the version that the daemon has"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from shipd.codecs import compiled, registry
 from shipd.transfer.lane import Lane
 from shipproto.limits import MAX_RUN_BYTES
 from shipproto.sender import Sender
+from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.client")
 
@@ -55,6 +56,11 @@ def untried() -> dict[int, Measured]:
     }
 
 
+class OfferAgain(Exception):
+    """The base that was named is the receiver's version, as its structure has it: that can be offered on another
+    connection only."""
+
+
 class Incremental:
     """Of one push.
 
@@ -87,6 +93,8 @@ class Incremental:
         """Why the base that was named is of no use, as the end of a sentence; empty where it is, or none was."""
         self._named = named
         self._named_digests: tuple[bytes, ...] = ()
+        self._ruling: Structure | None = None
+        """The receiver's structure, once it has turned out to be another than the offered one."""
         self._known = known
         self._keepers = keepers
         self._limit = limit
@@ -108,7 +116,8 @@ class Incremental:
             return ()
         found: list[bytes] = []
         for bases in self._known:
-            digests = bases.digests(sender.model, sender.offered)
+            named = bases is self._named
+            digests = bases.digests(sender.model, self._ruling if named and self._ruling else sender.offered)
             found += digests
             if bases is self._named:
                 self._named_digests = digests
@@ -131,6 +140,7 @@ class Incremental:
         ):
             return False
         if self._named is not None:
+            self._offer_again_in(sender.layout.structure, sender)
             self.unused = self._why_unused(sender)
         if self.reads_base(sender):
             opened = (bases.open(sender.model, sender.layout, sender.base) for bases in self._known)
@@ -145,13 +155,21 @@ class Incremental:
         self._coding = True
         return True
 
+    def _offer_again_in(self, structure: Structure, sender: Sender) -> None:
+        """The receiver's structure rules, and may lack tensors of the checkpoints, or tie some: then a checkpoint has
+        another digest than was offered for it. Raises OfferAgain where it is the receiver's version after all.
+        """
+        assert self._named is not None
+        if self._ruling is None and sender.agreed.told and structure.digest != sender.offered.digest:
+            self._ruling = structure
+            if sender.base in self._named.digests(sender.model, structure):
+                raise OfferAgain
+
     def _why_unused(self, sender: Sender) -> str:
         if not self._named_digests:
             return "its tensors are not those of the checkpoint"
         if sender.base in self._named_digests:
             return ""
-        if sender.layout.structure.digest != sender.offered.digest:
-            return "the model does not have all tensors that are in both checkpoints, or ties some of them"
         return "it is not the version that the daemon has"
 
     def link(self, lane: Lane) -> float:

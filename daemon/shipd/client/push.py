@@ -13,7 +13,7 @@ from shipd.checkpoints.source import Source
 from shipd.client.account import Account
 from shipd.client.chunks import ChunkReader
 from shipd.client.conversation import Conversation
-from shipd.client.incremental import Incremental
+from shipd.client.incremental import Incremental, OfferAgain
 from shipd.client.lanes import Outlets
 from shipd.client.options import PushOptions
 from shipd.client.receipt import Receipt
@@ -106,6 +106,8 @@ class Push:
             held = self._sender.held
             try:
                 return self._over_one_connection(deadline)
+            except OfferAgain:
+                continue
             except (ConnectError, Stalled) as error:
                 if isinstance(error, ConnectError) and not isinstance(error, ConnectionLost) and not self._reached:
                     raise
