@@ -47,6 +47,19 @@ def watched(start_daemon: StartDaemon) -> shipd.Daemon:
 # --- what is told ----------------------------------------------------------------------------------------------------
 
 
+def test_what_coded_runs_stood_for_is_counted(watched: shipd.Daemon, medium: Path) -> None:
+    for label in ("v1", "v2"):
+        receipt = push(address_of(watched), medium, label=label, prefer="bytes")
+    seen = scrape(watched)
+    payload, decoded = (seen.value(f"shipd_{what}_bytes_total", model="model") for what in ("payload", "decoded"))
+    assert payload is not None
+    assert decoded is not None
+    # The second push left everything out.
+    assert receipt.bytes_unchanged >= receipt.bytes_total
+    assert payload <= receipt.bytes_total * 1.01
+    assert decoded >= receipt.bytes_total
+
+
 def test_every_metric_follows_the_conventions(watched: shipd.Daemon, small: Path) -> None:
     push(address_of(watched), small, label="v1")
     with pytest.raises(shipd.UnknownModel):

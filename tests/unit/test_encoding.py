@@ -40,9 +40,6 @@ class MemoryBase:
     digest: bytes = b""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def covers(self, layout: Layout) -> bool:
-        return layout.structure.digest == self.layout.structure.digest
-
     def read(self, first: int, count: int, into: memoryview) -> None:
         with self.lock:
             self.reads -= 1

@@ -23,10 +23,6 @@ class Base(Protocol):
         """Its version digest, 16 bytes."""
         ...
 
-    def covers(self, layout: Layout) -> bool:
-        """Whether it is laid out by this layout: the structures' digests are one."""
-        ...
-
     def read(self, first: int, count: int, into: memoryview) -> None:
         """Write what the image holds from the start of chunk ``first`` to the end of the last of ``count`` chunks.
 

@@ -156,10 +156,6 @@ class FileBase:
             hasher.update(part)
         return hasher.digest(), digests.version_digest()
 
-    def covers(self, layout: Layout) -> bool:
-        """See ``Base.covers``."""
-        return self._layout.structure.digest == layout.structure.digest
-
     def read(self, first: int, count: int, into: memoryview) -> None:
         """See ``Base.read``."""
         start, stop = run_range(self._layout, first, count)

@@ -90,10 +90,6 @@ class CheckpointBase:
         self.digest = digest
         self._chunks: SourceChunks | None = chunks
 
-    def covers(self, layout: Layout) -> bool:
-        """See ``Base.covers``."""
-        return self._chunks is not None and self._chunks.layout.structure.digest == layout.structure.digest
-
     def read(self, first: int, count: int, into: memoryview) -> None:
         """See ``Base.read``."""
         chunks = self._chunks

@@ -184,10 +184,6 @@ class KeptVersion:
         self.digest = digest
         self._history: History | None = history
 
-    def covers(self, layout: Layout) -> bool:
-        """See ``Base.covers``."""
-        return self._history is not None and self._history.layout.structure.digest == layout.structure.digest
-
     def read(self, first: int, count: int, into: memoryview) -> None:
         """See ``Base.read``."""
         history = self._history
