@@ -15,6 +15,9 @@ RESULTS: Final = HERE / "results.json"
 BEGIN: Final = "<!-- benchmarks: written by python -m tests.benchmarks --table -->"
 END: Final = "<!-- benchmarks end -->"
 
+_LONG: Final = 25
+"""Rows above which a table is folded."""
+
 _VERDICTS: Final = {"goal": "goal met", "floor": "floor met", "missed": "**missed**", "": ""}
 _HEAD: Final = ("", "figure", "against", "ratio", "floor", "goal", "", "")
 
@@ -38,8 +41,12 @@ def section(title: str, machine: Mapping[str, Any], rounds: int, rows: Sequence[
     return {"title": title, "machine": dict(machine), "rounds": rounds, "rows": [row.as_dict() for row in rows]}
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """All sections, each as a table, with the machine above those that were measured on the same one at once."""
+def markdown(results: Mapping[str, Any], *, fold: bool = False) -> str:
+    """All sections, each as a table, with the machine above those that were measured on the same one at once.
+
+    ``fold`` shows of long tables the rows that have a floor or a goal, and has the others unfolded by whoever wants
+    them: for a page, not for a terminal.
+    """
     parts: list[str] = []
     before = None
     for entry in results["sections"].values():
@@ -48,7 +55,18 @@ def markdown(results: Mapping[str, Any]) -> str:
             parts.append(taken)
             before = taken
         parts.append(f"**{entry['title']}**")
-        parts.append(_table([as_row(row) for row in entry["rows"]]))
+        rows = [as_row(row) for row in entry["rows"]]
+        first = [row for row in rows if row.verdict] if fold and len(rows) > _LONG else []
+        rest = [row for row in rows if row not in first]
+        if first:
+            parts += [
+                _table(first),
+                f"<details><summary>and {len(rest)} rows more</summary>",
+                _table(rest),
+                "</details>",
+            ]
+        else:
+            parts.append(_table(rows))
     return "\n\n".join(parts)
 
 
@@ -59,7 +77,7 @@ def rewrite(readme: Path, results: Mapping[str, Any], pictures: Sequence[tuple[s
         raise ValueError(f"{readme.name} needs these two lines, once each and in this order:\n{BEGIN}\n{END}")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    shown = [markdown(results), *(f"![{what}]({path})" for what, path in pictures)]
+    shown = [markdown(results, fold=True), *(f"![{what}]({path})" for what, path in pictures)]
     readme.write_text(before + BEGIN + "\n\n" + "\n\n".join(shown) + "\n\n" + END + after)
 
 
