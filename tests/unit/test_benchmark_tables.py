@@ -112,6 +112,19 @@ def test_results_survive_their_file(tmp_path):
     assert report.markdown(report.load(path)) == report.markdown(results(*ROWS))
 
 
+def test_long_tables_are_folded_on_a_page_only():
+    rows = [Row(name=f"row {number}", value=float(number), unit="s") for number in range(30)]
+    rows.append(Row(name="bounded", value=1.0, unit="s", floor=2.0))
+    page = report.markdown(results(*rows), fold=True)
+    first, _, rest = page.partition("<details><summary>and 30 rows more</summary>")
+    assert "| bounded |" in first
+    assert "| row 7 |" not in first
+    assert "| row 7 |" in rest
+    assert rest.count("bounded") == 0
+    assert "details" not in report.markdown(results(*rows))
+    assert "details" not in report.markdown(results(*rows[-5:]), fold=True)
+
+
 def test_the_readme_is_rewritten_between_its_two_comments_only(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Above\n\n{report.BEGIN}\nold\n{report.END}\n\nbelow\n")
