@@ -15,6 +15,9 @@ from shipproto.sender import Sender
 _TELLING: Final = 1 << 20
 """Bytes below which how long they took says nothing of the link."""
 
+_WITHOUT_BASE: Final = frozenset((registry.RAW, registry.BY_NAME["xph"].number))
+"""What is made from the content alone, also where there is a base."""
+
 
 @dataclass(slots=True)
 class Account:
@@ -43,10 +46,10 @@ class Account:
     base: bytes = b""
 
     def coded(self, codec: int, size: int, payload: int, base: bytes) -> None:
-        """``size`` bytes of content were sent as a payload of so many bytes, where this ``base`` was agreed on."""
-        if codec == registry.SAME or (codec in registry.BY_NUMBER and registry.BY_NUMBER[codec].delta):
+        """``size`` bytes of content were sent as a payload of so many bytes, made by whoever had this ``base``."""
+        if codec not in _WITHOUT_BASE:
             # What comes again as it is, or to a daemon that was restarted, does not make it unused.
-            self.base = base
+            self.base = base or self.base
         if codec == registry.SAME:
             self.bytes_unchanged += size
         name = registry.NAMES[codec]

@@ -16,6 +16,7 @@ from shipd.client.chunks import ChunkReader
 from shipd.client.encoding import Encoded, Encoder, encoding_threads
 from shipd.client.incremental import Incremental
 from shipd.client.lanes import Outlets
+from shipd.codecs.registry import SAME
 from shipd.transfer.lane import Lane
 from shipproto.connection import Event
 from shipproto.sender import Sender
@@ -143,7 +144,9 @@ class CodedRuns:
             connection.send_data(ready.chunks[0], memoryview(ready.payload))
         else:
             connection.send_coded(ready.chunks, ready.codec, ready.payload)
-        self._account.coded(ready.codec, ready.size, len(ready.payload), self._sender.base)
+        # Of a version that the receiver alone has, nothing can be said but that chunks are the same.
+        has_base = ready.codec == SAME or self._incremental.base is not None
+        self._account.coded(ready.codec, ready.size, len(ready.payload), self._sender.base if has_base else b"")
         waited = self._lane.times.wait
         events = drain()
         self._account.wire_wait += self._lane.times.wait - waited
