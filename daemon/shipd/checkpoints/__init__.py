@@ -4,6 +4,10 @@
     chunks            the chunks of a layout, read out of a source
     opened            an open file: typed errors, and noticing that it changed
     content           what a file is, judged by its bytes and never by its name
+    directory         which file of a directory is its checkpoint
+    sharded           checkpoints in several files with an index
+    parts             several sources as one
+    mapped            tensors that lie in a mapped file as they travel
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
     torch_file        torch.save, through torch's own loader with weights_only=True
     state_dict        tensors in memory, on any device

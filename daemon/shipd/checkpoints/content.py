@@ -1,6 +1,6 @@
 """What a checkpoint file is, judged by its first bytes and never by its name.
 
-Three kinds can be read. Everything else is refused with a message that says what it looks like instead,
+Everything that is none of the kinds is refused with a message that says what it looks like instead,
 because the usual foreign file is a mishap: a login page saved as a model, a git-LFS pointer, half a download.
 """
 
@@ -27,6 +27,9 @@ _MAX_PICKLE: Final = 256 * 1024 * 1024
 """Bytes of the pickle inside a torch.save file, which has no tensor content: a quarter kilobyte for each of
 MAX_TENSORS names. torch reads it whole."""
 
+MAX_INDEX: Final = 128 * 1024 * 1024
+"""Bytes of an index: an eighth of a kilobyte for each of MAX_TENSORS. It is read whole."""
+
 _SAVE_AS: Final = "save it as safetensors, or with torch.save(model.state_dict(), path)"
 
 _FOREIGN: Final = (
@@ -44,6 +47,8 @@ _FOREIGN: Final = (
     (b"\x89PNG", "a picture"),
 )
 
+_WEIGHT_MAP: Final = b'"weight_map"'
+
 _NOT_FETCHED: Final = "the download link probably led to a login or error page; download it again"
 
 
@@ -51,6 +56,7 @@ class Kind(enum.Enum):
     """The kinds of file that can be read."""
 
     SAFETENSORS = "safetensors"
+    INDEX = "an index of several files"
     TORCH_ZIP = "torch.save"
     TORCH_LEGACY = "torch.save before 1.6"
 
@@ -68,6 +74,8 @@ def identify(file: OpenFile) -> Kind:
         return Kind.TORCH_ZIP
     if opening[:1] == b"\x80" and _PICKLE_MAGIC in opening[:32]:
         return Kind.TORCH_LEGACY
+    if _is_index(file, opening):
+        return Kind.INDEX
     if problem := _foreign(opening, file.size):
         raise CheckpointError(f"{quoted(file.path)} is {problem}")
     if _headed(opening, 1 << 48):
@@ -84,6 +92,14 @@ def identify(file: OpenFile) -> Kind:
 def _headed(opening: bytes, longest: int) -> bool:
     """Whether this is a length below ``longest`` and the brace of a header: text would be a longer one."""
     return opening[8:9] == b"{" and int.from_bytes(opening[:8], "little") < longest
+
+
+def _is_index(file: OpenFile, opening: bytes) -> bool:
+    """Whether this is a JSON object with the weight_map of a checkpoint in several files."""
+    if not opening.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return False
+    # Anything may stand before the map.
+    return _WEIGHT_MAP in opening or (file.size <= MAX_INDEX and _WEIGHT_MAP in file.read_at(0, file.size))
 
 
 def _foreign(opening: bytes, size: int) -> str | None:
@@ -103,11 +119,6 @@ def _foreign(opening: bytes, size: int) -> str | None:
     if text.startswith(b"<"):
         return f"an XML document: {_NOT_FETCHED}"
     if text.startswith(b"{"):
-        if b'"weight_map"' in text:
-            return (
-                "the index of a checkpoint in several files and holds no tensors itself; "
-                "merge the files into one and push that"
-            )
         return f"a JSON text: if it is an error message, {_NOT_FETCHED}"
     if opening[:1] == b"\x80" and opening[1:2] in _PROTOCOLS:
         return f"a bare pickle, which could run any code when it is read; where you trust it, {_SAVE_AS}"

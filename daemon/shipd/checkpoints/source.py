@@ -1,6 +1,6 @@
 """What a push reads from, and how whatever a user hands over becomes one.
 
-``open_source`` imports torch only where it must: a safetensors file needs none.
+``open_source`` imports torch only where it must: safetensors files need none.
 """
 
 import os
@@ -118,7 +118,7 @@ def open_source(obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module"
         path = os.fspath(obj)
         if not isinstance(path, str):
             raise TypeError(f"a checkpoint's path must be text, not bytes: use os.fsdecode on {path!r}")
-        return _open_file(path)
+        return _open_path(path)
     torch = sys.modules.get("torch")
     if not isinstance(obj, Mapping) and (torch is None or not isinstance(obj, torch.nn.Module)):
         raise TypeError(
@@ -130,21 +130,33 @@ def open_source(obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module"
     return StateDict(obj, snapshot=snapshot)
 
 
-def _open_file(path: str) -> Source:
+def _open_path(path: str) -> Source:
+    if os.path.isdir(path):  # noqa: PTH112  a path with a NUL is none; Path raises ValueError
+        from shipd.checkpoints.directory import checkpoint_in
+
+        path = checkpoint_in(path)
     file = OpenFile.open(path)
     try:
-        kind = identify(file)
-        match kind:
-            case Kind.SAFETENSORS:
-                from shipd.checkpoints.safetensors_file import SafetensorsFile
-
-                return SafetensorsFile(file)
-            case Kind.TORCH_ZIP | Kind.TORCH_LEGACY:
-                from shipd.checkpoints.torch_file import TorchFile
-
-                return TorchFile(file, mapped=kind is Kind.TORCH_ZIP)
-            case _:
-                assert_never(kind)
+        return open_identified(file, identify(file))
     except BaseException:
         file.close()
         raise
+
+
+def open_identified(file: OpenFile, kind: Kind) -> Source:
+    """The source for a file of that kind. It owns ``file`` unless this raises."""
+    match kind:
+        case Kind.SAFETENSORS:
+            from shipd.checkpoints.safetensors_file import SafetensorsFile
+
+            return SafetensorsFile(file)
+        case Kind.INDEX:
+            from shipd.checkpoints.sharded import open_sharded
+
+            return open_sharded(file)
+        case Kind.TORCH_ZIP | Kind.TORCH_LEGACY:
+            from shipd.checkpoints.torch_file import TorchFile
+
+            return TorchFile(file, mapped=kind is Kind.TORCH_ZIP)
+        case _:
+            assert_never(kind)

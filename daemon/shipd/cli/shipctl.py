@@ -107,7 +107,10 @@ def push(
     token_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Ship CHECKPOINT (safetensors, or a state dict written by torch.save) as the next version of a model.
+    """Ship CHECKPOINT as the next version of a model.
+
+    CHECKPOINT is a safetensors file, a state dict written by torch.save, the index of several such files, or a
+    directory with one of these. It is recognised by what is in it, whatever it is called.
 
     Until the whole version has arrived and is proved to be what was sent, nothing that is being served changes.
     """

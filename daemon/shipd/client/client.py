@@ -123,8 +123,9 @@ class Client:
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
 
-        checkpoint   a state dict, a module, or the path of a safetensors or torch.save file. Its tensors must
-                     not change until this returns; ``snapshot=True`` copies them first
+        checkpoint   a state dict, a module, or the path of a checkpoint: a file of safetensors or torch.save, an index
+                     of several, or a directory with one of these. Its tensors must not change until this returns;
+                     ``snapshot=True`` copies them first
         label        name of the version; by default UTC time and eight digits of the digest
         timeout      seconds for the whole push, None for as long as it takes
         stall        seconds without any sign of life after which the push is given up

@@ -1,0 +1,68 @@
+"""One version in every container that can be pushed, each written by its own library."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from tests.support.checkpoints import Content, as_state_dict, write_safetensors, write_torch
+
+
+def _dealt(whole: Content, count: int) -> list[Content]:
+    """Its tensors in ``count`` parts, as cards are dealt."""
+    return [Content(whole.rows[at::count], whole.data) for at in range(count)]
+
+
+def _write_sharded(
+    folder: Path, whole: Content, name: str, suffix: str, write: Callable[[Path, Content], Path]
+) -> Path:
+    folder.mkdir()
+    weight_map: dict[str, str] = {}
+    for at, part in enumerate(_dealt(whole, 3)):
+        file = f"{name}-{at + 1:05}-of-00003{suffix}"
+        write(folder / file, part)
+        weight_map |= {row.name: file for row in part.rows}
+    (folder / f"{name}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _sharded_safetensors(path: Path, whole: Content) -> Path:
+    return _write_sharded(path, whole, "model", ".safetensors", write_safetensors)
+
+
+def _sharded_torch(path: Path, whole: Content) -> Path:
+    return _write_sharded(path, whole, "pytorch_model", ".bin", write_torch)
+
+
+def _index(path: Path, whole: Content) -> Path:
+    return _sharded_safetensors(path, whole) / "model.safetensors.index.json"
+
+
+def _directory(path: Path, whole: Content) -> Path:
+    path.mkdir()
+    write_safetensors(path / "model.safetensors", whole)
+    torch.save({"state": {}, "param_groups": []}, path / "optimizer.pt")
+    return path
+
+
+def _legacy(path: Path, whole: Content) -> Path:
+    torch.save(as_state_dict(whole), path, _use_new_zipfile_serialization=False)
+    return path
+
+
+CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
+    "safetensors": write_safetensors,
+    "sharded safetensors": _sharded_safetensors,
+    "index": _index,
+    "directory": _directory,
+    "torch.save": write_torch,
+    "torch.save, legacy": _legacy,
+    "sharded torch.save": _sharded_torch,
+}
+"""Write a version into a path, and return the path to push."""
+
+WITHOUT_TORCH: Final = frozenset({"safetensors", "sharded safetensors", "index", "directory"})
+"""Those that are read without torch."""
