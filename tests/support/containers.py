@@ -53,6 +53,13 @@ def _legacy(path: Path, whole: Content) -> Path:
     return path
 
 
+def _nested(path: Path, whole: Content) -> Path:
+    state = as_state_dict(whole)
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    torch.save({"epoch": 3, "args": {"seed": 1}, "model": state, "optimizer": optimizer}, path)
+    return path
+
+
 CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "safetensors": write_safetensors,
     "sharded safetensors": _sharded_safetensors,
@@ -60,6 +67,7 @@ CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "directory": _directory,
     "torch.save": write_torch,
     "torch.save, legacy": _legacy,
+    "torch.save, nested": _nested,
     "sharded torch.save": _sharded_torch,
 }
 """Write a version into a path, and return the path to push."""

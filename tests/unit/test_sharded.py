@@ -264,7 +264,7 @@ DAMAGED = {
     "empty": ('{"weight_map": {}}', "is an index that names no tensors"),
     "deep": ('{"weight_map": ' + "[" * 100_000, "is the index of a checkpoint in several files, and damaged"),
     "no text": ('{"weight_map": "\udcff"}', "is the index of a checkpoint in several files, and damaged"),
-    "itself": ('{"weight_map": {"w": "index"}}', "is a file of an index of several files: what an index names must"),
+    "itself": ('{"weight_map": {"w": "index"}}', "is the index of several files: what an index names must"),
 }
 
 

@@ -53,12 +53,12 @@ _NOT_FETCHED: Final = "the download link probably led to a login or error page; 
 
 
 class Kind(enum.Enum):
-    """The kinds of file that can be read."""
+    """The kinds of file that can be read, in the words of messages."""
 
-    SAFETENSORS = "safetensors"
-    INDEX = "an index of several files"
-    TORCH_ZIP = "torch.save"
-    TORCH_LEGACY = "torch.save before 1.6"
+    SAFETENSORS = "a safetensors file"
+    INDEX = "the index of several files"
+    TORCH_ZIP = "a file of torch.save"
+    TORCH_LEGACY = "a file of torch.save before 1.6"
 
 
 def identify(file: OpenFile) -> Kind:

@@ -104,7 +104,7 @@ def _open_shard(path: str) -> Source:
         kind = identify(file)
         if kind not in _SHARDS:
             raise CheckpointError(
-                f"{quoted(path)} is a file of {kind.value}: what an index names must be files of safetensors or "
+                f"{quoted(path)} is {kind.value}: what an index names must be files of safetensors or "
                 "torch.save; push it by itself"
             )
         return open_identified(file, kind)

@@ -56,6 +56,11 @@ def shipctl() -> None:
 @click.option("--model", required=True, metavar="NAME", help="The name that the model is served under.")
 @click.option("--label", metavar="LABEL", help="Name of the version; by default UTC time and digits of its digest.")
 @click.option(
+    "--key",
+    metavar="KEY",
+    help='Where in CHECKPOINT the state dict is, as in "model.ema"; needed where there are several; they are listed.',
+)
+@click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole push; none by default."
 )
 @click.option(
@@ -77,6 +82,7 @@ def shipctl() -> None:
     help="Checkpoint of the version that the daemon has: only what differs is sent. By default versions that were "
     "pushed from here before, where the link is slow enough.",
 )
+@click.option("--base-key", metavar="KEY", help="As --key, in OLD.")
 @click.option("--whole", is_flag=True, help="Send everything as it is, also what the daemon has already.")
 @click.option(
     "--prefer",
@@ -95,10 +101,12 @@ def push(
     address: str,
     model: str,
     label: str | None,
+    key: str | None,
     timeout: float | None,
     stall: float,
     lanes: int | None,
     base: Path | None,
+    base_key: str | None,
     whole: bool,
     prefer: Literal["time", "bytes"],
     limit: str | None,
@@ -116,6 +124,8 @@ def push(
     """
     if whole and base is not None:
         raise click.UsageError("--whole sends everything as it is: there is no use for --base")
+    if base_key is not None and base is None:
+        raise click.UsageError("--base-key says where in --base to look: there is no --base")
     from shipd.bases.cache import VersionCache
     from shipd.cli.running import run_push
 
@@ -126,10 +136,12 @@ def push(
             quiet=as_json,
             model=model,
             label=label,
+            key=key,
             timeout=timeout,
             stall=stall,
             lanes=lanes,
             base=False if whole else base,
+            base_key=base_key,
             prefer=prefer,
             limit=limit,
         ),
