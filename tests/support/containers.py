@@ -1,11 +1,13 @@
 """One version in every container that can be pushed, each written by its own library."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import nn
 
 from tests.support.checkpoints import Content, as_state_dict, write_safetensors, write_torch
 
@@ -60,6 +62,29 @@ def _nested(path: Path, whole: Content) -> Path:
     return path
 
 
+def scripted(whole: Content) -> torch.jit.ScriptModule:
+    """A TorchScript program with these tensors: modules of modules, by the dots in their names."""
+    root = nn.Module()
+    for name, tensor in as_state_dict(whole).items():
+        *parents, last = name.split(".")
+        module = root
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.register_buffer(last, tensor)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        return torch.jit.script(root)
+
+
+def _torchscript(path: Path, whole: Content) -> Path:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.save` is deprecated", DeprecationWarning)
+        torch.jit.save(scripted(whole), path)
+    return path
+
+
 CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "safetensors": write_safetensors,
     "sharded safetensors": _sharded_safetensors,
@@ -69,6 +94,7 @@ CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "torch.save, legacy": _legacy,
     "torch.save, nested": _nested,
     "sharded torch.save": _sharded_torch,
+    "TorchScript": _torchscript,
 }
 """Write a version into a path, and return the path to push."""
 

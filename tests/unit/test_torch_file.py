@@ -197,12 +197,6 @@ def test_extra_state_is_refused_by_name(tmp_path):
     refused(path, "tensor 'norm._extra_state' of .* is the extra state of a module", UnsupportedTensor)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_torchscript_is_refused(tmp_path):
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", r"is a TorchScript program, .* torch.save\(torch.jit.load\(path\).state_dict\(\)")
-
-
 def test_an_exported_program_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
         archive.writestr("model/archive_format", "pt2")

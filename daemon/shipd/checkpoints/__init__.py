@@ -10,9 +10,11 @@
     mapped            tensors that lie in a mapped file as they travel
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
     torch_file        torch.save, through torch's own loader with weights_only=True
+    script_file       TorchScript archives, through torch.jit.load
     nested            state dicts inside what torch.save wrote
     state_dict        tensors in memory, on any device
     wording           names and lists in messages, bounded
 
-Only ``torch_file``, ``nested`` and ``state_dict`` import torch, and they are imported only when they are needed.
+Only ``torch_file``, ``script_file``, ``nested`` and ``state_dict`` with what it consists of import torch, and they are
+imported only when they are needed.
 """

@@ -58,6 +58,7 @@ class Kind(enum.Enum):
     SAFETENSORS = "a safetensors file"
     INDEX = "the index of several files"
     TORCH_ZIP = "a file of torch.save"
+    TORCHSCRIPT = "a TorchScript archive"
     TORCH_LEGACY = "a file of torch.save before 1.6"
 
 
@@ -70,8 +71,7 @@ def identify(file: OpenFile) -> Kind:
     if _headed(opening, 1 << 32):
         return Kind.SAFETENSORS
     if opening.startswith(b"PK\x03\x04"):
-        _require_torch_archive(file)
-        return Kind.TORCH_ZIP
+        return _identify_zip(file)
     if opening[:1] == b"\x80" and _PICKLE_MAGIC in opening[:32]:
         return Kind.TORCH_LEGACY
     if _is_index(file, opening):
@@ -125,8 +125,8 @@ def _foreign(opening: bytes, size: int) -> str | None:
     return None
 
 
-def _require_torch_archive(file: OpenFile) -> None:
-    """Refuse zip archives that torch.save did not write, or that torch could not map as they are."""
+def _identify_zip(file: OpenFile) -> Kind:
+    """The kind of a zip archive. Raises CheckpointError where it is none, or torch could not map it as it is."""
     path = quoted(file.path)
     try:
         with open(file.descriptor, "rb", closefd=False) as raw, zipfile.ZipFile(raw) as archive:
@@ -147,17 +147,20 @@ def _require_torch_archive(file: OpenFile) -> None:
         else:
             what = f"a zip archive, but not one of torch.save: it holds {listed(map(quoted, sorted(names)))}"
         raise CheckpointError(f"{path} is {what}; {_SAVE_AS}")
+    _require_small_pickle(path, members)
     if "constants.pkl" in inner:
-        raise CheckpointError(
-            f"{path} is a TorchScript program, which is code as well as tensors; "
-            "save torch.save(torch.jit.load(path).state_dict(), other_path) where you trust it, and push that"
-        )
+        return Kind.TORCHSCRIPT
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise CheckpointError(
                 f"{path} has been repacked: its member {quoted(member.filename)} is compressed or encrypted, "
                 "which torch.save never does; save it again with torch.save"
             )
+    return Kind.TORCH_ZIP
+
+
+def _require_small_pickle(path: str, members: list[zipfile.ZipInfo]) -> None:
+    for member in members:
         if member.file_size > _MAX_PICKLE and member.filename.endswith("/data.pkl"):
             raise CheckpointError(
                 f"{path} has {format_bytes(member.file_size)} of pickled objects besides its tensors, and at "

@@ -175,5 +175,9 @@ def open_identified(file: OpenFile, kind: Kind, key: str | None = None) -> Sourc
             from shipd.checkpoints.torch_file import TorchFile
 
             return TorchFile(file, mapped=kind is Kind.TORCH_ZIP, key=key)
+        case Kind.TORCHSCRIPT:
+            from shipd.checkpoints.script_file import ScriptFile
+
+            return ScriptFile(file)
         case _:
             assert_never(kind)

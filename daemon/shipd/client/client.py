@@ -125,8 +125,8 @@ class Client:
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
 
-        checkpoint   a state dict, a module, or the path of a checkpoint: a file of safetensors or torch.save, an index
-                     of several, or a directory with one of these. Its tensors must not change until this returns;
+        checkpoint   a state dict, a module, or the path of a checkpoint: a file of any kind that README.md lists, an
+                     index of several, or a directory with one of these. Its tensors must not change until this returns;
                      ``snapshot=True`` copies them first
         label        name of the version; by default UTC time and eight digits of the digest
         key          where in the checkpoint the state dict is, such as "model.ema", where it holds several
