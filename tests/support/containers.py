@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -85,6 +86,25 @@ def _torchscript(path: Path, whole: Content) -> Path:
     return path
 
 
+def as_arrays(whole: Content) -> dict[str, np.ndarray]:
+    """Arrays with this content, each of its own."""
+    return {
+        row.name: np.frombuffer(bytes(whole.data[row.name]), dtype=row.dtype).reshape(row.shape) for row in whole.rows
+    }
+
+
+def _npz(path: Path, whole: Content) -> Path:
+    with path.open("wb") as file:
+        np.savez(file, **as_arrays(whole))  # type: ignore[arg-type]  # no tensor is called allow_pickle
+    return path
+
+
+def _npz_compressed(path: Path, whole: Content) -> Path:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **as_arrays(whole))  # type: ignore[arg-type]  # as above
+    return path
+
+
 CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "safetensors": write_safetensors,
     "sharded safetensors": _sharded_safetensors,
@@ -95,8 +115,10 @@ CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "torch.save, nested": _nested,
     "sharded torch.save": _sharded_torch,
     "TorchScript": _torchscript,
+    "npz": _npz,
+    "npz, compressed": _npz_compressed,
 }
 """Write a version into a path, and return the path to push."""
 
-WITHOUT_TORCH: Final = frozenset({"safetensors", "sharded safetensors", "index", "directory"})
+WITHOUT_TORCH: Final = frozenset({"safetensors", "sharded safetensors", "index", "directory", "npz", "npz, compressed"})
 """Those that are read without torch."""

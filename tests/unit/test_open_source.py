@@ -51,7 +51,6 @@ FOREIGN = {
     "bzip2": (b"BZh91AY&SY" + bytes(20), "is compressed with bzip2"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(20), "is a GGUF file of llama.cpp"),
     "npy": (saved_array(), "is a single numpy array"),
-    "npz": (archive(w__npy=saved_array()), "is an npz file of numpy arrays; save it as safetensors"),
     "zip": (archive(readme__txt=b"hello"), "is a zip archive, but not one of torch.save: it holds 'readme.txt'"),
     "zip cut short": (archive(w__npy=saved_array())[:60], "no readable table of contents at its end"),
     "tar": (tarred(), "is a tar archive: unpack it first"),

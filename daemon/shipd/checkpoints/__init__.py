@@ -9,6 +9,8 @@
     parts             several sources as one
     mapped            tensors that lie in a mapped file as they travel
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
+    npz_file          .npz archives of numpy; needs no torch
+    arrays            arrays of numpy and h5py as tensors
     torch_file        torch.save, through torch's own loader with weights_only=True
     script_file       TorchScript archives, through torch.jit.load
     nested            state dicts inside what torch.save wrote

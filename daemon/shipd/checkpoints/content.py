@@ -59,6 +59,7 @@ class Kind(enum.Enum):
     INDEX = "the index of several files"
     TORCH_ZIP = "a file of torch.save"
     TORCHSCRIPT = "a TorchScript archive"
+    NPZ = "an .npz archive of numpy"
     TORCH_LEGACY = "a file of torch.save before 1.6"
 
 
@@ -141,8 +142,8 @@ def _identify_zip(file: OpenFile) -> Kind:
     inner = {name.partition("/")[2] for name in names}
     if "data.pkl" not in inner:
         if any(name.endswith(".npy") for name in names):
-            what = "an npz file of numpy arrays"
-        elif "archive_format" in inner:
+            return Kind.NPZ
+        if "archive_format" in inner:
             what = "an exported program of torch.export"
         else:
             what = f"a zip archive, but not one of torch.save: it holds {listed(map(quoted, sorted(names)))}"

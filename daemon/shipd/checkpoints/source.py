@@ -179,5 +179,9 @@ def open_identified(file: OpenFile, kind: Kind, key: str | None = None) -> Sourc
             from shipd.checkpoints.script_file import ScriptFile
 
             return ScriptFile(file)
+        case Kind.NPZ:
+            from shipd.checkpoints.npz_file import NpzFile
+
+            return NpzFile(file)
         case _:
             assert_never(kind)
