@@ -5,8 +5,9 @@ import functools
 import pytest
 import torch
 
+from tests.e2e.test_push import _push_and_watch
 from tests.support import checkpoints
-from tests.support.checkpoints import Content, assert_installed
+from tests.support.checkpoints import MIB, Content, assert_installed
 from tests.support.containers import CONTAINERS, WITHOUT_TORCH
 from tests.support.processes import Helper, address_of, push, shipctl
 
@@ -75,26 +76,24 @@ def test_a_key_chooses_for_checkpoint_and_base(daemon, tmp_path):
         push(address_of(daemon), tmp_path / "old", key="model.ema", base_key="ema")
 
 
-def _pushed(report, address, path):
-    """Runs in a process of its own."""
-    import asyncio
-    import sys
-
-    import shipd
-
-    async def main():
-        async with shipd.connect(address) as client:
-            return await client.push(path, model="model")
-
-    receipt = asyncio.run(main())
-    report({"digest": receipt.digest, "torch": "torch" in sys.modules})
-
-
 @pytest.mark.parametrize("container", sorted(WITHOUT_TORCH))
 def test_what_needs_no_torch_imports_none(daemon, tmp_path, container):
-    path = CONTAINERS[container](tmp_path / "checkpoint", checkpoints.medium())
-    with Helper(_pushed, address_of(daemon), path) as sender:
-        found = sender.next(60)
+    path = CONTAINERS[container](tmp_path / "checkpoint", checkpoints.tiny())
+    with Helper(_push_and_watch, address_of(daemon), path, "tiny") as sender:
+        report = sender.next(60)
         assert sender.wait() == 0
-    assert found["digest"] == checkpoints.medium().digest
-    assert not found["torch"]
+    assert report["digest"] == checkpoints.tiny().digest
+    assert not report["torch"]
+
+
+@pytest.mark.parametrize("container", ["sharded safetensors", "npz", "HDF5", "HDF5, compressed"])
+def test_what_is_mapped_or_streamed_costs_little_memory(daemon, tmp_path, container):
+    """Importing h5py counts, too."""
+    version = checkpoints.large(100)
+    path = CONTAINERS[container](tmp_path / "large", version)
+    with Helper(_push_and_watch, address_of(daemon), path, "large") as sender:
+        report = sender.next(60)
+        assert sender.wait() == 0
+    assert report["growth"] <= 80 * MIB
+    assert report["digest"] == version.digest
+    assert_installed(daemon, version, label="large")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+import h5py
 import numpy as np
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ def _write_sharded(
 ) -> Path:
     folder.mkdir()
     weight_map: dict[str, str] = {}
-    for at, part in enumerate(_dealt(whole, 3)):
-        file = f"{name}-{at + 1:05}-of-00003{suffix}"
+    count = min(3, len(whole.rows))
+    for at, part in enumerate(_dealt(whole, count)):
+        file = f"{name}-{at + 1:05}-of-{count:05}{suffix}"
         write(folder / file, part)
         weight_map |= {row.name: file for row in part.rows}
     (folder / f"{name}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -105,6 +107,29 @@ def _npz_compressed(path: Path, whole: Content) -> Path:
     return path
 
 
+def _hdf5(path: Path, whole: Content) -> Path:
+    with h5py.File(path, "w") as file:
+        for name, array in as_arrays(whole).items():
+            file[name.replace(".", "/")] = array
+    return path
+
+
+def _hdf5_compressed(path: Path, whole: Content) -> Path:
+    with h5py.File(path, "w") as file:
+        for name, array in as_arrays(whole).items():
+            file.create_dataset(name.replace(".", "/"), data=array, compression="gzip", compression_opts=1)
+    return path
+
+
+def _keras(path: Path, whole: Content) -> Path:
+    """As Keras 2 saves a model and its optimizer."""
+    with h5py.File(path, "w") as file:
+        for name, array in as_arrays(whole).items():
+            file[f"model_weights/{name.replace('.', '/')}"] = array
+        file["optimizer_weights/adam/iterations:0"] = np.int64(7)
+    return path
+
+
 CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "safetensors": write_safetensors,
     "sharded safetensors": _sharded_safetensors,
@@ -117,8 +142,13 @@ CONTAINERS: Final[Mapping[str, Callable[[Path, Content], Path]]] = {
     "TorchScript": _torchscript,
     "npz": _npz,
     "npz, compressed": _npz_compressed,
+    "HDF5": _hdf5,
+    "HDF5, compressed": _hdf5_compressed,
+    "HDF5 of Keras": _keras,
 }
 """Write a version into a path, and return the path to push."""
 
-WITHOUT_TORCH: Final = frozenset({"safetensors", "sharded safetensors", "index", "directory", "npz", "npz, compressed"})
+WITHOUT_TORCH: Final = frozenset(
+    {"safetensors", "sharded safetensors", "index", "directory", "npz", "npz, compressed", "HDF5", "HDF5, compressed"}
+)
 """Those that are read without torch."""

@@ -44,7 +44,7 @@ FOREIGN = {
     "lfs": (POINTER, "is a git-LFS pointer of 74 bytes .* \\(which has 438.0 MB\\): run `git lfs pull`"),
     "lfs without a size": (POINTER[:60], "is a git-LFS pointer of 60 bytes and not the file it stands for: run"),
     "json": (b'{"error": "Repository not found"}', "is a JSON text: if it is an error message"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file, as Keras"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "cannot be read by the HDF5 library"),
     "gzip": (gzip.compress(b"model"), "is compressed with gzip: decompress it first"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(20), "is compressed with zstd"),
     "xz": (b"\xfd7zXZ\x00" + bytes(20), "is compressed with xz"),

@@ -10,6 +10,7 @@
     mapped            tensors that lie in a mapped file as they travel
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
     npz_file          .npz archives of numpy; needs no torch
+    hdf5_file         HDF5, through h5py; needs no torch
     arrays            arrays of numpy and h5py as tensors
     torch_file        torch.save, through torch's own loader with weights_only=True
     script_file       TorchScript archives, through torch.jit.load

@@ -33,7 +33,6 @@ MAX_INDEX: Final = 128 * 1024 * 1024
 _SAVE_AS: Final = "save it as safetensors, or with torch.save(model.state_dict(), path)"
 
 _FOREIGN: Final = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and h5py write them"),
     (b"\x1f\x8b", "compressed with gzip: decompress it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd: decompress it first"),
     (b"\xfd7zXZ\x00", "compressed with xz: decompress it first"),
@@ -60,6 +59,7 @@ class Kind(enum.Enum):
     TORCH_ZIP = "a file of torch.save"
     TORCHSCRIPT = "a TorchScript archive"
     NPZ = "an .npz archive of numpy"
+    HDF5 = "an HDF5 file"
     TORCH_LEGACY = "a file of torch.save before 1.6"
 
 
@@ -75,6 +75,8 @@ def identify(file: OpenFile) -> Kind:
         return _identify_zip(file)
     if opening[:1] == b"\x80" and _PICKLE_MAGIC in opening[:32]:
         return Kind.TORCH_LEGACY
+    if opening.startswith(b"\x89HDF\r\n\x1a\n"):
+        return Kind.HDF5
     if _is_index(file, opening):
         return Kind.INDEX
     if problem := _foreign(opening, file.size):

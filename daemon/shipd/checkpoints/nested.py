@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from shipd.checkpoints.wording import listed, quoted
+from shipd.checkpoints.wording import OPTIMIZER, listed, quoted
 from shipd.errors import CheckpointError
 from shipd.units import format_bytes
 
@@ -22,9 +22,6 @@ _DEEPEST: Final = 6
 
 _ITSELF: Final = "."
 """The key of what is not inside anything."""
-
-_OPTIMIZER: Final = re.compile(r"optim(?!al|um)", re.IGNORECASE)
-"""In the names under which the states of optimizers are saved."""
 
 _RANDOM: Final = re.compile(r"rng|random", re.IGNORECASE)
 """In the names under which the states of random generators are saved, which are tensors."""
@@ -123,7 +120,7 @@ def _is_plain(value: Mapping[Any, Any]) -> bool:
 
 
 def _is_optimizer(value: object, path: tuple[str, ...]) -> bool:
-    if path and _OPTIMIZER.search(path[-1]):
+    if path and OPTIMIZER.search(path[-1]):
         return True
     return isinstance(value, Mapping) and "param_groups" in value and "state" in value
 

@@ -50,8 +50,8 @@ def join(parts: Iterable[Buffer], gaps: list[int] | None) -> memoryview:
     return memoryview(b"".join(chain.from_iterable(zip_longest(parts, between, fillvalue=b""))))
 
 
-_KEYED: Final = (Kind.TORCH_ZIP, Kind.TORCH_LEGACY)
-"""Kinds of file that can hold more than one state dict."""
+_KEYED: Final = (Kind.TORCH_ZIP, Kind.TORCH_LEGACY, Kind.HDF5)
+"""Kinds of file that can hold more than one version's tensors."""
 
 _ZEROS: Final = bytes(TENSOR_ALIGNMENT)
 
@@ -183,5 +183,9 @@ def open_identified(file: OpenFile, kind: Kind, key: str | None = None) -> Sourc
             from shipd.checkpoints.npz_file import NpzFile
 
             return NpzFile(file)
+        case Kind.HDF5:
+            from shipd.checkpoints.hdf5_file import Hdf5File
+
+            return Hdf5File(file, key)
         case _:
             assert_never(kind)

@@ -117,8 +117,8 @@ def push(
 ) -> None:
     """Ship CHECKPOINT as the next version of a model.
 
-    CHECKPOINT is a safetensors file, a state dict written by torch.save, the index of several such files, or a
-    directory with one of these. It is recognised by what is in it, whatever it is called.
+    CHECKPOINT is a file of safetensors, torch.save, torch.jit.save, numpy.savez or HDF5, the index of several files, or
+    a directory with one of these. It is recognised by what is in it, whatever it is called.
 
     Until the whole version has arrived and is proved to be what was sent, nothing that is being served changes.
     """
