@@ -44,18 +44,13 @@ FOREIGN = {
     "lfs": (POINTER, "is a git-LFS pointer of 74 bytes .* \\(which has 438.0 MB\\): run `git lfs pull`"),
     "lfs without a size": (POINTER[:60], "is a git-LFS pointer of 60 bytes and not the file it stands for: run"),
     "json": (b'{"error": "Repository not found"}', "is a JSON text: if it is an error message"),
-    "index": (
-        b'{"metadata": {}, "weight_map": {"w": "model-00001-of-00002.safetensors"}}',
-        "is the index of a checkpoint in several files",
-    ),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file, as Keras"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "cannot be read by the HDF5 library"),
     "gzip": (gzip.compress(b"model"), "is compressed with gzip: decompress it first"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(20), "is compressed with zstd"),
     "xz": (b"\xfd7zXZ\x00" + bytes(20), "is compressed with xz"),
     "bzip2": (b"BZh91AY&SY" + bytes(20), "is compressed with bzip2"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(20), "is a GGUF file of llama.cpp"),
     "npy": (saved_array(), "is a single numpy array"),
-    "npz": (archive(w__npy=saved_array()), "is an npz file of numpy arrays; save it as safetensors"),
     "zip": (archive(readme__txt=b"hello"), "is a zip archive, but not one of torch.save: it holds 'readme.txt'"),
     "zip cut short": (archive(w__npy=saved_array())[:60], "no readable table of contents at its end"),
     "tar": (tarred(), "is a tar archive: unpack it first"),
@@ -111,18 +106,6 @@ def test_paths_that_cannot_be_opened_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", forbidden)
     with pytest.raises(CheckpointError, match="permission to read it is missing: run as its owner"):
         open_source(tmp_path / "file")
-
-
-def test_a_directory_is_told_which_of_its_files_to_name(tmp_path):
-    with pytest.raises(CheckpointError, match="is a directory; name a file"):
-        open_source(tmp_path)
-    for name in ("b.safetensors", "a.pt", "config.json"):
-        (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=r"is a directory; name one of the files in it: 'a.pt', 'b.safetensors'$"):
-        open_source(tmp_path)
-    (tmp_path / ".metadata").touch()
-    with pytest.raises(CheckpointError, match=r"torch.distributed checkpoint"):
-        open_source(tmp_path)
 
 
 def test_an_input_output_error_is_told(tmp_path, monkeypatch):

@@ -171,37 +171,9 @@ def refused(path, message, kind=CheckpointError):
 def test_pickled_objects_are_refused_by_the_name_of_their_class(tmp_path, legacy, make, name):
     path = save(make(), tmp_path / "model.pt", legacy=legacy)
     told = refused(path, f"holds an object of '[^']*{name}[^']*' and not tensors alone")
-    assert "save torch.save(model.state_dict(), other_path), or a safetensors file, and push that" in told
+    assert "load it once with torch.load(path, map_location='cpu', weights_only=False), in a process that can" in told
+    assert told.endswith("then torch.save(model.state_dict(), other_path), of the module in it, and push that")
     assert not TRACE.exists()
-
-
-NESTED = {
-    "training": (
-        lambda: {"epoch": 3, "model": {"w": torch.ones(1)}, "optimizer": {"state": {}, "param_groups": []}},
-        (
-            r"is not .* it holds 'epoch' \(int\), 'model' \(mapping of 1\), 'optimizer' \(mapping of 2\)\. .* "
-            r"by itself: torch\.save\(torch\.load\(path\)\['model'\], other_path\)$"
-        ),
-    ),
-    "state_dict": (lambda: {"state_dict": {"w": torch.ones(1)}}, r"torch\.load\(path\)\['state_dict'\]"),
-    "optimizer first": (lambda: {"optimizer": {}, "ema": {"w": torch.ones(1)}}, r"torch\.load\(path\)\['ema'\]"),
-    "optimizer alone": (lambda: {"optim": {"state": {}}}, r"more than tensors: 'optim' \(mapping of 1\); save"),
-    "with a step": (
-        lambda: {"w": torch.ones(1), "step": 7},
-        r"holds more than tensors: 'w' \(Tensor\), 'step' \(int\); save",
-    ),
-    "many": (lambda: {str(at): at for at in range(100)}, r"'7' \(int\) and 92 more; save"),
-    "numbered": (lambda: {0: torch.ones(1)}, r"holds more than tensors: '0' \(Tensor\)"),
-    "tensor": (lambda: torch.ones(1), "holds a Tensor and not a state dict; save torch.save"),
-    "list": (lambda: [torch.ones(1)], "holds a list and not a state dict"),
-    "nothing": (lambda: None, "holds a NoneType and not a state dict"),
-}
-
-
-@pytest.mark.parametrize("case", NESTED)
-def test_what_is_no_state_dict_is_refused_with_what_it_holds(tmp_path, legacy, case):
-    make, message = NESTED[case]
-    refused(save(make(), tmp_path / "model.pt", legacy=legacy), message)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -223,12 +195,6 @@ def test_tensors_that_cannot_be_shipped_are_refused_by_name(tmp_path, make, mess
 def test_extra_state_is_refused_by_name(tmp_path):
     path = save({"w": torch.ones(1), "norm._extra_state": {"scale": 1}}, tmp_path / "model.pt")
     refused(path, "tensor 'norm._extra_state' of .* is the extra state of a module", UnsupportedTensor)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_torchscript_is_refused(tmp_path):
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", r"is a TorchScript program, .* torch.save\(torch.jit.load\(path\).state_dict\(\)")
 
 
 def test_an_exported_program_is_refused(tmp_path):

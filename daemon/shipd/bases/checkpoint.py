@@ -35,9 +35,11 @@ class CheckpointBases:
         self._tensor_digests: npt.NDArray[np.uint8] | None = None
 
     @classmethod
-    def of(cls, checkpoint: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module") -> Self:
+    def of(
+        cls, checkpoint: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module", *, key: str | None = None
+    ) -> Self:
         """Of whatever ``open_source`` takes; raises what it raises."""
-        return cls(open_source(checkpoint))
+        return cls(open_source(checkpoint, key=key))
 
     def digests(self, model: str, offered: Structure) -> tuple[bytes, ...]:  # noqa: ARG002  a checkpoint is no model's
         """See ``Bases.digests``; of the offered structure itself, since no other is known here.

@@ -4,10 +4,20 @@
     chunks            the chunks of a layout, read out of a source
     opened            an open file: typed errors, and noticing that it changed
     content           what a file is, judged by its bytes and never by its name
+    directory         which file of a directory is its checkpoint
+    sharded           checkpoints in several files with an index
+    parts             several sources as one
+    mapped            tensors that lie in a mapped file as they travel
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
+    npz_file          .npz archives of numpy; needs no torch
+    hdf5_file         HDF5, through h5py; needs no torch
+    arrays            arrays of numpy and h5py as tensors
     torch_file        torch.save, through torch's own loader with weights_only=True
+    script_file       TorchScript archives, through torch.jit.load
+    nested            state dicts inside what torch.save wrote
     state_dict        tensors in memory, on any device
     wording           names and lists in messages, bounded
 
-Only ``torch_file`` and ``state_dict`` import torch, and they are imported only when they are needed.
+Only ``torch_file``, ``script_file``, ``nested`` and ``state_dict`` with what it consists of import torch, and they are
+imported only when they are needed.
 """

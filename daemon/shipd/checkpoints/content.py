@@ -1,6 +1,6 @@
 """What a checkpoint file is, judged by its first bytes and never by its name.
 
-Three kinds can be read. Everything else is refused with a message that says what it looks like instead,
+Everything that is none of the kinds is refused with a message that says what it looks like instead,
 because the usual foreign file is a mishap: a login page saved as a model, a git-LFS pointer, half a download.
 """
 
@@ -27,10 +27,12 @@ _MAX_PICKLE: Final = 256 * 1024 * 1024
 """Bytes of the pickle inside a torch.save file, which has no tensor content: a quarter kilobyte for each of
 MAX_TENSORS names. torch reads it whole."""
 
+MAX_INDEX: Final = 128 * 1024 * 1024
+"""Bytes of an index: an eighth of a kilobyte for each of MAX_TENSORS. It is read whole."""
+
 _SAVE_AS: Final = "save it as safetensors, or with torch.save(model.state_dict(), path)"
 
 _FOREIGN: Final = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and h5py write them"),
     (b"\x1f\x8b", "compressed with gzip: decompress it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd: decompress it first"),
     (b"\xfd7zXZ\x00", "compressed with xz: decompress it first"),
@@ -44,15 +46,21 @@ _FOREIGN: Final = (
     (b"\x89PNG", "a picture"),
 )
 
+_WEIGHT_MAP: Final = b'"weight_map"'
+
 _NOT_FETCHED: Final = "the download link probably led to a login or error page; download it again"
 
 
 class Kind(enum.Enum):
-    """The kinds of file that can be read."""
+    """The kinds of file that can be read, in the words of messages."""
 
-    SAFETENSORS = "safetensors"
-    TORCH_ZIP = "torch.save"
-    TORCH_LEGACY = "torch.save before 1.6"
+    SAFETENSORS = "a safetensors file"
+    INDEX = "the index of several files"
+    TORCH_ZIP = "a file of torch.save"
+    TORCHSCRIPT = "a TorchScript archive"
+    NPZ = "an .npz archive of numpy"
+    HDF5 = "an HDF5 file"
+    TORCH_LEGACY = "a file of torch.save before 1.6"
 
 
 def identify(file: OpenFile) -> Kind:
@@ -64,10 +72,13 @@ def identify(file: OpenFile) -> Kind:
     if _headed(opening, 1 << 32):
         return Kind.SAFETENSORS
     if opening.startswith(b"PK\x03\x04"):
-        _require_torch_archive(file)
-        return Kind.TORCH_ZIP
+        return _identify_zip(file)
     if opening[:1] == b"\x80" and _PICKLE_MAGIC in opening[:32]:
         return Kind.TORCH_LEGACY
+    if opening.startswith(b"\x89HDF\r\n\x1a\n"):
+        return Kind.HDF5
+    if _is_index(file, opening):
+        return Kind.INDEX
     if problem := _foreign(opening, file.size):
         raise CheckpointError(f"{quoted(file.path)} is {problem}")
     if _headed(opening, 1 << 48):
@@ -84,6 +95,14 @@ def identify(file: OpenFile) -> Kind:
 def _headed(opening: bytes, longest: int) -> bool:
     """Whether this is a length below ``longest`` and the brace of a header: text would be a longer one."""
     return opening[8:9] == b"{" and int.from_bytes(opening[:8], "little") < longest
+
+
+def _is_index(file: OpenFile, opening: bytes) -> bool:
+    """Whether this is a JSON object with the weight_map of a checkpoint in several files."""
+    if not opening.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return False
+    # Anything may stand before the map.
+    return _WEIGHT_MAP in opening or (file.size <= MAX_INDEX and _WEIGHT_MAP in file.read_at(0, file.size))
 
 
 def _foreign(opening: bytes, size: int) -> str | None:
@@ -103,19 +122,14 @@ def _foreign(opening: bytes, size: int) -> str | None:
     if text.startswith(b"<"):
         return f"an XML document: {_NOT_FETCHED}"
     if text.startswith(b"{"):
-        if b'"weight_map"' in text:
-            return (
-                "the index of a checkpoint in several files and holds no tensors itself; "
-                "merge the files into one and push that"
-            )
         return f"a JSON text: if it is an error message, {_NOT_FETCHED}"
     if opening[:1] == b"\x80" and opening[1:2] in _PROTOCOLS:
         return f"a bare pickle, which could run any code when it is read; where you trust it, {_SAVE_AS}"
     return None
 
 
-def _require_torch_archive(file: OpenFile) -> None:
-    """Refuse zip archives that torch.save did not write, or that torch could not map as they are."""
+def _identify_zip(file: OpenFile) -> Kind:
+    """The kind of a zip archive. Raises CheckpointError where it is none, or torch could not map it as it is."""
     path = quoted(file.path)
     try:
         with open(file.descriptor, "rb", closefd=False) as raw, zipfile.ZipFile(raw) as archive:
@@ -130,23 +144,26 @@ def _require_torch_archive(file: OpenFile) -> None:
     inner = {name.partition("/")[2] for name in names}
     if "data.pkl" not in inner:
         if any(name.endswith(".npy") for name in names):
-            what = "an npz file of numpy arrays"
-        elif "archive_format" in inner:
+            return Kind.NPZ
+        if "archive_format" in inner:
             what = "an exported program of torch.export"
         else:
             what = f"a zip archive, but not one of torch.save: it holds {listed(map(quoted, sorted(names)))}"
         raise CheckpointError(f"{path} is {what}; {_SAVE_AS}")
+    _require_small_pickle(path, members)
     if "constants.pkl" in inner:
-        raise CheckpointError(
-            f"{path} is a TorchScript program, which is code as well as tensors; "
-            "save torch.save(torch.jit.load(path).state_dict(), other_path) where you trust it, and push that"
-        )
+        return Kind.TORCHSCRIPT
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise CheckpointError(
                 f"{path} has been repacked: its member {quoted(member.filename)} is compressed or encrypted, "
                 "which torch.save never does; save it again with torch.save"
             )
+    return Kind.TORCH_ZIP
+
+
+def _require_small_pickle(path: str, members: list[zipfile.ZipInfo]) -> None:
+    for member in members:
         if member.file_size > _MAX_PICKLE and member.filename.endswith("/data.pkl"):
             raise CheckpointError(
                 f"{path} has {format_bytes(member.file_size)} of pickled objects besides its tensors, and at "

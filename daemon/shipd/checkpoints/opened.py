@@ -9,14 +9,8 @@ import stat
 from pathlib import Path
 from typing import Final, Self
 
-from shipd.checkpoints.wording import listed, quoted
+from shipd.checkpoints.wording import quoted
 from shipd.errors import CheckpointError, TensorChanged
-
-_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-"""What checkpoints in a directory are usually called; used to suggest one, never to decide anything."""
-
-_ENTRIES: Final = 1000
-"""Entries of a directory that are looked at for a suggestion."""
 
 _ADVICE: Final[dict[type[OSError], str]] = {
     FileNotFoundError: "there is no such file: check the path",
@@ -48,7 +42,7 @@ class OpenFile:
         try:
             status = os.fstat(descriptor)
             if stat.S_ISDIR(status.st_mode):
-                raise CheckpointError(f"{quoted(path)} is a directory; {_suggestion(path)}")
+                raise CheckpointError(f"{quoted(path)} is a directory and not a file")
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(
                     f"{quoted(path)} is a pipe, socket or device; a checkpoint must be a regular file, "
@@ -116,18 +110,3 @@ class OpenFile:
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _suggestion(path: str) -> str:
-    try:
-        with os.scandir(path) as entries:
-            names = [entry.name for entry, _ in zip(entries, range(_ENTRIES), strict=False)]
-    except OSError:
-        names = []
-    if ".metadata" in names:
-        return (
-            "it looks like a torch.distributed checkpoint: turn it into one file with "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and push the model's part of it"
-        )
-    found = sorted(name for name in names if Path(name).suffix in _SUFFIXES)
-    return f"name one of the files in it: {listed(map(quoted, found))}" if found else "name a file"

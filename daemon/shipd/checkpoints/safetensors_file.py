@@ -3,22 +3,16 @@
 The format (https://huggingface.co/docs/safetensors/index#format): eight bytes of little-endian header length,
 a JSON object {name: {"dtype", "shape", "data_offsets": [begin, end]}} with an optional "__metadata__" of
 texts, then the tensors' bytes, which the offsets must cover without overlaps and without holes.
-
-What is mapped is page cache: it counts as the file's and not as the process's own memory. A file can only be
-read while nobody shortens it; see ``OpenFile.require_whole`` for what is and what cannot be done about that.
 """
 
-import contextlib
 import itertools
 import json
-import mmap
-from collections.abc import Mapping, Sequence
-from operator import add
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
+from shipd.checkpoints.mapped import MappedFile
 from shipd.checkpoints.opened import OpenFile
 from shipd.checkpoints.plain_header import METADATA, Header, read_plain
-from shipd.checkpoints.source import MAX_READ, check_range, join, pick
 from shipd.checkpoints.wording import encodable, listed, quoted
 from shipd.errors import CheckpointError, UnsupportedTensor
 from shipproto.dtypes import BY_NAME
@@ -67,63 +61,20 @@ _SUB_BYTE: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
-class SafetensorsFile:
+class SafetensorsFile(MappedFile):
     """A ``Source`` over a safetensors file. Takes ownership of ``file`` once it is constructed.
 
     metadata  the file's own, as far as it fits a version's: the first entries that are short enough
     """
 
     def __init__(self, file: OpenFile) -> None:
-        self.origin = file.path
-        self._file = file
         raw, data = _header(file)
         header = read_plain(raw, _DTYPES)
         if header is None:
             header = _read_each(file, raw, data)
         _require_size(file, data + header.end)
         self.metadata: Mapping[str, str] = _shortened(header.metadata)
-        self.structure = header.structure
-        self._starts = [data + start for start in header.starts]
-        self._sizes: list[int] = self.structure.nbytes.tolist()
-        try:
-            self._map = mmap.mmap(file.descriptor, file.size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{quoted(file.path)} cannot be mapped into memory: {error}") from error
-        # More read-ahead: half as fast again where the file is not in the page cache yet.
-        self._map.madvise(mmap.MADV_SEQUENTIAL)
-        self._bytes = memoryview(self._map)
-
-    def read(self, row: int, start: int, stop: int) -> memoryview:
-        """See ``Source.read``; always a view of the mapped file."""
-        if not 0 <= start <= stop <= self._sizes[row] or stop - start > MAX_READ:
-            check_range(self.structure, row, self._sizes[row], start, stop)
-        self._file.require_whole(self.structure.names[row])
-        at = self._starts[row]
-        return self._bytes[at + start : at + stop]
-
-    def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
-        """See ``Source.read_packed``; a view of the mapped file where the tensors lie side by side in it."""
-        self._file.require_whole(self.structure.names[rows[0]])
-        starts = pick(self._starts, rows)
-        stops = list(map(add, starts, pick(self._sizes, rows)))
-        if gaps is None and starts[1:] == stops[:-1]:
-            return self._bytes[starts[0] : stops[-1]]
-        return join(map(self._bytes.__getitem__, map(slice, starts, stops)), gaps)
-
-    def lends(self, content: memoryview) -> bool:
-        """See ``Source.lends``."""
-        return content.obj is self._map
-
-    def changed(self) -> str | None:
-        """See ``Source.changed``; by the file's size and time of change."""
-        return self._file.changed()
-
-    def close(self) -> None:
-        """See ``Source.close``."""
-        self._bytes.release()
-        with contextlib.suppress(BufferError):  # While views are in use; the mapping goes with the last.
-            self._map.close()
-        self._file.close()
+        super().__init__(file, header.structure, [data + start for start in header.starts])
 
 
 def _header(file: OpenFile) -> tuple[bytes, int]:

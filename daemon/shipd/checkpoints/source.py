@@ -1,6 +1,6 @@
 """What a push reads from, and how whatever a user hands over becomes one.
 
-``open_source`` imports torch only where it must: a safetensors file needs none.
+``open_source`` imports torch only where it must: safetensors files need none.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never, runtim
 from shipd.checkpoints.content import Kind, identify
 from shipd.checkpoints.opened import OpenFile
 from shipd.checkpoints.wording import quoted
+from shipd.errors import CheckpointError
 from shipproto.frame import Buffer
 from shipproto.limits import LEAF_SIZE, TENSOR_ALIGNMENT
 from shipproto.structure import Structure
@@ -48,6 +49,9 @@ def join(parts: Iterable[Buffer], gaps: list[int] | None) -> memoryview:
     between = (_ZEROS[:gap] for gap in gaps)
     return memoryview(b"".join(chain.from_iterable(zip_longest(parts, between, fillvalue=b""))))
 
+
+_KEYED: Final = (Kind.TORCH_ZIP, Kind.TORCH_LEGACY, Kind.HDF5)
+"""Kinds of file that can hold more than one version's tensors."""
 
 _ZEROS: Final = bytes(TENSOR_ALIGNMENT)
 
@@ -105,20 +109,23 @@ class Source(Protocol):
         ...
 
 
-def open_source(obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module", *, snapshot: bool = False) -> Source:
+def open_source(
+    obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module", *, key: str | None = None, snapshot: bool = False
+) -> Source:
     """The source for a checkpoint's path, a state dict or a module.
 
+    ``key`` says where in it the state dict is, as names joined by dots, where it holds more than one.
     ``snapshot`` copies the tensors of a state dict or module to host memory first: training may go on.
     A file is not copied: once open it cannot be replaced, and ``changed`` tells when it is written to.
 
-    Raises CheckpointError for a file that cannot be read, UnsupportedTensor for a tensor that cannot be
-    shipped, TypeError where ``obj`` is none of these.
+    Raises CheckpointError for a file that cannot be read and for a ``key`` that is needed or leads nowhere,
+    UnsupportedTensor for a tensor that cannot be shipped, TypeError where ``obj`` is none of these.
     """
     if isinstance(obj, (str, os.PathLike)):
         path = os.fspath(obj)
         if not isinstance(path, str):
             raise TypeError(f"a checkpoint's path must be text, not bytes: use os.fsdecode on {path!r}")
-        return _open_file(path)
+        return _open_path(path, key)
     torch = sys.modules.get("torch")
     if not isinstance(obj, Mapping) and (torch is None or not isinstance(obj, torch.nn.Module)):
         raise TypeError(
@@ -127,24 +134,58 @@ def open_source(obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module"
         )
     from shipd.checkpoints.state_dict import StateDict
 
+    if key is not None:
+        from shipd.checkpoints.nested import state_dict_in
+
+        if not isinstance(obj, Mapping):
+            raise CheckpointError(f"a module has no parts to choose from: push it without key={quoted(key)}")
+        obj = state_dict_in(obj, "this mapping", key)
     return StateDict(obj, snapshot=snapshot)
 
 
-def _open_file(path: str) -> Source:
+def _open_path(path: str, key: str | None) -> Source:
+    if os.path.isdir(path):  # noqa: PTH112  a path with a NUL is none; Path raises ValueError
+        from shipd.checkpoints.directory import checkpoint_in
+
+        path = checkpoint_in(path)
     file = OpenFile.open(path)
     try:
-        kind = identify(file)
-        match kind:
-            case Kind.SAFETENSORS:
-                from shipd.checkpoints.safetensors_file import SafetensorsFile
-
-                return SafetensorsFile(file)
-            case Kind.TORCH_ZIP | Kind.TORCH_LEGACY:
-                from shipd.checkpoints.torch_file import TorchFile
-
-                return TorchFile(file, mapped=kind is Kind.TORCH_ZIP)
-            case _:
-                assert_never(kind)
+        return open_identified(file, identify(file), key)
     except BaseException:
         file.close()
         raise
+
+
+def open_identified(file: OpenFile, kind: Kind, key: str | None = None) -> Source:
+    """The source for a file of that kind. It owns ``file`` unless this raises."""
+    if key is not None and kind not in _KEYED:
+        raise CheckpointError(
+            f"{quoted(file.path)} is {kind.value}, which has no parts to choose from: push it without key={quoted(key)}"
+        )
+    match kind:
+        case Kind.SAFETENSORS:
+            from shipd.checkpoints.safetensors_file import SafetensorsFile
+
+            return SafetensorsFile(file)
+        case Kind.INDEX:
+            from shipd.checkpoints.sharded import open_sharded
+
+            return open_sharded(file)
+        case Kind.TORCH_ZIP | Kind.TORCH_LEGACY:
+            from shipd.checkpoints.torch_file import TorchFile
+
+            return TorchFile(file, mapped=kind is Kind.TORCH_ZIP, key=key)
+        case Kind.TORCHSCRIPT:
+            from shipd.checkpoints.script_file import ScriptFile
+
+            return ScriptFile(file)
+        case Kind.NPZ:
+            from shipd.checkpoints.npz_file import NpzFile
+
+            return NpzFile(file)
+        case Kind.HDF5:
+            from shipd.checkpoints.hdf5_file import Hdf5File
+
+            return Hdf5File(file, key)
+        case _:
+            assert_never(kind)

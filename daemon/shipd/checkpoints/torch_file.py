@@ -8,15 +8,15 @@ that was damaged on the disk is sent as it is found, as it would be loaded.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
 
+from shipd.checkpoints.nested import state_dict_in
 from shipd.checkpoints.opened import OpenFile
 from shipd.checkpoints.state_dict import StateDict
-from shipd.checkpoints.wording import listed, quoted
+from shipd.checkpoints.wording import quoted
 from shipd.errors import CheckpointError
 from shipproto.structure import Structure
 
@@ -28,21 +28,26 @@ _CLASS: Final = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)")
 
 _REFUSED: Final = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
-_HOW: Final = "save torch.save(model.state_dict(), other_path), or a safetensors file, and push that"
+_AGAIN: Final = (
+    "Where you trust the file, load it once with torch.load(path, map_location='cpu', weights_only=False), in a "
+    "process that can import its classes; then torch.save(model.state_dict(), other_path), of the module in it, and "
+    "push that"
+)
 
 
 class TorchFile:
     """A ``Source`` over a file of torch.save. Takes ownership of ``file`` once it is constructed.
 
     mapped  whether the file is in the zip format, and so read through a mapping
+    key     where in what the file holds the state dict is, see ``nested``; None where there is only one
     """
 
-    def __init__(self, file: OpenFile, *, mapped: bool) -> None:
+    def __init__(self, file: OpenFile, *, mapped: bool, key: str | None = None) -> None:
         _require_safe_torch(file.path)
         self.origin = file.path
         self._file = file
         self._mapped = mapped
-        tensors = _flat(_load(file, mapped=mapped), file.path)
+        tensors = state_dict_in(_load(file, mapped=mapped), quoted(file.path), key)
         if what := file.changed():
             raise CheckpointError(f"{what} changed while it was being opened; push it when it is complete")
         self._tensors = StateDict(tensors, origin=quoted(file.path))
@@ -98,7 +103,7 @@ def _reason(error: Exception) -> str:
     if found := _CLASS.search(text):
         return (
             f"holds an object of {quoted(found[1])} and not tensors alone; to read such objects is to run their "
-            f"code, so it is not done. Where you trust the file, load it yourself, {_HOW}"
+            f"code, so it is not done. {_AGAIN}"
         )
     if found := _REFUSED.search(text):
         # Of the whole message only this: the rest recommends to switch the safety off.
@@ -113,27 +118,3 @@ def _reason(error: Exception) -> str:
 def _brief(text: str) -> str:
     """The line that says most of one of torch's messages, which can be pages and quote what the file holds."""
     return quoted((text.strip().splitlines() or ["no reason given"])[0])
-
-
-def _flat(loaded: object, path: str) -> Mapping[str, Tensor]:
-    """``loaded`` if it is a state dict. Raises CheckpointError that says what it is instead."""
-    if isinstance(loaded, Mapping):
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
-            return loaded
-        if any(str(key).endswith("_extra_state") for key in loaded):
-            return loaded  # StateDict names it, and says what to do.
-        entries = listed(f"{quoted(str(key))} ({_kind(value)})" for key, value in loaded.items())
-        parts = [str(key) for key, value in loaded.items() if isinstance(value, Mapping)]
-        if model := next((key for key in parts if "optim" not in key), None):
-            raise CheckpointError(
-                f"{quoted(path)} is not a flat mapping of names to tensors, a state dict; it holds {entries}. "
-                f"Save what is to be served by itself: torch.save(torch.load(path)[{quoted(model)}], other_path)"
-            )
-        raise CheckpointError(f"{quoted(path)} holds more than tensors: {entries}; {_HOW}")
-    raise CheckpointError(f"{quoted(path)} holds a {_kind(loaded)} and not a state dict; {_HOW}")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Mapping):
-        return f"mapping of {len(value)}"
-    return type(value).__name__

@@ -1,10 +1,14 @@
-"""Text from files and state dicts inside messages: quoted, bounded, and safe to print on a terminal."""
+"""Texts from files and state dicts: what they tell, and in messages quoted, bounded and safe to print on a terminal."""
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
 _TEXT: Final = 120
 _ITEMS: Final = 8
+
+OPTIMIZER: Final = re.compile(r"optim(?!al|um)", re.IGNORECASE)
+"""In the names under which the states of optimizers are saved, which are never shipped."""
 
 
 def quoted(text: str) -> str:

@@ -67,6 +67,11 @@ def shipctl() -> None:
 @click.option("--model", required=True, metavar="NAME", help="The name that the model is served under.")
 @click.option("--label", metavar="LABEL", help="Name of the version; by default UTC time and digits of its digest.")
 @click.option(
+    "--key",
+    metavar="KEY",
+    help='Where in CHECKPOINT the state dict is, as in "model.ema"; needed where there are several; they are listed.',
+)
+@click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole push; none by default."
 )
 @click.option(
@@ -88,6 +93,7 @@ def shipctl() -> None:
     help="Checkpoint of the version that the daemon has: only what differs is sent. By default versions that were "
     "pushed from here before, where the link is slow enough.",
 )
+@click.option("--base-key", metavar="KEY", help="As --key, in OLD.")
 @click.option("--whole", is_flag=True, help="Send everything as it is, also what the daemon has already.")
 @click.option(
     "--prefer",
@@ -108,10 +114,12 @@ def push(
     address: str,
     model: str,
     label: str | None,
+    key: str | None,
     timeout: float | None,
     stall: float,
     lanes: int | None,
     base: Path | None,
+    base_key: str | None,
     whole: bool,
     prefer: Literal["time", "bytes"],
     limit: str | None,
@@ -120,12 +128,17 @@ def push(
     token_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Ship CHECKPOINT (safetensors, or a state dict written by torch.save) as the next version of a model.
+    """Ship CHECKPOINT as the next version of a model.
+
+    CHECKPOINT is a file of safetensors, torch.save, torch.jit.save, numpy.savez or HDF5, the index of several files, or
+    a directory with one of these. It is recognised by what is in it, whatever it is called.
 
     Until the whole version has arrived and is proved to be what was sent, nothing that is being served changes.
     """
     if whole and base is not None:
         raise click.UsageError("--whole sends everything as it is: there is no use for --base")
+    if base_key is not None and base is None:
+        raise click.UsageError("--base-key says where in --base to look: there is no --base")
     from shipd.bases.cache import VersionCache
     from shipd.cli.running import run_push
 
@@ -136,10 +149,12 @@ def push(
             quiet=as_json,
             model=model,
             label=label,
+            key=key,
             timeout=timeout,
             stall=stall,
             lanes=lanes,
             base=False if whole else base,
+            base_key=base_key,
             prefer=prefer,
             limit=limit,
         ),

@@ -112,25 +112,30 @@ class Client:
         model: str,
         label: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        key: str | None = None,
         snapshot: bool = False,
         timeout: float | None = None,
         stall: float = 30.0,
         lanes: int | None = None,
         base: "Checkpoint | Literal[False] | None" = None,
+        base_key: str | None = None,
         prefer: Prefer = "time",
         limit: float | str | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
 
-        checkpoint   a state dict, a module, or the path of a safetensors or torch.save file. Its tensors must
-                     not change until this returns; ``snapshot=True`` copies them first
+        checkpoint   a state dict, a module, or the path of a checkpoint: a file of any kind that README.md lists, an
+                     index of several, or a directory with one of these. Its tensors must not change until this returns;
+                     ``snapshot=True`` copies them first
         label        name of the version; by default UTC time and eight digits of the digest
+        key          where in the checkpoint the state dict is, such as "model.ema", where it holds several
         timeout      seconds for the whole push, None for as long as it takes
         stall        seconds without any sign of life after which the push is given up
         lanes        TCP connections to send on at once, 1 to 16; None for as many as make it faster
         base         a checkpoint of the version that the daemon has, where it is not one that was pushed from here;
                      False sends everything as it is, unchanged chunks included
+        base_key     as ``key``, in the base
         prefer       "time" codes chunks where they are there sooner for it, "bytes" so that as few bytes as possible
                      travel
         limit        bytes a second to send at most, or a text such as "100Mbit" or "10MB/s"
@@ -140,10 +145,7 @@ class Client:
         nobody had cancelled. Raises ValueError for a name or a label that cannot be one, and a ShipError for everything
         else; whatever that is, the previous version serves, unless it is OutcomeUnknown.
         """
-        if prefer not in ("time", "bytes"):
-            raise ValueError(f"prefer = {prefer!r}: it is 'time' or 'bytes'")
-        if lanes is not None and not 1 <= lanes <= MAX_LANES:
-            raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
+        _check_choices(prefer, lanes, base, base_key)
         options = PushOptions(
             model=check_label("model name", model),
             label=check_label("label", label) if label is not None else None,
@@ -164,9 +166,9 @@ class Client:
             old: CheckpointBases | None = None
             opened = time.monotonic()
             try:
-                source = open_source(checkpoint, snapshot=snapshot)
+                source = open_source(checkpoint, key=key, snapshot=snapshot)
                 if base is not None and base is not False:
-                    old = CheckpointBases.of(base)
+                    old = CheckpointBases.of(base, key=base_key)
                 known = self._keepers if old is None else (old, *self._keepers)
                 incremental = Incremental(
                     known,
@@ -259,6 +261,16 @@ class Client:
 
     def _open(self, waker: Waker | None) -> Lane:
         return Lane.open(self.address, token=self._token, timeout=_CONNECT_SECONDS, waker=waker)
+
+
+def _check_choices(prefer: str, lanes: int | None, base: object, base_key: str | None) -> None:
+    """Raise ValueError for what a push cannot be told."""
+    if prefer not in ("time", "bytes"):
+        raise ValueError(f"prefer = {prefer!r}: it is 'time' or 'bytes'")
+    if base_key is not None and (base is None or base is False):
+        raise ValueError(f"base_key = {base_key!r}: there is no base in which to look for it")
+    if lanes is not None and not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
 
 
 def ask(lane: Lane, question: Message, answer: type[Message], seconds: float) -> Buffer:
