@@ -49,14 +49,19 @@ def perturbed(state: dict[str, torch.Tensor], version: int) -> dict[str, torch.T
 # --- silero-vad ------------------------------------------------------------------------------------------------------
 
 
-def silero() -> torch.jit.ScriptModule:
-    """As its package loads it."""
+def silero_archive() -> Path:
+    """The TorchScript archive of its package."""
     found = importlib.util.find_spec("silero_vad")
     assert found is not None, "pip install --no-deps silero-vad"
     assert found.origin is not None
+    return Path(found.origin).parent / "data" / "silero_vad.jit"
+
+
+def silero() -> torch.jit.ScriptModule:
+    """As its package loads it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
-        model: torch.jit.ScriptModule = torch.jit.load(str(Path(found.origin).parent / "data" / "silero_vad.jit"))
+        model: torch.jit.ScriptModule = torch.jit.load(str(silero_archive()))
     return model.eval()
 
 
@@ -105,6 +110,18 @@ def test_silero_follows_pushes(start_daemon: StartDaemon, attach: Attach, mode: 
     assert (now == places) == (mode == "copy")
     resident.detach()
     assert listen(model) == heard(3)
+
+
+def test_silero_is_pushed_from_its_archive(start_daemon: StartDaemon, attach: Attach) -> None:
+    daemon = start_daemon(models={})
+    model = silero()
+    model.load_state_dict(perturbed(model.state_dict(), 1))
+    resident = attach(model, daemon)
+    assert listen(model) == heard(1)
+    finished = shipctl("push", silero_archive(), "--to", address_of(daemon), "--model", "model", "--json")
+    assert finished.code == 0, finished
+    assert finished.answer["digest"] == resident.digest == resident.verify()
+    assert listen(model) == heard(0)
 
 
 @both

@@ -117,7 +117,9 @@ def _hdf5(path: Path, whole: Content) -> Path:
 def _hdf5_compressed(path: Path, whole: Content) -> Path:
     with h5py.File(path, "w") as file:
         for name, array in as_arrays(whole).items():
-            file.create_dataset(name.replace(".", "/"), data=array, compression="gzip", compression_opts=1)
+            # HDF5 has no chunks of what has no dimensions.
+            options = {"compression": "gzip", "compression_opts": 1} if array.ndim else {}
+            file.create_dataset(name.replace(".", "/"), data=array, **options)
     return path
 
 

@@ -258,6 +258,19 @@ def test_extra_state_inside_is_refused_by_name(save: Callable[[object], Path]) -
         open_source(path)
 
 
+def test_only_names_that_mean_it_are_extra_state(save: Callable[[object], Path]) -> None:
+    assert digest(save({"my_extra_state": weights()})) == tiny().digest
+    assert digest(save({**weights(), "my_extra_state": {"scale": 1}})) == tiny().digest
+
+
+def test_a_mapping_in_memory_is_searched_only_where_it_is_told() -> None:
+    with pytest.raises(UnsupportedTensor, match=r"'model' of state dict is a builtins.dict .*, with key='model'$"):
+        open_source({"model": weights()})  # type: ignore[dict-item]  # what the test is about
+    source = open_source({"model": weights()}, key="model")  # type: ignore[dict-item]  # as above
+    assert digest_of(source) == tiny().digest
+    source.close()
+
+
 @pytest.mark.parametrize("key", ["model", "."])
 def test_what_has_no_parts_takes_no_key(tmp_path: Path, key: str) -> None:
     write_safetensors(tmp_path / "w", tiny())

@@ -189,7 +189,8 @@ def _problem(name: str, value: object) -> str | None:
     if name == "_extra_state" or name.endswith("._extra_state"):
         return "is the extra state of a module, which is not a weight: leave it out of what is pushed"
     if not isinstance(value, Tensor):
-        return f"is a {_type(value)} and no tensor: push a flat mapping of names to tensors, as of state_dict()"
+        inside = f", or what is in it, with key={quoted(name)}" if isinstance(value, Mapping) else ""
+        return f"is a {_type(value)} and no tensor: push a flat mapping of names to tensors, as of state_dict(){inside}"
     if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return "is not initialised yet: run the lazy module once, or load weights into it"
     if type(value) not in _EXACT:

@@ -69,7 +69,7 @@ class _Search:
             return
         before = len(self.found)
         for name, inner in _entries(value):
-            if not name.endswith("_extra_state"):
+            if not _is_extra_state(name):
                 self.walk(inner, (*path, name), depth + 1)
         tensors = _tensors(value)
         if len(self.found) > before:
@@ -139,8 +139,12 @@ def _tensors(value: object) -> dict[str, Any]:
     return {
         name: tensor
         for name, tensor in value.items()
-        if isinstance(tensor, Tensor) or (isinstance(name, str) and name.endswith("_extra_state"))
+        if isinstance(tensor, Tensor) or (isinstance(name, str) and _is_extra_state(name))
     }
+
+
+def _is_extra_state(name: str) -> bool:
+    return name == "_extra_state" or name.endswith("._extra_state")
 
 
 def _follow(value: object, key: str) -> object:
