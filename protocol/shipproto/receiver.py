@@ -387,7 +387,7 @@ class Receiver:
         """Keep how it ended, which is all that a sender that comes back is told: the books of it may be megabytes."""
         if not self.ended or self.decoding:
             raise LocalError(f"forget in state {self.state.name}, {self.decoding} runs being decoded")
-        self._reception.intake = None
+        self._reception.forget()
         self._verification = Verification()
         if (error := self.error) is not None:
             # Another one: this one's traceback holds on to everything that was at hand where it was raised.

@@ -197,6 +197,11 @@ class Reception:
         self.ask_again(lost)
         return True
 
+    def forget(self) -> None:
+        """Keep no books of it, neither its own nor those of the base."""
+        self.intake = None
+        self._ability, self._agreed = Ability(), Agreement()
+
     def close(self) -> None:
         """Let go of the image: its memory may be reused once nothing is being decoded."""
         self.let_go(lanes=False)

@@ -28,7 +28,8 @@ def tally(models):
 def push(model, *, outcome=None, error=None, stage=None, size=100, damaged=0):
     """A push that is over, as far as it is looked at."""
     receiver = SimpleNamespace(outcome=outcome, error=error, payload_bytes=size, chunks_damaged=damaged)
-    return SimpleNamespace(model=model, receiver=receiver, began=time.monotonic() - 0.3, stage_seconds=stage)
+    began = time.monotonic() - 0.3
+    return SimpleNamespace(model=model, receiver=receiver, began=began, stage_seconds=stage, decoded_bytes=3 * size)
 
 
 def committed(**fields):
