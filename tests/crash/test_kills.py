@@ -295,6 +295,10 @@ def test_the_daemon_killed_in_the_middle_of_a_push(
         held = proxy.hold(kind=kind, way=way, nth=nth)
         with Background(push, proxy.address, state(2, "wide"), label="v2") as pushed:
             held.wait()
+            if kind == OFFER:
+                # They must not be back before the sender is.
+                for process in processes:
+                    process.stop()
             daemon = restart()
             proxy.upstream = daemon.port
             proxy.forget_rules()
@@ -302,6 +306,8 @@ def test_the_daemon_killed_in_the_middle_of_a_push(
             if kind == OFFER:
                 assert isinstance(pushed.error(60), shipd.UnknownModel)
                 receipt = before
+                for process in processes:
+                    process.resume()
             else:
                 receipt = pushed.result(60)
     assert receipt.stale == ()
