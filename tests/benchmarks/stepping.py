@@ -20,18 +20,16 @@ from tests.support.finetune import LAYERS, Words
 from tests.support.naive import Tensor
 from tests.support.processes import memory
 
-PLAIN: Final = "plain"
 WHOLE: Final = "whole"
 TIME: Final = "time"
 BYTES: Final = "bytes"
 
 WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
-    PLAIN: {},
     WHOLE: {"base": False},
     TIME: {"prefer": "time"},
     BYTES: {"prefer": "bytes"},
 }
-"""Options of the client's push: as it comes; every byte as it is; soonest there; in the fewest bytes."""
+"""Options of the client's push: every byte as it is; soonest there; in the fewest bytes."""
 
 
 async def push(
