@@ -220,6 +220,8 @@ class Decoding:
             # Whoever wants this over sooner would have the image given back too soon.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait(self._running)
+        # Whoever still refers to this push must not keep the images mapped.
+        self._target = self._base = None
 
     async def _decode(self, run: RunToDecode) -> None:
         target = self._target
