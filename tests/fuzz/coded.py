@@ -66,6 +66,27 @@ def receiver(data: bytes) -> None:
             assert current.digest == expected, "committed, and it is not what it says"
 
 
+def feed_sender(side: Connection, sending: Sending, data: bytes) -> bool:
+    """A receiver's frames to a sender, which does whatever they have it do. Whether all of them were taken."""
+    try:
+        for frame in framed(data):
+            side.receive(frame)
+            for event in side.events():
+                if isinstance(event, Established):
+                    sending.sender.connected(side)
+                else:
+                    sending.sender.receive(event)
+            for _ in range(1000):
+                if sending.sender.ended or not sending.step():
+                    break
+            else:
+                raise AssertionError("a sender that never rests")
+            output_of(side)
+    except (ProtocolError, TransferError):
+        return False
+    return True
+
+
 def sender(data: bytes) -> None:
     """A receiver's frames to a sender; the first byte says whether it has the base."""
     if not data:
@@ -73,22 +94,7 @@ def sender(data: bytes) -> None:
     with leaves_of(_LEAF):
         side = Connection(initiator=True, nonce=nonce(1), agent="here")
         sending = _sending(shared=bool(data[0] & 1))
-        try:
-            for frame in framed(data[1:]):
-                side.receive(frame)
-                for event in side.events():
-                    if isinstance(event, Established):
-                        sending.sender.connected(side)
-                    else:
-                        sending.sender.receive(event)
-                for _ in range(1000):
-                    if sending.sender.ended or not sending.step():
-                        break
-                else:
-                    raise AssertionError("a sender that never rests")
-                output_of(side)
-        except (ProtocolError, TransferError):
-            return
+        feed_sender(side, sending, data[1:])
 
 
 def _conversation(*, shared: bool) -> tuple[bytes, bytes]:
