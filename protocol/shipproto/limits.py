@@ -77,6 +77,9 @@ MAX_METADATA_TEXT: Final = 256
 """Free metadata of a version: 32 pairs of at most 256 characters, all of which must also fit into one header."""
 
 MAX_CAPABILITIES: Final = 32
+MAX_ENVIRONMENT: Final = 16
+"""Entries in what a side says of what it runs on."""
+
 MAX_PROCESSES: Final = 64
 """Serving processes attached to one model, and so entries in a list of them."""
 

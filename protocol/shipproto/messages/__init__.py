@@ -3,7 +3,7 @@
     fields       what they are made of
     connection   types 1 to 5: on any connection
     transfer     types 16 to 30: a version on its way
-    questions    types 32 to 35: to a daemon
+    questions    types 32 to 37: to a daemon
     session      types 48 to 63: between a daemon and a serving process
 
 How a header is spelled, and what is refused about it, is in ``shipproto.headers``.
@@ -13,7 +13,7 @@ from typing import Final
 
 from shipproto.messages.connection import Auth, Body, Hello, Nack, Ping
 from shipproto.messages.fields import Message
-from shipproto.messages.questions import StatusIs, StatusRequest, VerifyIs, VerifyRequest
+from shipproto.messages.questions import Describe, DescriptionIs, StatusIs, StatusRequest, VerifyIs, VerifyRequest
 from shipproto.messages.session import (
     Arriving,
     Attach,
@@ -54,17 +54,17 @@ from shipproto.messages.transfer import (
 
 __all__ = [
     "BY_TYPE", "MESSAGES", "SAME", "Abort", "Arriving", "Attach", "Attached", "Auth", "Body", "Coded", "Commit",
-    "Committed", "Data", "Detach", "DigestIs", "DigestRequest", "Evicted", "Fill", "Filled", "Finish", "Held",
-    "Hello", "ImageSlot", "Images", "Join", "Joined", "Message", "Nack", "Offer", "Ping", "Progress", "Release",
-    "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs", "StructureWanted", "Swap", "Swapped",
-    "Unstage", "VerifyIs", "VerifyRequest", "Want",
+    "Committed", "Data", "Describe", "DescriptionIs", "Detach", "DigestIs", "DigestRequest", "Evicted", "Fill",
+    "Filled", "Finish", "Held", "Hello", "ImageSlot", "Images", "Join", "Joined", "Message", "Nack", "Offer", "Ping",
+    "Progress", "Release", "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs",
+    "StructureWanted", "Swap", "Swapped", "Unstage", "VerifyIs", "VerifyRequest", "Want",
 ]  # fmt: skip
 
 MESSAGES: Final[tuple[type[Message], ...]] = (
     *(Hello, Auth, Body, Nack, Ping),
     *(Offer, StructureWanted, StructureIs, Want, Data, Progress, Finish, Staged, Commit, Committed, Abort),
     *(Join, Joined, Coded, Held),
-    *(StatusRequest, StatusIs, VerifyRequest, VerifyIs),
+    *(StatusRequest, StatusIs, VerifyRequest, VerifyIs, Describe, DescriptionIs),
     *(Attach, Attached, Images, Fill, Filled, Arriving, Stage, StageReady, Swap, Swapped, Unstage),
     *(Release, Evicted, DigestRequest, DigestIs, Detach),
 )

@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 
 from shipproto.limits import MAX_CAPABILITIES, MAX_DETAIL_BODY, MAX_NACK
-from shipproto.messages.fields import U32, U63, Message, Nonce, Proof, ProtocolVersion, Word
+from shipproto.messages.fields import U32, U63, Environment, Message, Nonce, Proof, ProtocolVersion, Word
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -16,6 +16,9 @@ class Hello(Message, frozen=True, kw_only=True):
     auth: bool = False
     """From the accepting side: a proof of the token is required."""
     capabilities: Annotated[tuple[Word, ...], msgspec.Meta(max_length=MAX_CAPABILITIES)] = ()
+    environment: Environment = msgspec.field(default_factory=dict)
+    """Versions of what it runs on, see ``description.ENVIRONMENT``. From an accepting side only where it asks for no
+    proof: nobody else is told before they have proved who they are."""
     nonce: Nonce
     version_max: ProtocolVersion
     version_min: ProtocolVersion

@@ -6,6 +6,7 @@ import msgspec
 
 from shipproto.limits import (
     DIGEST_SIZE,
+    MAX_ENVIRONMENT,
     MAX_LABEL,
     MAX_LANES,
     MAX_METADATA_ENTRIES,
@@ -30,6 +31,7 @@ Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^{LABEL_PAT
 OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^({LABEL_PATTERN})?\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Word = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]
+Environment = Annotated[dict[Word, Word], msgspec.Meta(max_length=MAX_ENVIRONMENT)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 NO_TIME: Final = 0.0
 Metadata = Annotated[

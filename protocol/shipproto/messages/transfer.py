@@ -54,6 +54,8 @@ class Offer(Message, frozen=True, kw_only=True):
     metadata: Metadata = msgspec.field(default_factory=dict)
     model: Label
     nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_IMAGE_BYTES)]
+    partial: bool = False
+    """Tensors of the model that are not offered keep the values of the current version."""
     resumed: bool = False
     """The receiver has accepted this transfer before."""
     structure: Digest
@@ -179,6 +181,8 @@ class Committed(Message, frozen=True, kw_only=True):
     digest: Digest
     digest_seconds: Seconds = NO_TIME
     label: Label
+    live: OptionalDigest = b""
+    """Version digest of all that is live, where that is more than what was sent: after a partial offer."""
     pause_seconds: Seconds | None = None
     """The longest pause of any serving process; None where nothing is attached."""
     receive_seconds: Seconds = NO_TIME
