@@ -20,6 +20,9 @@ from shipproto.structure import Structure
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+    """What can be pushed, and be a base: a state dict, a module, or the path of a checkpoint."""
+
 _T = TypeVar("_T")
 
 MAX_READ: Final = 4 * LEAF_SIZE
@@ -109,9 +112,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(
-    obj: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module", *, key: str | None = None, snapshot: bool = False
-) -> Source:
+def open_source(obj: "Checkpoint", *, key: str | None = None, snapshot: bool = False) -> Source:
     """The source for a checkpoint's path, a state dict or a module.
 
     ``key`` says where in it the state dict is, as names joined by dots, where it holds more than one.

@@ -3,17 +3,24 @@
 import math
 import time
 from collections.abc import Sequence
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from shipd.client.choice import Choice
+from shipd.client.doctor import Finding
 from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
+from shipd.matching.diagnosis import explain, summary
+from shipd.matching.plan import Plan
 from shipd.units import format_bytes, format_seconds
 from shipproto.names import harmless
 from shipproto.status import ModelStatus, Status, Verification
+
+_SHOWN: Final = 3
+"""Names that are listed where there may be very many."""
 
 _RECEIVER = ("receiver_receive", "receiver_check", "receiver_digest", "receiver_decode")
 _WORDS = {
@@ -38,21 +45,83 @@ def render_receipt(receipt: Receipt) -> str:
     times = f"wire {format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)}"
     lines = [
         f"{receipt.model} is at {receipt.label}",
-        f"  digest   {receipt.digest}",
+        f"  digest   {receipt.live_digest}",
+        *([f"           {receipt.digest} of what was sent"] if receipt.digest != receipt.live_digest else ()),
         f"  sent     {size}, in {format_seconds(receipt.seconds)} ({times})",
     ]
     if receipt.frames_resent:
         names = ", ".join(receipt.resent_tensors[:3]) or "no tensor"
         more = f" and {len(receipt.resent_tensors) - 3} more" if len(receipt.resent_tensors) > 3 else ""
         lines.append(f"  resent   {receipt.frames_resent} damaged frame(s): {names}{more}")
+    lines += [f"  renamed  {how}" for how in receipt.renamed]
+    lines += [f"  cast     {how}" for how in receipt.cast]
+    if receipt.ignored:
+        lines.append(f"  ignored  {_some(receipt.ignored)}: the model does not have them")
+    if receipt.kept:
+        lines.append(f"  kept     {_some(receipt.kept)}: not sent, with the values that they had")
     if receipt.skipped:
-        lines.append(f"  skipped  {', '.join(receipt.skipped)}: kept in non-persistent buffers of the model")
+        lines.append(f"  skipped  {_some(receipt.skipped)}: kept in non-persistent buffers of the model")
     if receipt.pause_seconds is None:
         lines.append("  swapped  nothing is attached: the next process that attaches gets it")
     else:
         noun = "process" if receipt.swapped == 1 else "processes"
         lines.append(f"  swapped  {receipt.swapped} {noun}, paused for at most {format_seconds(receipt.pause_seconds)}")
     return "\n".join(lines)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Few names as they are, and of many some and their number."""
+    shown = ", ".join(map(harmless, names[:_SHOWN]))
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
+
+
+def render_plan(plan: Plan | None, model: str, checkpoint: str) -> str:
+    """What a push would do, or what stands in its way."""
+    if plan is None:
+        return (
+            f"nothing is known yet of what model {model} consists of, or the daemon's release cannot tell: the tensors "
+            "would be taken as they are"
+        )
+    if plan.problems:
+        return explain(plan, model=model, origin=checkpoint)
+    return "\n".join((f"{checkpoint} fits model {model}", *(f"  {line}" for line in summary(plan))))
+
+
+def render_findings(findings: Sequence[Finding]) -> str:
+    """What a look at a daemon has found, by what was looked at."""
+    lines: list[str] = []
+    subject = ""
+    for finding in findings:
+        if finding.subject != subject:
+            subject = finding.subject
+            lines.append(harmless(subject))
+        first, *others = finding.text.splitlines()
+        lines.append(f"  {finding.level:<8} {first}")
+        lines += [f"           {line}" for line in others]
+        if finding.help:
+            lines.append(f"           help: {finding.help}")
+    return "\n".join(lines)
+
+
+def plan_as_dict(plan: Plan | None, model: str) -> dict[str, Any]:
+    """For ``--json``."""
+    if plan is None:
+        return {"model": model, "known": False}
+    return {
+        "model": model,
+        "known": True,
+        "fits": not plan.problems,
+        "tensors": len(plan.structure),
+        "bytes": plan.structure.total_bytes,
+        "partial": plan.partial,
+        "renamed": [list(pair) for pair in plan.renamed],
+        "rules": list(plan.how),
+        "cast": list(plan.how_cast),
+        "skipped": list(plan.skipped),
+        "ignored": list(plan.ignored),
+        "kept": list(plan.kept),
+        "problems": [{"kind": problem.kind, "text": problem.text} for problem in plan.problems],
+    }
 
 
 def render_choices(receipt: Receipt) -> str:
@@ -91,11 +160,21 @@ def _distinct(choices: Sequence[Choice]) -> list[Choice]:
 
 def render_profile(profile: Profile, receipt: Receipt) -> str:
     """Where a push's time went: its stages one after the other, and what each side did on the wire."""
-    named = (profile.open, profile.connect, profile.agree, profile.wire, profile.verify, profile.stage, profile.commit)
+    named = (
+        profile.open,
+        profile.plan,
+        profile.connect,
+        profile.agree,
+        profile.wire,
+        profile.verify,
+        profile.stage,
+        profile.commit,
+    )
     lanes = "1 connection" if profile.lanes == 1 else f"{profile.lanes} connections"
     rate = format_bytes(receipt.bytes_sent / profile.wire) + "/s" if profile.wire else "nothing sent"
     stages = (
         ("open", profile.open, "the checkpoint"),
+        ("plan", profile.plan, "what becomes of its tensors"),
         ("connect", profile.connect, "and shake hands"),
         ("agree", profile.agree, "on structure and chunks"),
         ("wire", profile.wire, f"{rate} over {lanes}"),

@@ -21,6 +21,9 @@ from shipproto.limits import MAX_LANES
 if TYPE_CHECKING:
     from shipd.bases.base import Keeper
     from shipd.client.client import Client
+    from shipd.matching.renames import Rename
+
+Policy = Literal["strict", "subset", "partial"]
 
 _DEFAULT = "127.0.0.1:7447"
 PARTLY_DONE = 3
@@ -41,6 +44,31 @@ _token = click.option(
     envvar="SHIPD_TOKEN_FILE",
     show_envvar=True,
     help="File with the token that the daemon asks for.",
+)
+_policy = click.option(
+    "--policy",
+    type=click.Choice(["strict", "subset", "partial"]),
+    help="What may differ: nothing; CHECKPOINT may lack tensors, as an adapter does; it may also have some that the "
+    "model lacks. What is not sent keeps its value. By default what the daemon's configuration says, or strict.",
+)
+_cast = click.option(
+    "--cast/--no-cast",
+    default=None,
+    help="Cast to the model's dtypes before sending; by default where the daemon's configuration says so.",
+)
+_map = click.option(
+    "--map",
+    "rules",
+    multiple=True,
+    metavar="REGEX=REPLACEMENT",
+    help='Rewrite the names of CHECKPOINT into the model\'s; may be given several times. Prefixes such as "module." '
+    "need none.",
+)
+_map_file = click.option(
+    "--map-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSON or TOML with "name in CHECKPOINT" = "name in the model".',
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, each with a type.")
 
@@ -105,6 +133,11 @@ def shipctl() -> None:
 @click.option(
     "--limit", metavar="RATE", callback=_check_rate, help='Send at most this much, such as "100Mbit" or "10MB/s".'
 )
+@_policy
+@_cast
+@_map
+@_map_file
+@click.option("--dry-run", is_flag=True, help="Print what would become of each tensor, and push nothing.")
 @click.option("--explain", is_flag=True, help="Print how chunks were coded, and why.")
 @click.option("--profile", is_flag=True, help="Print where the time went, stage by stage.")
 @_token
@@ -123,6 +156,11 @@ def push(
     whole: bool,
     prefer: Literal["time", "bytes"],
     limit: str | None,
+    policy: Policy | None,
+    cast: bool | None,
+    rules: tuple[str, ...],
+    map_file: Path | None,
+    dry_run: bool,
     explain: bool,
     profile: bool,
     token_file: Path | None,
@@ -139,6 +177,10 @@ def push(
         raise click.UsageError("--whole sends everything as it is: there is no use for --base")
     if base_key is not None and base is None:
         raise click.UsageError("--base-key says where in --base to look: there is no --base")
+    renames = _renames(rules, map_file)
+    if dry_run:
+        _dry_run(checkpoint, address, model, key, policy, cast, renames, token_file, as_json)
+        return
     from shipd.bases.cache import VersionCache
     from shipd.cli.running import run_push
 
@@ -157,6 +199,9 @@ def push(
             base_key=base_key,
             prefer=prefer,
             limit=limit,
+            policy=policy,
+            cast=cast,
+            renames=renames,
         ),
         address,
         token_file,
@@ -180,6 +225,44 @@ def push(
             err=True,
         )
         sys.exit(PARTLY_DONE)
+
+
+def _renames(rules: tuple[str, ...], file: Path | None) -> "tuple[str | Rename, ...]":
+    """What --map and --map-file say; the file comes first, since it names what is in the checkpoint."""
+    from shipd.matching.renames import load_renames, parse_rename
+
+    try:
+        return (*(load_renames(file) if file is not None else ()), *map(parse_rename, rules))
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _dry_run(
+    checkpoint: Path,
+    address: str,
+    model: str,
+    key: str | None,
+    policy: Policy | None,
+    cast: bool | None,
+    renames: "tuple[str | Rename, ...]",
+    token_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Print the plan of a push. Exits with 12 where the checkpoint does not fit."""
+    from shipd.cli.render import plan_as_dict, render_plan
+
+    plan = _run(
+        lambda client: client.plan(checkpoint, model=model, key=key, policy=policy, cast=cast, renames=renames),
+        address,
+        token_file,
+        as_json,
+    )
+    if as_json:
+        _emit("plan", plan_as_dict(plan, model))
+    else:
+        click.echo(render_plan(plan, model, str(checkpoint)))
+    if plan is not None and plan.problems:
+        sys.exit(TensorMismatch.exit_code)
 
 
 @shipctl.command()
@@ -221,6 +304,58 @@ def verify(address: str, model: str, token_file: Path | None, as_json: bool) -> 
         print_verification(answer)
     if not answer.matches:
         sys.exit(13)
+
+
+@shipctl.command()
+@click.argument("address", metavar="HOST[:PORT]", default=_DEFAULT, envvar="SHIPD_HOST")
+@click.argument("checkpoint", required=False)
+@click.option("--model", metavar="NAME", help="Only this model; needed to look at CHECKPOINT.")
+@click.option("--key", metavar="KEY", help="As of push.")
+@_policy
+@_cast
+@_map
+@_map_file
+@_token
+@_json
+def doctor(
+    address: str,
+    checkpoint: str | None,
+    model: str | None,
+    key: str | None,
+    policy: Policy | None,
+    cast: bool | None,
+    rules: tuple[str, ...],
+    map_file: Path | None,
+    token_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Tell what would and would not work between here and the daemon at HOST, without sending anything.
+
+    Compares releases and environments, looks at its models and the processes that serve them, and at whether
+    CHECKPOINT would fit. Exits with 1 where something would not work.
+    """
+    if checkpoint is not None and model is None:
+        raise click.UsageError("CHECKPOINT is looked at for a model: name it with --model")
+    renames = _renames(rules, map_file)
+    from shipd.client.doctor import examine, worst
+
+    findings = _run(
+        lambda client: examine(
+            client, model=model, checkpoint=checkpoint, key=key, policy=policy, cast=cast, renames=renames
+        ),
+        address,
+        token_file,
+        as_json,
+    )
+    if as_json:
+        for finding in findings:
+            _emit("finding", finding.as_dict())
+    else:
+        from shipd.cli.render import render_findings
+
+        click.echo(render_findings(findings))
+    if worst(findings) == "error":
+        sys.exit(1)
 
 
 def _run(ask: Any, address: str, token_file: Path | None, as_json: bool, keeper: "Keeper | None" = None) -> Any:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shipd.client.incremental import Incremental
+from shipd.client.planning import Outcome
 from shipd.client.profile import Profile
 from shipd.client.receipt import CodecUse, Receipt
 from shipd.codecs import registry
@@ -35,6 +36,7 @@ class Account:
     lanes: int = 1
     times: Times = field(default_factory=Times)
     open: float = 0.0
+    plan: float = 0.0
     connect: float = 0.0
     agree: float = 0.0
     wire_wait: float = 0.0
@@ -76,17 +78,21 @@ class Account:
             return 0.0
         return self.bytes_sent / (self.all_held - self.first_data)
 
-    def receipt(self, sender: Sender, model: str, committed: Committed, incremental: Incremental) -> Receipt:
+    def receipt(
+        self, sender: Sender, model: str, committed: Committed, incremental: Incremental, outcome: Outcome
+    ) -> Receipt:
         """What the push came to, now that it is over."""
         ended = self.committed or time.monotonic()
         seconds = ended - self.began
         structure = sender.layout.structure
+        plan = outcome.plan
         resent = dict.fromkeys(name for chunk in sender.chunks_resent for name in sender.layout.chunk_names(chunk))
         wire = (self.all_held or time.monotonic()) - self.first_data if self.first_data is not None else 0.0
         return Receipt(
             model=model,
             label=committed.label,
             digest=committed.digest.hex(),
+            live_digest=(committed.live or committed.digest).hex(),
             transfer_id=sender.transfer.hex(),
             tensors=len(structure),
             bytes_total=structure.total_bytes,
@@ -94,7 +100,12 @@ class Account:
             bytes_unchanged=self.bytes_unchanged,
             frames_resent=self.frames_resent,
             resent_tensors=tuple(resent),
-            skipped=tuple(sender.skipped),
+            policy=outcome.rules.policy,
+            skipped=(*(plan.skipped if plan is not None else ()), *sender.skipped),
+            renamed=plan.how if plan is not None else (),
+            cast=plan.how_cast if plan is not None else (),
+            kept=plan.kept if plan is not None else (),
+            ignored=plan.ignored if plan is not None else (),
             swapped=committed.swapped,
             stale=committed.stale,
             already=committed.already,
@@ -114,6 +125,7 @@ class Account:
     def _profile(self, sender: Sender, committed: Committed, wire: float, seconds: float, ended: float) -> Profile:
         return Profile(
             open=self.open,
+            plan=self.plan,
             connect=self.connect,
             agree=self.agree,
             wire=wire,

@@ -6,53 +6,40 @@ Nothing here runs on the caller's event loop except waiting: every conversation 
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 
 from shipd.address import Address, parse_address
 from shipd.bases.base import Keeper
-from shipd.bases.checkpoint import CheckpointBases
 from shipd.bases.store import kept_versions
-from shipd.checkpoints.source import Source, open_source
+from shipd.checkpoints.source import open_source
 from shipd.client.choice import Prefer
-from shipd.client.incremental import Incremental
 from shipd.client.options import Progress, PushOptions
-from shipd.client.push import Push
+from shipd.client.planning import Planner, Policy, Wishes
+from shipd.client.push import CONNECT_SECONDS
+from shipd.client.questions import Questioner
 from shipd.client.receipt import Receipt
+from shipd.client.shipment import Shipment, What
 from shipd.errors import OutcomeUnknown, ShipError
-from shipd.transfer.faults import peer_error, remote_error
-from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipd.matching.plan import Plan
+from shipd.matching.renames import Renames, parse_renames
+from shipd.transfer.lane import Lane, Waker
 from shipd.units import parse_rate
-from shipproto.aborts import read_abort
-from shipproto.connection import MessageArrived
-from shipproto.errors import LocalError, ProtocolError
-from shipproto.frame import Buffer
+from shipproto.description import POLICIES, Description
 from shipproto.limits import MAX_LANES
-from shipproto.messages import Abort, Message, StatusIs, StatusRequest, VerifyIs, VerifyRequest
+from shipproto.messages import StatusIs, StatusRequest, VerifyIs, VerifyRequest
 from shipproto.names import check_label
 from shipproto.status import Status, Verification, decode_status, decode_verification
 
 if TYPE_CHECKING:
-    import torch
-
-    Checkpoint = Mapping[str, torch.Tensor] | torch.nn.Module | str | PathLike[str]
-    """What can be pushed, and be a base: a state dict, a module, or the path of a checkpoint."""
-
-log = logging.getLogger("shipd.client")
+    from shipd.checkpoints.source import Checkpoint
 
 _T = TypeVar("_T")
 
-_CONNECT_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 30.0
-_COMPILE_ABOVE: Final = 1 << 30
-"""Bytes of a model from which a process that keeps nothing in memory, and so pushes once, has loops compiled."""
-
 _VERIFY_SECONDS: Final = 150.0
 """Two rounds of reading back, of a minute each: one that was under way when this client asked, and its own."""
 
@@ -121,6 +108,9 @@ class Client:
         base_key: str | None = None,
         prefer: Prefer = "time",
         limit: float | str | None = None,
+        policy: Policy | None = None,
+        cast: bool | None = None,
+        renames: "Renames | None" = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
@@ -139,6 +129,13 @@ class Client:
         prefer       "time" codes chunks where they are there sooner for it, "bytes" so that as few bytes as possible
                      travel
         limit        bytes a second to send at most, or a text such as "100Mbit" or "10MB/s"
+        policy       what may differ: "strict" is nothing; "subset" pushes an adapter, or any part of the model;
+                     "partial" leaves out what the model does not have, too. Tensors that are not sent keep their
+                     values. None is what the daemon's configuration says, and strict where it says nothing
+        cast         whether floating-point tensors become those of the model's dtypes before they are sent, and
+                     integers where all their values fit; None is what the daemon's configuration says
+        renames      names of the model by names of the checkpoint; or rules "regex=replacement", each applied by
+                     re.sub to all of the checkpoint's names in turn. Prefixes such as "module." need none
         on_progress  called on another thread while the push runs
 
         Cancelling ends the push, unless its commit is under way: then the outcome is waited for and returned, as if
@@ -157,58 +154,54 @@ class Client:
             limit=self._check_limit(limit),
             on_progress=on_progress,
         )
+        what = What(
+            checkpoint=checkpoint,
+            key=key,
+            snapshot=snapshot,
+            base=base,
+            base_key=base_key,
+            prefer=prefer,
+            wishes=_wishes(policy, cast, renames),
+        )
         lane, self._lane = self._lane, None
-        running: list[Push] = []
-        cancelled = threading.Event()
+        shipment = Shipment(what, self.address, options, self._keepers, lane)
+        return await _in_thread(shipment.run, shipment.cancel, finished_counts=True)
 
-        def run() -> Receipt:
-            source: Source | None = None
-            old: CheckpointBases | None = None
-            opened = time.monotonic()
+    async def plan(
+        self,
+        checkpoint: "Checkpoint",
+        *,
+        model: str,
+        key: str | None = None,
+        policy: Policy | None = None,
+        cast: bool | None = None,
+        renames: "Renames | None" = None,
+    ) -> Plan | None:
+        """What a push with these arguments would do with each tensor. Nothing is offered, and nothing changes.
+
+        Where something does not fit, ``Plan.problems`` says what, and nothing is raised. None where the daemon cannot
+        tell what the model consists of: nothing has been attached or pushed under its name yet, or its release is too
+        old. Raises what ``push`` raises before it offers anything.
+        """
+        wishes = _wishes(policy, cast, renames)
+        check_label("model name", model)
+
+        def look(questioner: Questioner) -> Plan | None:
+            source = open_source(checkpoint, key=key)
             try:
-                source = open_source(checkpoint, key=key, snapshot=snapshot)
-                if base is not None and base is not False:
-                    old = CheckpointBases.of(base, key=base_key)
-                known = self._keepers if old is None else (old, *self._keepers)
-                incremental = Incremental(
-                    known,
-                    self._keepers,
-                    named=old,
-                    prefer=prefer,
-                    limit=options.limit,
-                    compile_above=0 if kept_versions in self._keepers else _COMPILE_ABOVE,
-                )
-                try:
-                    running.append(
-                        Push(
-                            source,
-                            self.address,
-                            options,
-                            None if base is False else incremental,
-                            lane=lane,
-                            opened=opened,
-                        )
-                    )
-                except LocalError as error:
-                    raise ValueError(f"this cannot be offered: {error}") from error
-                if cancelled.is_set():
-                    # While the source was opened, when there was nothing yet to cancel.
-                    running[0].cancel()
-                return running[0].run()
+                return Planner(questioner, str(self.address), model, wishes, _ANSWER_SECONDS).look(source).plan
             finally:
-                if source is not None:
-                    source.close()
-                if old is not None:
-                    old.close()
-                if lane is not None:
-                    lane.close()
+                source.close()
 
-        def cancel() -> None:
-            cancelled.set()
-            if running:
-                running[0].cancel()
+        return await self._question(look)
 
-        return await _in_thread(run, cancel, finished_counts=True)
+    async def describe(self, model: str) -> Description | None:
+        """What versions of ``model`` consist of, and what serves them; None from a daemon of a release that cannot
+        tell. Raises UnknownModel."""
+        check_label("model name", model)
+        return await self._question(
+            lambda questioner: Planner(questioner, str(self.address), model, Wishes(), _ANSWER_SECONDS).describe()
+        )
 
     def _check_limit(self, limit: float | str | None) -> float | None:
         if limit is None:
@@ -220,47 +213,27 @@ class Client:
 
     async def status(self, model: str | None = None) -> Status:
         """What the daemon is serving and doing: all of it, or one model."""
-        return decode_status(
-            await self._ask(
-                StatusRequest(model=check_label("model name", model) if model else ""), StatusIs, _ANSWER_SECONDS
-            )
-        )
+        question = StatusRequest(model=check_label("model name", model) if model else "")
+        return decode_status(await self._question(lambda asked: asked.ask(question, StatusIs, _ANSWER_SECONDS)))
 
     async def verify(self, model: str) -> Verification:
         """Have every serving process of ``model`` read its live parameters back and digest them."""
-        return decode_verification(
-            await self._ask(VerifyRequest(model=check_label("model name", model)), VerifyIs, _VERIFY_SECONDS)
-        )
+        question = VerifyRequest(model=check_label("model name", model))
+        return decode_verification(await self._question(lambda asked: asked.ask(question, VerifyIs, _VERIFY_SECONDS)))
 
-    async def _ask(self, question: Message, answer: type[Message], seconds: float) -> Buffer:
+    async def _question(self, work: Callable[[Questioner], _T]) -> _T:
+        """Ask on a thread, over the connection that is there, if it still is; else over a new one."""
         lane, self._lane = self._lane, None
         waker = Waker()
+        questioner = Questioner(partial(self._open, waker), waker, lane)
         try:
-            return await _in_thread(lambda: self._ask_blocking(lane, waker, question, answer, seconds), waker.wake)
+            return await _in_thread(lambda: work(questioner), waker.wake)
         finally:
+            questioner.close()
             waker.close()
 
-    def _ask_blocking(
-        self, lane: Lane | None, waker: Waker, question: Message, answer: type[Message], seconds: float
-    ) -> Buffer:
-        """Over the connection that is there, if it still is; else over a new one. Questions may be asked twice."""
-        if lane is not None:
-            lane.use(waker)
-            try:
-                return ask(lane, question, answer, seconds)
-            except ConnectionLost as error:
-                # The daemon closes idle connections, and may have been restarted.
-                log.debug("asking again over a new connection", extra={"why": str(error)})
-            finally:
-                lane.close()
-        fresh = self._open(waker)
-        try:
-            return ask(fresh, question, answer, seconds)
-        finally:
-            fresh.close()
-
     def _open(self, waker: Waker | None) -> Lane:
-        return Lane.open(self.address, token=self._token, timeout=_CONNECT_SECONDS, waker=waker)
+        return Lane.open(self.address, token=self._token, timeout=CONNECT_SECONDS, waker=waker)
 
 
 def _check_choices(prefer: str, lanes: int | None, base: object, base_key: str | None) -> None:
@@ -273,21 +246,11 @@ def _check_choices(prefer: str, lanes: int | None, base: object, base_key: str |
         raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
 
 
-def ask(lane: Lane, question: Message, answer: type[Message], seconds: float) -> Buffer:
-    """Ask over an established lane and wait for the body of the answer. Raises ShipError."""
-    lane.connection.send(question)
-    deadline = time.monotonic() + seconds
-    while True:
-        for event in lane.exchange(deadline):
-            if not isinstance(event, MessageArrived):
-                continue
-            if isinstance(event.message, Abort):
-                try:
-                    raise remote_error(read_abort(event.message, event.body), lane.peer)
-                except ProtocolError as error:
-                    raise peer_error(error, lane.peer) from error
-            if isinstance(event.message, answer):
-                return bytes(event.body)
+def _wishes(policy: str | None, cast: bool | None, renames: "Renames | None") -> Wishes:
+    """Raises ValueError for what a push cannot be told."""
+    if policy is not None and policy not in POLICIES:
+        raise ValueError(f"policy = {policy!r}: it is {', '.join(map(repr, POLICIES[:-1]))} or {POLICIES[-1]!r}")
+    return Wishes(policy, cast, parse_renames(renames or ()))
 
 
 async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None], *, finished_counts: bool = False) -> _T:

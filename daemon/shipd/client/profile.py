@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Profile:
     """Seconds. The stages follow each other and, with what lies between them, make up the whole push.
 
-    open, connect, agree    opening the checkpoint; connecting, with the handshake; from OFFER to the first chunk
+    open, plan              opening the checkpoint; asking what the model consists of, and matching that with it
+    connect, agree          connecting, with the handshake; from OFFER to the first chunk
     wire                    first chunk written until the last one was verified at the receiver; of it, on each side:
       read, encode, digest, check, write, wait    the sender, see ``shipd.transfer.times``
       receiver_receive, _check, _digest, _decode  the receiver; what is missing to ``wire`` it waited for bytes
@@ -21,6 +22,7 @@ class Profile:
     """
 
     open: float
+    plan: float
     connect: float
     agree: float
     wire: float

@@ -16,6 +16,7 @@ from shipd.client.conversation import Conversation
 from shipd.client.incremental import Incremental, OfferAgain
 from shipd.client.lanes import Outlets
 from shipd.client.options import PushOptions
+from shipd.client.planning import Outcome
 from shipd.client.receipt import Receipt
 from shipd.errors import ConnectError, Interrupted, OutcomeUnknown, ShipError, Stalled, TransferFailed
 from shipd.transfer.faults import as_transfer_error, remote_error
@@ -25,7 +26,9 @@ from shipproto.limits import TRANSFER_ID_SIZE
 from shipproto.messages import Committed
 from shipproto.sender import Sender
 
-_CONNECT_SECONDS: Final = 10.0
+CONNECT_SECONDS: Final = 10.0
+"""For a connection to stand, with the handshake."""
+
 _BACKOFF: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses between attempts to reconnect; the last one repeats."""
 _SINGLE_AFTER: Final = 2
@@ -43,12 +46,16 @@ class Push:
         address: Address | Path,
         options: PushOptions,
         incremental: Incremental | None = None,
+        outcome: Outcome | None = None,
         *,
         lane: Lane | None = None,
+        began: float | None = None,
         opened: float | None = None,
     ) -> None:
-        """incremental   None sends everything, and as it is
-        opened        when the source began to be opened (time.monotonic): what the push is counted from
+        """incremental    None sends everything, and as it is
+        outcome        of planning: what ``source`` is in relation to the checkpoint
+        began, opened  when the checkpoint began to be opened, and when it was open (time.monotonic): what the push is
+                       counted from
         """
         self.transfer = secrets.token_bytes(TRANSFER_ID_SIZE)
         self._source = source
@@ -56,8 +63,12 @@ class Push:
         self._options = options
         self._incremental = incremental or Incremental()
         self._spare = lane
+        self._outcome = outcome or Outcome()
+        now = time.monotonic()
         self._account = Account(
-            began=time.monotonic() if opened is None else opened,
+            began=now if began is None else began,
+            open=0.0 if began is None or opened is None else opened - began,
+            plan=self._outcome.seconds,
             connected_before=lane.open_seconds if lane is not None else 0.0,
         )
         self._sender = Sender(
@@ -68,6 +79,7 @@ class Push:
             make_label=default_label,
             metadata=options.metadata,
             incremental=incremental is not None,
+            partial=self._outcome.partial,
         )
         self._lock = threading.Lock()
         """Held for every call of the sender, but to read and send a chunk, while there are lanes."""
@@ -87,7 +99,6 @@ class Push:
     def run(self) -> Receipt:
         """Push. Raises ShipError; the previous version is serving then, unless it is OutcomeUnknown."""
         deadline = float("inf") if self._options.timeout is None else time.monotonic() + self._options.timeout
-        self._account.open = time.monotonic() - self._account.began
         try:
             committed = self._deliver(deadline)
             self._account.committed = time.monotonic()
@@ -95,7 +106,7 @@ class Push:
                 self._incremental.keep(self._sender, ChunkReader(self._sender, self._source).read, self._account.rate)
         finally:
             self._waker.close()
-        return self._account.receipt(self._sender, self._options.model, committed, self._incremental)
+        return self._account.receipt(self._sender, self._options.model, committed, self._incremental, self._outcome)
 
     # --- connections ---------------------------------------------------------------------------------------
 
@@ -136,7 +147,7 @@ class Push:
         lane = self._spare or Lane.open(
             self._address,
             token=self._options.token,
-            timeout=min(_CONNECT_SECONDS, max(0.001, deadline - time.monotonic())),
+            timeout=min(CONNECT_SECONDS, max(0.001, deadline - time.monotonic())),
             waker=self._interruptible,
         )
         self._spare = None
@@ -201,7 +212,7 @@ class Push:
 
     def _open(self, where: Address | None, waker: Waker) -> Lane:
         """A lane, to the very daemon that the transfer's own connection leads to."""
-        return Lane.open(where or self._address, token=self._options.token, timeout=_CONNECT_SECONDS, waker=waker)
+        return Lane.open(where or self._address, token=self._options.token, timeout=CONNECT_SECONDS, waker=waker)
 
     def _commit_leaves(self, lane: Lane) -> None:
         self._commit_sent = True

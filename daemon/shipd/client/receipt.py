@@ -26,7 +26,9 @@ class Receipt:
     """Proof and account of one push.
 
     model, label     what was committed
-    digest           version digest, hexadecimal: what the serving processes read back is compared with this
+    digest           version digest of what was sent, hexadecimal
+    live_digest      that of all that is live now: what the serving processes read back is compared with this. The same
+                     as ``digest``, unless tensors have kept their values
     transfer_id      hexadecimal
     tensors          tensors of the version
     bytes_total      bytes of those tensors
@@ -34,6 +36,11 @@ class Receipt:
     bytes_unchanged  bytes of chunks that were left out, since the receiver's version had the same
     frames_resent    frames that went again because they had arrived damaged
     resent_tensors   the tensors that those frames carried
+    policy           "strict", "subset" or "partial": what was allowed to differ between the checkpoint and the model
+    renamed          how the checkpoint's names became the model's, a line for each rule; empty where they are the same
+    cast             what was cast, a line for each pair of dtypes
+    kept             tensors of the model that were not sent and keep their values
+    ignored          tensors of the checkpoint that the model does not have; not sent
     skipped          tensors of the checkpoint that the model keeps in non-persistent buffers; not sent
     swapped          serving processes that swapped
     stale            those that could not follow, by process id; they are fenced until they have caught up
@@ -55,6 +62,7 @@ class Receipt:
     model: str
     label: str
     digest: str
+    live_digest: str
     transfer_id: str
     tensors: int
     bytes_total: int
@@ -62,7 +70,12 @@ class Receipt:
     bytes_unchanged: int
     frames_resent: int
     resent_tensors: tuple[str, ...]
+    policy: str
     skipped: tuple[str, ...]
+    renamed: tuple[str, ...]
+    cast: tuple[str, ...]
+    kept: tuple[str, ...]
+    ignored: tuple[str, ...]
     swapped: int
     stale: tuple[str, ...]
     already: bool

@@ -1,0 +1,203 @@
+"""How a push comes by its plan: the daemon is asked what the model consists of, before anything is offered to it.
+
+A plan that led to a commit is remembered, so that whoever pushes a model again and again asks once.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+from shipd.checkpoints.planned import PlannedSource
+from shipd.checkpoints.source import Source
+from shipd.client.questions import Questioner
+from shipd.errors import PeerError, Refused, TensorMismatch
+from shipd.matching.diagnosis import explain, problems_of
+from shipd.matching.plan import Plan, Rules, make_plan
+from shipd.matching.renames import Rename
+from shipd.transfer.faults import peer_error
+from shipproto.description import POLICIES, Description, decode_description
+from shipproto.errors import ProtocolError
+from shipproto.messages import Describe, DescriptionIs
+from shipproto.structure import Structure
+
+Policy = Literal["strict", "subset", "partial"]
+
+CAPABILITY: Final = "describe"
+"""What a daemon's HELLO says that answers DESCRIBE."""
+
+_MOST: Final = 16
+"""Plans that are remembered: of as many models and daemons that are pushed to in turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user says of how a checkpoint and a model may differ; None leaves it to the daemon's configuration."""
+
+    policy: Policy | None = None
+    cast: bool | None = None
+    renames: tuple[Rename, ...] = ()
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is wished for that a daemon which describes no models could not give."""
+        return self.policy not in (None, "strict") or bool(self.cast) or bool(self.renames)
+
+    def rules(self, description: Description) -> Rules:
+        """What applies to a model that is described so. Raises Refused where its daemon allows less."""
+        allowed = description.policy or POLICIES[-1]
+        policy = self.policy or description.policy or POLICIES[0]
+        if policy not in POLICIES or allowed not in POLICIES:
+            raise PeerError(f"model {description.model!r} has the policy {allowed!r}, which this release does not know")
+        if POLICIES.index(policy) > POLICIES.index(allowed):
+            raise Refused(
+                f"model {description.model!r} takes pushes of policy {allowed!r} at most (models.{description.model}."
+                f"policy in the daemon's configuration), and this one is {policy!r}",
+                model=description.model,
+            )
+        cast = bool(description.cast) if self.cast is None else self.cast
+        if cast and description.cast is False:
+            raise Refused(
+                f"model {description.model!r} takes no casts (models.{description.model}.cast in the daemon's "
+                "configuration): push a checkpoint of the model's own dtypes",
+                model=description.model,
+            )
+        return Rules(policy=policy, cast=cast, renames=self.renames)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What planning came to.
+
+    plan         None where the daemon does not say what the model consists of: then it is offered as it is
+    description  None as well, and where the plan is a remembered one
+    remembered   the plan was made for an earlier push
+    """
+
+    plan: Plan | None = None
+    rules: Rules = field(default_factory=Rules)
+    transient: Structure | None = None
+    description: Description | None = None
+    remembered: bool = False
+    seconds: float = 0.0
+
+    @property
+    def partial(self) -> bool:
+        """Whether tensors of the model keep their values."""
+        return self.plan is not None and self.plan.partial
+
+    def applied_to(self, source: Source) -> Source:
+        """``source`` as it is to be offered. Another one than was planned for, a base, gets a plan of its own; where
+        it does not fit, it stays what it is."""
+        plan = self.plan
+        if plan is None:
+            return source
+        if plan.offered.digest != source.structure.digest:
+            assert self.transient is not None
+            plan = make_plan(source.structure, plan.resident, self.transient, self.rules)
+        return source if plan.identity or plan.problems else PlannedSource(source, plan)
+
+
+class _Key(NamedTuple):
+    where: str
+    model: str
+    structure: bytes
+    wishes: Wishes
+
+
+_lock: Final = threading.Lock()
+_remembered: Final[dict[_Key, Outcome]] = {}
+
+
+class Planner:
+    """Of one push to ``where``, the daemon's address; ``seconds`` are for each answer of the daemon."""
+
+    def __init__(self, questioner: Questioner, where: str, model: str, wishes: Wishes, seconds: float) -> None:
+        self._questioner = questioner
+        self._where = where
+        self._model = model
+        self._wishes = wishes
+        self._seconds = seconds
+
+    def plan(self, source: Source) -> Outcome:
+        """The plan for ``source``. Raises ShipError; TensorMismatch where it does not fit the model."""
+        with _lock:
+            known = _remembered.get(self._key(source))
+        if known is not None:
+            return known
+        outcome = self.look(source)
+        plan = outcome.plan
+        if plan is not None and plan.problems:
+            raise TensorMismatch(
+                explain(plan, model=self._model, origin=source.origin, model_class=model_class(outcome.description)),
+                problems=problems_of(plan),
+                peer=self._where,
+                model=self._model,
+            )
+        return outcome
+
+    def look(self, source: Source) -> Outcome:
+        """As ``plan``, but from the daemon in any case, and problems are the plan's. Raises ShipError."""
+        began = time.monotonic()
+        description = self.describe(source.structure)
+        if description is None:
+            if self._wishes.any:
+                raise PeerError(
+                    f"the daemon at {self._where} is of an older release, which does not say what its models consist "
+                    "of: push without a policy, casts and renames, or update it",
+                    peer=self._where,
+                )
+            return Outcome(seconds=time.monotonic() - began)
+        rules = self._wishes.rules(description)
+        try:
+            resident, transient = description.resident(source.structure), description.transients()
+        except ProtocolError as error:
+            raise peer_error(error, self._where) from error
+        plan = make_plan(source.structure, resident, transient, rules)
+        if plan.partial and not plan.problems and not description.version:
+            raise Refused(
+                f"model {self._model!r} has no version yet whose tensors could keep their values: push a whole one "
+                "first",
+                model=self._model,
+                peer=self._where,
+            )
+        return Outcome(plan, rules, transient, description, seconds=time.monotonic() - began)
+
+    def describe(self, known: Structure | None = None) -> Description | None:
+        """What the daemon says of the model; None where it is of a release that says nothing. Raises ShipError.
+
+        The structure is left out where it is ``known``.
+        """
+        if CAPABILITY not in self._questioner.lane.connection.peer.capabilities:
+            return None
+        question = Describe(model=self._model, structure=b"" if known is None else known.digest)
+        body = self._questioner.ask(question, DescriptionIs, self._seconds)
+        try:
+            return decode_description(body)
+        except ProtocolError as error:
+            raise peer_error(error, self._where) from error
+
+    def remember(self, source: Source, outcome: Outcome) -> None:
+        """``outcome`` has led to a commit."""
+        if outcome.plan is None or outcome.remembered:
+            return
+        key = self._key(source)
+        with _lock:
+            _remembered.pop(key, None)
+            _remembered[key] = Outcome(outcome.plan, outcome.rules, outcome.transient, remembered=True)
+            while len(_remembered) > _MOST:
+                del _remembered[next(iter(_remembered))]
+
+    def forget(self, source: Source) -> None:
+        """The plan that is remembered for ``source`` is not right any more."""
+        with _lock:
+            _remembered.pop(self._key(source), None)
+
+    def _key(self, source: Source) -> _Key:
+        return _Key(self._where, self._model, source.structure.digest, self._wishes)
+
+
+def model_class(description: Description | None) -> str:
+    """What the model is where it is served; empty where nobody says."""
+    processes = description.processes if description is not None else ()
+    return next((process.model_class for process in processes if process.model_class), "")

@@ -1,0 +1,152 @@
+"""One push from the opening of its checkpoint to its receipt, on one thread.
+
+    open the checkpoint (and a base) -> plan what becomes of its tensors -> offer, send, commit
+
+What a plan is: ``shipd.matching``. How one is come by: ``planning``. The rest is ``push``.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from shipd.address import Address
+from shipd.bases.base import Keeper
+from shipd.bases.checkpoint import CheckpointBases
+from shipd.bases.store import kept_versions
+from shipd.checkpoints.planned import PlannedSource
+from shipd.checkpoints.source import Source, open_source
+from shipd.client.choice import Prefer
+from shipd.client.incremental import Incremental
+from shipd.client.options import PushOptions
+from shipd.client.planning import Outcome, Planner, Wishes
+from shipd.client.push import CONNECT_SECONDS, Push
+from shipd.client.questions import Questioner
+from shipd.client.receipt import Receipt
+from shipd.errors import Interrupted, TensorMismatch
+from shipd.transfer.lane import Lane, Waker
+from shipproto.errors import LocalError
+
+if TYPE_CHECKING:
+    from shipd.checkpoints.source import Checkpoint
+
+_COMPILE_ABOVE: Final = 1 << 30
+"""Bytes of a model from which a process that keeps nothing in memory, and so pushes once, has loops compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class What:
+    """What is to be shipped, as ``Client.push`` takes it."""
+
+    checkpoint: "Checkpoint"
+    key: str | None = None
+    snapshot: bool = False
+    base: "Checkpoint | Literal[False] | None" = None
+    base_key: str | None = None
+    prefer: Prefer = "time"
+    wishes: Wishes = field(default_factory=Wishes)
+
+
+class Shipment:
+    """``run`` on any thread, once; ``cancel`` from any other. Takes over ``lane``, a connection that is there."""
+
+    def __init__(
+        self,
+        what: What,
+        address: Address | Path,
+        options: PushOptions,
+        keepers: Sequence[Keeper],
+        lane: Lane | None,
+    ) -> None:
+        self._what = what
+        self._address = address
+        self._options = options
+        self._keepers = tuple(keepers)
+        self._waker = Waker()
+        self._questioner = Questioner(self._open_lane, self._waker, lane)
+        self._push: Push | None = None
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """End it, unless its commit is already under way."""
+        self._cancelled.set()
+        self._waker.wake()
+        if self._push is not None:
+            self._push.cancel()
+
+    def run(self) -> Receipt:
+        """Ship. Raises ValueError for what cannot be offered, and ShipError."""
+        what = self._what
+        began = time.monotonic()
+        with ExitStack() as stack:
+            stack.callback(self._waker.close)
+            stack.callback(self._questioner.close)
+            source = open_source(what.checkpoint, key=what.key, snapshot=what.snapshot)
+            stack.callback(source.close)
+            opened = time.monotonic()
+            old: Source | None = None
+            if what.base is not None and what.base is not False:
+                old = open_source(what.base, key=what.base_key)
+                stack.callback(old.close)
+            patience = min(self._options.stall, self._options.timeout or math.inf)
+            planner = Planner(self._questioner, str(self._address), self._options.model, what.wishes, patience)
+            outcome = planner.plan(source)
+            try:
+                receipt = self._deliver(source, old, outcome, began, opened)
+            except TensorMismatch:
+                if not outcome.remembered:
+                    raise
+                # The model is another one than it was when that plan was made.
+                planner.forget(source)
+                outcome = planner.plan(source)
+                receipt = self._deliver(source, old, outcome, began, opened)
+            planner.remember(source, outcome)
+            return receipt
+
+    def _deliver(self, source: Source, old: Source | None, outcome: Outcome, began: float, opened: float) -> Receipt:
+        what = self._what
+        base = None if old is None else CheckpointBases(outcome.applied_to(old))
+        # Of a version that is put together where it is received nobody here has a base.
+        keepers = () if outcome.partial else self._keepers
+        incremental = Incremental(
+            keepers if base is None else (base, *keepers),
+            keepers,
+            named=base,
+            prefer=what.prefer,
+            limit=self._options.limit,
+            compile_above=0 if kept_versions in self._keepers else _COMPILE_ABOVE,
+        )
+        planned = outcome.applied_to(source)
+        if isinstance(planned, PlannedSource):
+            planned.check_ties()
+        lane = self._questioner.take()
+        try:
+            try:
+                self._push = Push(
+                    planned,
+                    self._address,
+                    self._options,
+                    None if what.base is False else incremental,
+                    outcome,
+                    lane=lane,
+                    began=began,
+                    opened=opened,
+                )
+            except LocalError as error:
+                raise ValueError(f"this cannot be offered: {error}") from error
+            if self._cancelled.is_set():
+                # Meanwhile, when there was nothing yet to cancel.
+                self._push.cancel()
+            return self._push.run()
+        finally:
+            if lane is not None:
+                lane.close()
+
+    def _open_lane(self) -> Lane:
+        if self._cancelled.is_set():
+            raise Interrupted("interrupted before anything was offered; the previous version is serving")
+        return Lane.open(self._address, token=self._options.token, timeout=CONNECT_SECONDS, waker=self._waker)
