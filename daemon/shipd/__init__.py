@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shipd.errors import AttachError as AttachError
     from shipd.errors import AuthError as AuthError
     from shipd.errors import Busy as Busy
+    from shipd.errors import CastError as CastError
     from shipd.errors import CheckpointError as CheckpointError
     from shipd.errors import ConfigError as ConfigError
     from shipd.errors import ConnectError as ConnectError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from shipd.errors import IntegrityError as IntegrityError
     from shipd.errors import Interrupted as Interrupted
     from shipd.errors import LabelConflict as LabelConflict
+    from shipd.errors import MappingError as MappingError
     from shipd.errors import MemoryLimit as MemoryLimit
     from shipd.errors import OutcomeUnknown as OutcomeUnknown
     from shipd.errors import PeerError as PeerError
@@ -60,10 +62,10 @@ _HOMES = {
     "shipd.client.choice": ("Choice",),
     "shipd.client.receipt": ("CodecUse", "Receipt"),
     "shipd.errors": (
-        *("AttachError", "AuthError", "Busy", "CheckpointError", "ConfigError", "ConnectError", "Fenced"),
-        *("IntegrityError", "Interrupted", "LabelConflict", "MemoryLimit", "OutcomeUnknown", "PeerError", "Refused"),
-        *("ShipError", "StageFailed", "Stalled", "Superseded", "SwapFailed", "TensorChanged", "TensorMismatch"),
-        *("TransferFailed", "UnknownModel", "UnsupportedTensor"),
+        *("AttachError", "AuthError", "Busy", "CastError", "CheckpointError", "ConfigError", "ConnectError", "Fenced"),
+        *("IntegrityError", "Interrupted", "LabelConflict", "MappingError", "MemoryLimit", "OutcomeUnknown"),
+        *("PeerError", "Refused", "ShipError", "StageFailed", "Stalled", "Superseded", "SwapFailed", "TensorChanged"),
+        *("TensorMismatch", "TransferFailed", "UnknownModel", "UnsupportedTensor"),
     ),
     "shipd.service.config": ("Config", "ModelConfig"),
     "shipd.service.embedded": ("Daemon",),

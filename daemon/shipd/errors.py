@@ -10,8 +10,10 @@
     ├── Refused                the daemon or the serving process will not take this
     │   ├── TensorMismatch     names, shapes or dtypes differ from the resident model's; all of them listed
     │   ├── UnsupportedTensor  a tensor that cannot be shipped (sparse, quantised, a subclass, …)
+    │   ├── CastError          a value does not fit the dtype that the model has
     │   ├── LabelConflict      the label belongs to other content
     │   └── MemoryLimit        it would not fit the daemon's memory limit
+    ├── MappingError           what is to map names to names is no rule, or no mapping file
     ├── CheckpointError        the file is truncated, foreign or unsafe
     ├── TensorChanged          a tensor's bytes changed while it was being sent
     ├── IntegrityError         bytes kept arriving damaged, or digests differ
@@ -113,12 +115,22 @@ class UnsupportedTensor(Refused):
     """A tensor that cannot be shipped: sparse, quantised, sub-byte, a subclass, or no tensor at all."""
 
 
+class CastError(Refused):
+    """A value does not fit the dtype that the model has; the message has tensor, place and value."""
+
+
 class LabelConflict(Refused):
     """The label already stands for other content."""
 
 
 class MemoryLimit(Refused):
     """It would not fit the daemon's memory limit; the message has both figures."""
+
+
+class MappingError(ShipError):
+    """What is to map names to names is no rule, or no mapping file; the message says how they are written."""
+
+    exit_code = 2
 
 
 class CheckpointError(ShipError):

@@ -18,7 +18,7 @@ from shipd.checkpoints.safetensors_file import SafetensorsFile
 from shipd.checkpoints.source import join, open_source
 from shipd.client.chunks import ChunkReader
 from shipd.errors import CheckpointError, UnsupportedTensor
-from shipd.service.matching import mismatches
+from shipd.matching.differences import mismatches
 from shipproto.digests import LeafDigests
 from shipproto.errors import MalformedMessage
 from shipproto.layout import Layout

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 
 from shipd.images.slots import Slot, SlotPool
+from shipd.matching.differences import mismatches, summarise
 from shipd.service.host import Host
-from shipd.service.matching import mismatches, summarise
 from shipd.service.models import Model, Version
 from shipd.service.rollout import SWAP_GRACE
 from shipd.service.session import ON_ATTACH, Session, SessionLost

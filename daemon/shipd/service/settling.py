@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable
 
 from shipd.images.slots import SlotPool
+from shipd.matching.differences import mismatches, summarise
 from shipd.service.host import Host
-from shipd.service.matching import mismatches, summarise
 from shipd.service.models import Model
 from shipd.units import format_bytes
 from shipproto.errors import AbortCode, TransferError

@@ -1,0 +1,69 @@
+"""What wrapping a model does to the names of its tensors: components that are added, and prefixes.
+
+Functions work on whole columns of names: twenty thousand are read several ways for one plan.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from typing import Final
+
+WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Components that DataParallel and DistributedDataParallel, torch.compile, FSDP and checkpoint_wrapper add to names."""
+
+UNMISTAKABLE: Final = WRAPPERS[1:]
+"""Those that nobody calls a part of his own model."""
+
+
+def unwrap(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> list[str]:
+    """``names`` without those components, wherever they are; the last component of a name stays."""
+    # Names have no control characters, so that all of them can be one text, and one substitution.
+    text = "\n".join(names)
+    if not any(wrapper in text for wrapper in wrappers):
+        return list(names)
+    components = "|".join(map(re.escape, wrappers))
+    return re.sub(rf"(?m)(?:^|(?<=\.))(?:{components})\.(?=[^\n])", "", text).split("\n")
+
+
+def wrapping(names: Iterable[str], wrappers: Sequence[str]) -> Counter[str]:
+    """How many of ``names`` begin with each run of those components ("module._orig_mod."), and how many have each of
+    them further inside (".module.")."""
+    components = "|".join(map(re.escape, wrappers))
+    leading = re.compile(rf"(?:(?:{components})\.)*(?=.)")
+    inside = re.compile(rf"(?<=\.)(?:{components})\.(?=.)")
+    found: Counter[str] = Counter()
+    for name in names:
+        start = leading.match(name)
+        end = start.end() if start else 0
+        if end:
+            found[name[:end]] += 1
+        for component in {match.group() for match in inside.finditer(name, max(0, end))}:
+            found[f".{component}"] += 1
+    return found
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The components that all names begin with, with the dot after them."""
+    if not names:
+        return ""
+    first, last = min(names), max(names)
+    end = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return first[: first.rfind(".", 0, end) + 1]
+
+
+def likely_prefixes(longer: Iterable[str], shorter: Container[str], most: int) -> list[str]:
+    """The ``most`` prefixes that make most of ``longer`` into one of ``shorter`` when they are taken off; each ends in
+    a dot."""
+    votes: Counter[str] = Counter()
+    for name in longer:
+        end = name.find(".") + 1
+        while end:
+            if name[end:] in shorter:
+                votes[name[:end]] += 1
+            end = name.find(".", end) + 1
+    return [prefix for prefix, _ in votes.most_common(most)]
+
+
+def without_prefix(names: Iterable[str], prefix: str) -> list[str]:
+    """``names``, those that begin with ``prefix`` without it."""
+    return [name.removeprefix(prefix) for name in names]
