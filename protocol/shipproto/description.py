@@ -63,7 +63,10 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         Raises MalformedMessage or LimitExceeded.
         """
         if self.structure:
-            return Structure.decode(self.structure)
+            found = Structure.decode(self.structure)
+            if found.digest != self.structure_digest:
+                raise MalformedMessage("a description of another structure than it names")
+            return found
         if known is not None and self.structure_digest == known.digest:
             return known
         if self.structure_digest:

@@ -15,6 +15,7 @@ HMAC: RFC 2104.
 import enum
 import hashlib
 import hmac
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from shipproto.errors import AbortCode, AuthFailed, UnexpectedMessage, VersionMismatch
@@ -37,19 +38,34 @@ class Step(enum.Enum):
 class Handshake:
     """One side of the exchange. Feed it messages; it returns what to send back.
 
-    ``token`` None means that this side has none: an acceptor then asks for no proof.
+    token         None means that this side has none: an acceptor then asks for no proof
+    capabilities  optional abilities of this side
+    environment   versions of what it runs on, see ``description.ENVIRONMENT``. An acceptor that asks for a proof keeps
+                  them to itself here
     """
 
-    def __init__(self, *, initiator: bool, nonce: bytes, agent: str, token: bytes | None) -> None:
+    def __init__(
+        self,
+        *,
+        initiator: bool,
+        nonce: bytes,
+        agent: str,
+        token: bytes | None,
+        capabilities: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         if len(nonce) != NONCE_SIZE:
             raise ValueError(f"a nonce has {NONCE_SIZE} bytes")
         self.initiator = initiator
         self.step = Step.EXPECT_HELLO
         self.peer: Hello | None = None
         self._token = token
+        auth = not initiator and token is not None
         self._own = Hello(
             agent=agent,
-            auth=not initiator and token is not None,
+            auth=auth,
+            capabilities=tuple(capabilities),
+            environment={} if auth else dict(environment or {}),
             nonce=nonce,
             version_max=PROTOCOL_VERSION,
             version_min=PROTOCOL_VERSION,

@@ -80,6 +80,9 @@ MAX_CAPABILITIES: Final = 32
 MAX_ENVIRONMENT: Final = 16
 """Entries in what a side says of what it runs on."""
 
+MAX_CLASS_NAME: Final = 256
+"""Characters in the qualified name of a model's class; transformers has some of 90."""
+
 MAX_PROCESSES: Final = 64
 """Serving processes attached to one model, and so entries in a list of them."""
 

@@ -12,7 +12,11 @@ from shipproto.frame import Buffer
 
 
 class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One serving process. ``state``: serving, staging, swapping, attaching or stale."""
+    """One serving process. ``state``: serving, staging, swapping, attaching or stale.
+
+    ``model_class`` is the qualified name of the resident model's class, ``environment`` versions of what the process
+    runs on (``description.ENVIRONMENT``), as it said itself.
+    """
 
     pid: int
     state: str
@@ -21,6 +25,8 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     attached_seconds: float = 0.0
     pinned: bool = False
+    model_class: str = ""
+    environment: dict[str, str] = {}
 
 
 class TransferStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,10 @@ from tests.support.processes import TOKEN, Process, push, status, toml
 WRONG = {
     "an unknown key": ("listne = 1", "listne"),
     "an unknown key of a model": ("[models.m]\nmax_bytes = 1\nmin_bytes = 1", "min_bytes"),
-    "a model without a limit": ("[models.m]", "max_bytes"),
+    "a model of which nothing is said": ("[models.m]", "models.m: nothing is said of it"),
+    "a policy of its own": ('[models.m]\npolicy = "lax"', "policy"),
+    "a text for whether to cast": ('[models.m]\ncast = "yes"', "cast"),
+    "a model of no bytes": ("[models.m]\nmax_bytes = 0", "models.m.max_bytes"),
     "a model with an impossible name": ('[models."a b"]\nmax_bytes = 1', "a b"),
     "no TOML": ("listen = ", "no valid TOML"),
     "no UTF-8": (b"listen = '\xff'", "no valid TOML"),

@@ -25,6 +25,7 @@ from shipproto.connection import (
     RunArrived,
     RunDamaged,
 )
+from shipproto.description import decode_description
 from shipproto.digests import digest_image
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.layout import Layout
@@ -164,6 +165,8 @@ def make_connection(vector: Vector) -> Connection:
         nonce=bytes.fromhex(vector["nonce"]),
         agent=vector["agent"],
         token=bytes.fromhex(vector["token"]) if "token" in vector else None,
+        capabilities=vector.get("capabilities", ()),
+        environment=vector.get("environment"),
         landing=landing if asked else None,
     )
 
@@ -316,6 +319,16 @@ def _verification(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: rand
     found["value"] = said(decode_verification(read(vector["input"])))
 
 
+def _description(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
+    """As one reads it who has the structure of the vector, if it has one."""
+    known = Structure.decode(read(vector["structure"])) if "structure" in vector else None
+    description = decode_description(read(vector["input"]))
+    resident = description.resident(known)
+    found["value"] = said(description)
+    found["resident"] = None if resident is None else list(resident.names)
+    found["transient"] = list(description.transients().names)
+
+
 def _abort(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
     error = read_abort(Abort(code=vector["code"]), read(vector["input"]))
     found["means"] = str(error.code)
@@ -351,6 +364,7 @@ _KINDS: Final = {
     "resident": _resident,
     "status": _status,
     "verification": _verification,
+    "description": _description,
     "abort": _abort,
     "codec": _codec,
 }

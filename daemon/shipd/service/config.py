@@ -53,14 +53,23 @@ RELOADABLE: Final = frozenset(
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model that exists although nothing is attached. ``max_bytes`` bounds one version of it."""
+    """What is said of one model, at least one thing.
 
-    max_bytes: int | str
+    max_bytes  bounds one version of it. With it the model exists although nothing is attached; without, what stands
+               here counts once something is
+    policy     what may differ between a checkpoint and the model. It is what a push means that asks for nothing, and
+               one that asks for more is refused. None: pushes are strict unless they ask otherwise
+    cast       the same for dtypes: whether a sender may convert to those of the model
+    """
+
+    max_bytes: int | str | None = None
+    policy: Literal["strict", "subset", "partial"] | None = None
+    cast: bool | None = None
 
     @property
-    def limit(self) -> int:
+    def limit(self) -> int | None:
         """``max_bytes`` as a number."""
-        return parse_size(self.max_bytes)
+        return None if self.max_bytes is None else parse_size(self.max_bytes)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,7 +105,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     models: dict[str, ModelConfig] = {}
-    """Models that can be pushed to while nothing is attached."""
+    """What is said of single models; those with ``max_bytes`` can be pushed to while nothing is attached."""
 
     def __post_init__(self) -> None:
         address = self.address
@@ -120,7 +129,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 check_label("model name", name)
             except ValueError as error:
                 raise ConfigError(f"models: {error}") from error
-            _size(f"models.{name}.max_bytes", model.max_bytes)
+            if model == ModelConfig():
+                raise ConfigError(f"models.{name}: nothing is said of it: set max_bytes, policy or cast")
+            if model.max_bytes is not None:
+                _size(f"models.{name}.max_bytes", model.max_bytes)
 
     @property
     def address(self) -> Address:

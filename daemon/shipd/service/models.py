@@ -41,9 +41,10 @@ class Version:
 class Model:
     """One name. It exists while it is declared, or has been attached to or pushed to."""
 
-    def __init__(self, name: str, declared: ModelConfig | None = None) -> None:
+    def __init__(self, name: str, config: ModelConfig | None = None) -> None:
         self.name = name
-        self.declared = declared
+        self.config = config or ModelConfig()
+        """What the configuration says of it, if anything."""
         self.transient: Structure = NOTHING
         self.pool: SlotPool | None = None
         self.version: Version | None = None
@@ -70,6 +71,11 @@ class Model:
             self.labels[version.label] = version.digest
             while len(self.labels) > _LABELS:
                 del self.labels[next(iter(self.labels))]
+
+    @property
+    def declared(self) -> bool:
+        """Whether it exists whatever is attached."""
+        return self.config.limit is not None
 
     @property
     def structure(self) -> Structure | None:

@@ -80,6 +80,8 @@ def _process(session: Session, model: Model) -> ProcessStatus:
         digest=session.digest.hex(),
         attached_seconds=time.time() - session.attached_at,
         pinned=session.pinned,
+        model_class=session.model_class,
+        environment=session.environment,
     )
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from shipd.codecs import compiled
+from shipd.environment import environment
 from shipd.errors import ConfigError
 from shipd.release import AGENT
-from shipd.service import questions
+from shipd.service import describing, questions
 from shipd.service.attaching import Attaching
-from shipd.service.config import RELOADABLE, Config
+from shipd.service.config import RELOADABLE, Config, ModelConfig
 from shipd.service.decoding import Speeds
 from shipd.service.incoming import Incoming
 from shipd.service.metrics import Metrics
@@ -39,6 +40,7 @@ from shipproto.messages import (
     Coded,
     Commit,
     Data,
+    Describe,
     Detach,
     DigestIs,
     Filled,
@@ -68,7 +70,7 @@ _SWEEP_SECONDS: Final = 1.0
 
 FROM_SENDERS: Final = (
     *(Body, Nack, Ping, Offer, StructureIs, Data, Coded, Finish, Commit, Abort, Join),
-    *(StatusRequest, VerifyRequest),
+    *(StatusRequest, VerifyRequest, Describe),
 )
 FROM_PROCESSES: Final = (Attach, Filled, StageReady, Swapped, Release, DigestIs, Detach)
 """What the daemon takes, and from whom: serving processes are only ever on the Unix socket."""
@@ -88,6 +90,7 @@ class Server:
         self._token = config.read_token()
         self._attaching = Attaching(self)
         self._verifier = questions.Verifier(self.spawn)
+        self._describer = describing.Describer(self)
         self._started = time.time()
         self._draining = False
         self._peers: dict[Peer, float] = {}
@@ -105,8 +108,12 @@ class Server:
         self._declare()
 
     def _declare(self) -> None:
-        for name, declared in self.config.models.items():
-            self.models.setdefault(name, Model(name)).declared = declared
+        for name, config in self.config.models.items():
+            if config.limit is not None:
+                self.models.setdefault(name, self._model(name))
+
+    def _model(self, name: str) -> Model:
+        return Model(name, self.config.models.get(name))
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -194,7 +201,7 @@ class Server:
         self._token = token
         self.images.budget.limit = config.memory_bytes
         for model in list(self.models.values()):
-            model.declared = config.models.get(model.name)
+            model.config = config.models.get(model.name, ModelConfig())
             self._forget_unpushed(model)
         self._declare()
         return fixed
@@ -227,7 +234,14 @@ class Server:
     # --- connections ---------------------------------------------------------------------------------------
 
     def _connection(self, token: bytes | None, accepts: tuple[type[Message], ...]) -> Connection:
-        connection = Connection(initiator=False, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token)
+        connection = Connection(
+            initiator=False,
+            nonce=os.urandom(NONCE_SIZE),
+            agent=AGENT,
+            token=token,
+            capabilities=(describing.CAPABILITY,),
+            environment=environment(),
+        )
         connection.accepts = accepts
         return connection
 
@@ -315,10 +329,8 @@ class Server:
             self._pushes.joined(peer, message)
         elif isinstance(message, Attach) and isinstance(peer, UnixPeer) and session is None:
             self._begin_attach(peer, message, body)
-        elif isinstance(message, StatusRequest):
-            self._tell_status(peer, message)
-        elif isinstance(message, VerifyRequest):
-            self._begin_verify(peer, message)
+        elif isinstance(message, StatusRequest | VerifyRequest | Describe):
+            self._asked(peer, message)
         elif session is not None and message is not None:
             self._on_session(session, message)
         elif push is not None:
@@ -354,7 +366,7 @@ class Server:
     async def _attach(self, peer: UnixPeer, session: Session, attach: Attach, body: bytes) -> None:
         model = self.models.get(attach.model)
         if model is None:
-            model = self.models[attach.model] = Model(attach.model)
+            model = self.models[attach.model] = self._model(attach.model)
         model.attaching += 1
         error: TransferError | None = None
         try:
@@ -401,7 +413,7 @@ class Server:
         if model.version is None or not model.version.pushed:
             model.version = None
             self.images.close(model)
-            if model.declared is None and not self._closing:
+            if not model.declared and not self._closing:
                 self.models.pop(model.name, None)
 
     def _release(self, session: Session, release: Release) -> None:
@@ -410,19 +422,18 @@ class Server:
             model.pool.release(session.number, release.slot, release.generation)
             model.released.set()
 
-    def _tell_status(self, peer: Peer, request: StatusRequest) -> None:
-        if request.model and request.model not in self.models:
-            send_abort(peer.connection, b"", unknown_model(self.models, request.model))
-            return
-        models = [model for model in self.models.values() if request.model in ("", model.name)]
-        peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
-
-    def _begin_verify(self, peer: Peer, request: VerifyRequest) -> None:
-        model = self.models.get(request.model)
-        if model is None:
-            send_abort(peer.connection, b"", unknown_model(self.models, request.model))
-        else:
+    def _asked(self, peer: Peer, question: StatusRequest | VerifyRequest | Describe) -> None:
+        """Answer, at once or when it is known. Raises LimitExceeded where too many answers are owed."""
+        model = self.models.get(question.model)
+        if model is None and question.model:
+            send_abort(peer.connection, b"", unknown_model(self.models, question.model))
+        elif isinstance(question, StatusRequest):
+            models = [model] if model is not None else list(self.models.values())
+            peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))
+        elif model is not None and isinstance(question, VerifyRequest):
             self._verifier.ask(peer, model)
+        elif model is not None and isinstance(question, Describe):
+            self._describer.ask(peer, model, question.structure)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that ends with the daemon at the latest."""

@@ -9,6 +9,7 @@ from typing import Final
 
 from shipd.images.slots import Slot
 from shipd.transfer.unixpeer import UnixPeer
+from shipproto.description import ENVIRONMENT
 from shipproto.errors import UnexpectedMessage
 from shipproto.limits import TRANSFER_ID_SIZE
 from shipproto.messages import (
@@ -57,6 +58,9 @@ class Session:
         self.model = attach.model
         self.mode = attach.mode
         self.pinned = attach.pinned
+        self.model_class = attach.model_class
+        said = peer.connection.peer.environment
+        self.environment: dict[str, str] = {key: said[key] for key in ENVIRONMENT if key in said}
         self.state = "attaching"
         self.label = attach.label
         self.digest = b""

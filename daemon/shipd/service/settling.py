@@ -60,11 +60,11 @@ class Settling:
     def _check_size(self, structure: Structure) -> None:
         """Refuse what cannot fit before anything is laid out for it: a few bytes can describe terabytes."""
         size = structure.total_bytes
-        declared = self._model.declared
-        if declared is not None and size > declared.limit:
+        allowed = self._model.config.limit
+        if allowed is not None and size > allowed:
             raise TransferError(
                 AbortCode.MEMORY_LIMIT,
-                f"model {self._model.name!r} may have {format_bytes(declared.limit)} (max_bytes), and this version has "
+                f"model {self._model.name!r} may have {format_bytes(allowed)} (max_bytes), and this version has "
                 f"{format_bytes(size)}",
             )
         limit = self._host.images.budget.limit

@@ -76,12 +76,21 @@ class Link:
     """The session thread of one resident model. ``start`` returns when the model is attached."""
 
     def __init__(
-        self, follower: Follower, resident: Resident, *, model: str, socket: Path, mode: str, pinned: bool
+        self,
+        follower: Follower,
+        resident: Resident,
+        *,
+        model: str,
+        model_class: str,
+        socket: Path,
+        mode: str,
+        pinned: bool,
     ) -> None:
         self.connected = False
         self._follower = follower
         self._resident = resident
         self._model = model
+        self._model_class = model_class
         self._socket = socket
         self._mode = mode
         self._pinned = pinned
@@ -196,6 +205,7 @@ class Link:
             label=held.label if held else "",
             mode=self._mode,
             model=self._model,
+            model_class=self._model_class,
             pinned=self._pinned,
         )
         lane.connection.send(attach, self._resident.encode())

@@ -23,6 +23,7 @@ from shipd.serving.tensors import ModelTensors
 from shipd.serving.turns import short_turns
 from shipd.serving.version import Version
 from shipproto.layout import Layout
+from shipproto.limits import MAX_CLASS_NAME
 from shipproto.names import check_label
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident as ResidentBody
@@ -99,6 +100,7 @@ class Resident:
             self._follower,
             ResidentBody(tensors.structure, _transient(tensors)),
             model=name,
+            model_class=_class_name(model),
             socket=socket,
             mode=swapper.mode,
             pinned=tensors.device.type == "cuda",
@@ -328,6 +330,16 @@ class _ModelFollower:
                 "this process was forked from one that serves in mode 'flip', whose weights will change under it: "
                 "attach after the fork, or use mode 'copy'"
             )
+
+
+def _class_name(model: nn.Module) -> str:
+    """The class's qualified name, for people; of one that is too long for the wire the end, where it is most telling.
+
+    What is not printable ASCII is escaped.
+    """
+    kind = type(model)
+    name = f"{kind.__module__}.{kind.__qualname__}".encode("ascii", "backslashreplace").decode()
+    return name if len(name) <= MAX_CLASS_NAME else f"...{name[3 - MAX_CLASS_NAME :]}"
 
 
 def _transient(tensors: ModelTensors) -> Structure:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shipd.address import Address
+from shipd.environment import environment
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
 from shipd.transfer import link_rate
@@ -77,7 +78,8 @@ class Lane:
     """One established connection. Not thread-safe: one thread reads, writes and closes it.
 
     ``with_fds`` receives descriptors too, into ``fds``, in the order in which they were sent. ``connection`` is what
-    was said on the socket so far, where it was accepted and not opened.
+    was said on the socket so far, where it was accepted and not opened. Its ``peer`` is the other side's HELLO, with
+    what it is able to and what it runs on.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Lane:
     ) -> None:
         self.peer = peer
         self.connection = connection or Connection(
-            initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token
+            initiator=True, nonce=os.urandom(NONCE_SIZE), agent=AGENT, token=token, environment=environment()
         )
         self.fds: deque[int] = deque()
         self.bytes_sent = 0

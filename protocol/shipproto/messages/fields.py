@@ -6,6 +6,7 @@ import msgspec
 
 from shipproto.limits import (
     DIGEST_SIZE,
+    MAX_CLASS_NAME,
     MAX_ENVIRONMENT,
     MAX_LABEL,
     MAX_LANES,
@@ -31,6 +32,7 @@ Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^{LABEL_PAT
 OptionalLabel = Annotated[str, msgspec.Meta(max_length=MAX_LABEL, pattern=rf"^({LABEL_PATTERN})?\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Word = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]
+ClassName = Annotated[str, msgspec.Meta(max_length=MAX_CLASS_NAME, pattern=r"^[ -~]*\Z")]
 Environment = Annotated[dict[Word, Word], msgspec.Meta(max_length=MAX_ENVIRONMENT)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 NO_TIME: Final = 0.0

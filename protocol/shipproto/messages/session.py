@@ -9,6 +9,7 @@ from shipproto.messages.fields import (
     NO_TIME,
     U32,
     U63,
+    ClassName,
     Digest,
     Label,
     Message,
@@ -35,6 +36,8 @@ class Attach(Message, frozen=True, kw_only=True):
     label: OptionalLabel = ""
     mode: Word
     model: Label
+    model_class: ClassName = ""
+    """Qualified name of the resident model's class, for people."""
     pinned: bool = False
     """It copies to a device, and ahead of time where it is told what has arrived."""
 

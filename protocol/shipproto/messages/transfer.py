@@ -192,6 +192,9 @@ class Committed(Message, frozen=True, kw_only=True):
     verify_seconds: Seconds = NO_TIME
     wait_seconds: Seconds = NO_TIME
 
+    def flaw(self) -> str:
+        return sixteen_or_none("live", self.live)
+
 
 class Abort(Message, frozen=True, kw_only=True):
     """The transfer, or the request, has ended without effect. The body may list details, one text each."""

@@ -5,8 +5,9 @@ from typing import Any
 
 import msgpack
 
+from tests.support import naive
 from tests.support.golden.book import Book
-from tests.support.models import SMALL
+from tests.support.models import SMALL, floats
 from tests.support.naive import encode_ranges, encode_structure, pack
 from tests.support.vectors import spell
 
@@ -132,7 +133,7 @@ def reject_other_bodies(book: Book) -> None:
     def body(kind: str, name: str, what: str, raw: bytes, error: str = "MalformedMessage", **more: Any) -> None:
         book.reject(f"{kind}-{name}", what, error, kind=kind, input=spell(raw), **more)
 
-    small = encode_structure(SMALL)
+    small, other = encode_structure(SMALL), encode_structure([floats("other", 3)])
     resident = {"structure": small, "transient": encode_structure([])}
     body("resident", "empty", "no bytes", b"")
     body("resident", "trailing", "a byte after it", pack(resident) + b"\xc0")
@@ -147,6 +148,23 @@ def reject_other_bodies(book: Book) -> None:
     body("status", "deep", "arrays in one another", b"\x81\xa1a" + b"\x91" * 100_000)
     body("verification", "missing", "no digest", pack({"label": "v1", "model": "m"}))
     body("verification", "not-msgpack", "not msgpack", b"\xc1")
+    described = {"model": "m", "structure": small, "structure_digest": naive.digest(small)}
+    body("description", "empty", "no bytes", b"")
+    body("description", "model", "no model", pack({"structure": small}))
+    body("description", "cast", "a text for whether to cast", pack({"cast": "yes", "model": "m"}))
+    body("description", "processes", "a process without its number", pack({"model": "m", "processes": [{}]}))
+    body("description", "broken", "a structure that is none", pack({**described, "structure": small[:-1]}))
+    body("description", "broken-transient", "transient tensors that are none", pack({**described, "transient": b"x"}))
+    body("description", "digest", "another digest than the structure has", pack({**described, "structure": other}))
+    left_out = {key: value for key, value in described.items() if key != "structure"}
+    body("description", "left-out", "a structure left out that was not asked about", pack(left_out))
+    body(
+        "description",
+        "other-left-out",
+        "a structure left out, and the asker has another",
+        pack(left_out),
+        structure=spell(other),
+    )
     body("abort", "details-number", "details that are numbers", msgpack.packb([1, 2]), code="mismatch")
     body("abort", "details-map", "details that are a map", msgpack.packb({"a": "b"}), code="mismatch")
     body("abort", "details-trailing", "a byte after the details", msgpack.packb(["a"]) + b"\0", code="mismatch")

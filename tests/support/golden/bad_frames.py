@@ -294,6 +294,15 @@ def reject_handshakes(book: Book) -> None:
         "MalformedMessage",
         Stream().add("Hello", {**THEIRS, "agent": "x" * 65}),
     )
+    for name, what, environment in (
+        ("many", "17 entries in an environment", {f"k{at:02}": "" for at in range(17)}),
+        ("long", "an entry of 65 characters in an environment", {"torch": "x" * 65}),
+        ("newline", "a newline in an environment", {"torch": "2\n"}),
+        ("number", "a number in an environment", {"torch": 2}),
+        ("default", "an empty environment spelled out", {}),
+    ):
+        hello = Stream().add("Hello", {**THEIRS, "environment": environment})
+        first(f"environment-{name}", what, "MalformedMessage", hello)
     first(
         "capabilities",
         "33 capabilities",

@@ -30,6 +30,7 @@ def reject_headers(book: Book) -> None:
 
     transfer = msgpack.packb("transfer") + msgpack.packb(TRANSFER)
     commit = b"\x81" + transfer
+    committed, attach = {"digest": DIGEST, "label": "v1", **T}, {"mode": "copy", "model": "m"}
     header("empty", "no header at all", "Commit", b"")
     header("array", "an array", "Commit", msgpack.packb([TRANSFER]))
     header("nil", "nil", "Commit", b"\xc0")
@@ -150,6 +151,12 @@ def reject_headers(book: Book) -> None:
     header("offer-incremental-default", "false spelled out", "Offer", {**OFFER, "incremental": False})
     header("offer-bytes", "more bytes than a version may have", "Offer", {**OFFER, "nbytes": (1 << 44) + 1})
     header("offer-tensors", "more tensors than a version may have", "Offer", {**OFFER, "tensors": (1 << 20) + 1})
+    header("offer-partial-default", "false spelled out, of a partial offer", "Offer", {**OFFER, "partial": False})
+    header("committed-live", "a live digest of 15 bytes", "Committed", {**committed, "live": bytes(15)})
+    header("describe-structure", "a structure of 15 bytes", "Describe", {"model": "m", "structure": bytes(15)})
+    header("describe-model", "no model to describe", "Describe", {})
+    header("attach-class-long", "a class of 257 characters", "Attach", {**attach, "model_class": "x" * 257})
+    header("attach-class-newline", "a class with a newline", "Attach", {**attach, "model_class": "a\n"})
     header("staged-processes", "65 processes", "Staged", {"processes": 65, **T})
     header(
         "committed-stale",

@@ -1,5 +1,7 @@
 """Handshakes, bodies in pieces and damage that costs one frame, to be accepted."""
 
+from typing import Any
+
 from tests.support import naive
 from tests.support.golden.book import (
     DIGEST,
@@ -42,6 +44,7 @@ def accept_connections(book: Book) -> None:
         events=[established(peer)],
         output=answers(),
     )
+    _accept_environments(book)
     wants = {**OURS, "auth": True}
     for file, what, theirs in (
         ("", "", THEIRS),
@@ -117,6 +120,37 @@ def accept_connections(book: Book) -> None:
         output=answers(hello_of_ours().add("Ping").add("Ping")),
     )
     _accept_data(book)
+
+
+def _accept_environments(book: Book) -> None:
+    """What the sides say of what they are able to and run on."""
+    runs_on = {"cuda": "12.8", "platform": "linux-x86_64", "python": "3.12.3", "shipd": "0.1.0", "torch": "2.10.0"}
+    says: dict[str, Any] = {"capabilities": ["describe"], "environment": runs_on}
+    theirs = {**THEIRS, "environment": {"zone": "a", "python": "3.11.9"}}
+    book.accept(
+        "handshake-environment-acceptor",
+        "both sides say what they run on; the pairs are in any order, and keys that nobody knows are taken as they are",
+        **acceptor(Stream().add("Hello", theirs).data, **says),
+        events=[established(theirs)],
+        output=answers(Stream().add("Hello", {**OURS, **says})),
+    )
+    book.accept(
+        "handshake-environment-initiator",
+        "the acceptor says what it is able to and runs on",
+        **initiator(Stream().add("Hello", {**OURS, **says}).data, environment=runs_on),
+        events=[established({**OURS, **says})],
+        output=answers(Stream().add("Hello", {**THEIRS, "environment": runs_on})),
+    )
+    wants = {**OURS, "auth": True, "capabilities": ["describe"]}
+    first = naive.proof(TOKEN, "initiator", THEIRS, wants)
+    second = naive.proof(TOKEN, "acceptor", THEIRS, wants)
+    book.accept(
+        "handshake-environment-token",
+        "an acceptor that asks for a proof does not say what it runs on",
+        **acceptor(Stream().add("Hello", THEIRS).add("Auth", {"proof": first}).data, token=TOKEN, **says),
+        events=[established()],
+        output=answers(Stream().add("Hello", wants).add("Auth", {"proof": second})),
+    )
 
 
 def _accept_data(book: Book) -> None:

@@ -9,7 +9,7 @@ from tests.support import naive
 from tests.support.golden.book import DIGEST, TRANSFER, Book
 from tests.support.models import SMALL, content_of, floats
 from tests.support.naive import LEAF, Tensor, encode_ranges, encode_structure, pack
-from tests.support.vectors import spell
+from tests.support.vectors import as_json, spell
 
 STRUCTURES: Final[Mapping[str, tuple[str, Sequence[Tensor]]]] = {
     "structure-empty": ("no tensors at all: one page, no chunks", ()),
@@ -118,6 +118,8 @@ def accept_bodies(book: Book) -> None:
         "digest": DIGEST.hex(),
         "attached_seconds": 12.5,
         "pinned": True,
+        "model_class": "encoder.Encoder",
+        "environment": {"python": "3.12.3", "torch": "2.10.0"},
     }
     transfer = {
         "transfer_id": TRANSFER.hex(),
@@ -185,6 +187,7 @@ def accept_bodies(book: Book) -> None:
         input=spell(msgpack.packb(verification)),
         value=verification,
     )
+    _accept_descriptions(book)
     book.accept(
         "abort-details",
         "what ABORT lists",
@@ -202,4 +205,61 @@ def accept_bodies(book: Book) -> None:
         input=[],
         means="internal",
         details=[],
+    )
+
+
+def _accept_descriptions(book: Book) -> None:
+    small = encode_structure(SMALL)
+    names = sorted(tensor.name for tensor in SMALL)
+    extra = encode_structure([Tensor("position_ids", "int64", (1, 512))])
+    served = {
+        "model": "minilm",
+        "structure_digest": naive.digest(small),
+        "transient": extra,
+        "version": True,
+        "label": "v1",
+        "digest": DIGEST,
+        "policy": "partial",
+        "cast": False,
+        "limit": 1 << 30,
+        "memory_limit": 1 << 40,
+        "memory_used": 8192,
+        "environment": {"platform": "linux-x86_64", "python": "3.12.3", "shipd": "0.1.0", "torch": "2.10.0"},
+        "processes": [
+            {
+                "pid": 811,
+                "mode": "copy",
+                "model_class": "encoder.Encoder",
+                "environment": {"cuda": "12.8", "python": "3.12.3", "torch": "2.10.0"},
+            }
+        ],
+    }
+    whole = {**served, "structure": small}
+    book.accept(
+        "description",
+        "the body of DESCRIPTION_IS",
+        kind="description",
+        input=spell(msgpack.packb(whole)),
+        value=as_json(whole),
+        resident=names,
+        transient=["position_ids"],
+    )
+    book.accept(
+        "description-known",
+        "the structure is left out, because the asker has it",
+        kind="description",
+        structure=spell(small),
+        input=spell(msgpack.packb(served)),
+        value=as_json(served),
+        resident=names,
+        transient=["position_ids"],
+    )
+    book.accept(
+        "description-unknown",
+        "nothing is known of the model yet; fields of a later release are ignored",
+        kind="description",
+        input=spell(msgpack.packb({"model": "minilm", "cast": None, "moon": [1, 2]})),
+        value={"model": "minilm"},
+        resident=None,
+        transient=[],
     )
