@@ -116,7 +116,10 @@ def plan_as_dict(plan: Plan | None, model: str) -> dict[str, Any]:
         "partial": plan.partial,
         "renamed": [list(pair) for pair in plan.renamed],
         "rules": list(plan.how),
-        "cast": list(plan.how_cast),
+        "casts": [
+            {"from": given, "to": wanted, "tensors": cast.tensors, "bytes": cast.nbytes}
+            for (given, wanted), cast in plan.casts.items()
+        ],
         "skipped": list(plan.skipped),
         "ignored": list(plan.ignored),
         "kept": list(plan.kept),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from shipd.errors import ConfigError, ShipError, TensorMismatch
+from shipd.errors import ConfigError, MappingError, ShipError, TensorMismatch
 from shipd.release import VERSION
 from shipd.units import parse_rate
 from shipproto.limits import MAX_LANES
@@ -177,7 +177,7 @@ def push(
         raise click.UsageError("--whole sends everything as it is: there is no use for --base")
     if base_key is not None and base is None:
         raise click.UsageError("--base-key says where in --base to look: there is no --base")
-    renames = _renames(rules, map_file)
+    renames = _renames(rules, map_file, as_json)
     if dry_run:
         _dry_run(checkpoint, address, model, key, policy, cast, renames, token_file, as_json)
         return
@@ -227,14 +227,14 @@ def push(
         sys.exit(PARTLY_DONE)
 
 
-def _renames(rules: tuple[str, ...], file: Path | None) -> "tuple[str | Rename, ...]":
+def _renames(rules: tuple[str, ...], file: Path | None, as_json: bool) -> "tuple[Rename, ...]":
     """What --map and --map-file say; the file comes first, since it names what is in the checkpoint."""
     from shipd.matching.renames import load_renames, parse_rename
 
     try:
-        return (*(load_renames(file) if file is not None else ()), *map(parse_rename, rules))
-    except (OSError, ValueError) as error:
-        raise click.UsageError(str(error)) from None
+        return (*((load_renames(file),) if file is not None else ()), *map(parse_rename, rules))
+    except MappingError as error:
+        _fail(error, error.exit_code, as_json)
 
 
 def _dry_run(
@@ -244,7 +244,7 @@ def _dry_run(
     key: str | None,
     policy: Policy | None,
     cast: bool | None,
-    renames: "tuple[str | Rename, ...]",
+    renames: "tuple[Rename, ...]",
     token_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -336,7 +336,7 @@ def doctor(
     """
     if checkpoint is not None and model is None:
         raise click.UsageError("CHECKPOINT is looked at for a model: name it with --model")
-    renames = _renames(rules, map_file)
+    renames = _renames(rules, map_file, as_json)
     from shipd.client.doctor import examine, worst
 
     findings = _run(

@@ -103,7 +103,11 @@ class Account:
             policy=outcome.rules.policy,
             skipped=(*(plan.skipped if plan is not None else ()), *sender.skipped),
             renamed=plan.how if plan is not None else (),
-            cast=plan.how_cast if plan is not None else (),
+            cast=tuple(
+                f"{given} -> {wanted} ({cast.tensors:,} tensors)" for (given, wanted), cast in plan.casts.items()
+            )
+            if plan is not None
+            else (),
             kept=plan.kept if plan is not None else (),
             ignored=plan.ignored if plan is not None else (),
             swapped=committed.swapped,

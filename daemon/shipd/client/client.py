@@ -18,14 +18,13 @@ from shipd.bases.store import kept_versions
 from shipd.checkpoints.source import open_source
 from shipd.client.choice import Prefer
 from shipd.client.options import Progress, PushOptions
-from shipd.client.planning import Planner, Policy, Wishes
+from shipd.client.planning import Planner, Policy, Renames, Wishes, as_renames
 from shipd.client.push import CONNECT_SECONDS
 from shipd.client.questions import Questioner
 from shipd.client.receipt import Receipt
 from shipd.client.shipment import Shipment, What
 from shipd.errors import OutcomeUnknown, ShipError
 from shipd.matching.plan import Plan
-from shipd.matching.renames import Renames, parse_renames
 from shipd.transfer.lane import Lane, Waker
 from shipd.units import parse_rate
 from shipproto.description import POLICIES, Description
@@ -110,7 +109,7 @@ class Client:
         limit: float | str | None = None,
         policy: Policy | None = None,
         cast: bool | None = None,
-        renames: "Renames | None" = None,
+        renames: Renames | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
@@ -175,7 +174,7 @@ class Client:
         key: str | None = None,
         policy: Policy | None = None,
         cast: bool | None = None,
-        renames: "Renames | None" = None,
+        renames: Renames | None = None,
     ) -> Plan | None:
         """What a push with these arguments would do with each tensor. Nothing is offered, and nothing changes.
 
@@ -246,11 +245,11 @@ def _check_choices(prefer: str, lanes: int | None, base: object, base_key: str |
         raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
 
 
-def _wishes(policy: str | None, cast: bool | None, renames: "Renames | None") -> Wishes:
+def _wishes(policy: Policy | None, cast: bool | None, renames: Renames | None) -> Wishes:
     """Raises ValueError for what a push cannot be told."""
     if policy is not None and policy not in POLICIES:
         raise ValueError(f"policy = {policy!r}: it is {', '.join(map(repr, POLICIES[:-1]))} or {POLICIES[-1]!r}")
-    return Wishes(policy, cast, parse_renames(renames or ()))
+    return Wishes(policy, cast, as_renames(renames))
 
 
 async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None], *, finished_counts: bool = False) -> _T:

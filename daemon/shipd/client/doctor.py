@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shipd.client.client import Client
-from shipd.client.planning import Policy
+from shipd.client.planning import Policy, Renames
 from shipd.environment import environment
 from shipd.errors import ShipError
 from shipd.matching.diagnosis import explain, summary
@@ -22,7 +22,6 @@ from shipproto.status import ModelStatus, Status
 
 if TYPE_CHECKING:
     from shipd.checkpoints.source import Checkpoint
-    from shipd.matching.renames import Renames
 
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -55,7 +54,7 @@ async def examine(
     key: str | None = None,
     policy: Policy | None = None,
     cast: bool | None = None,
-    renames: "Renames | None" = None,
+    renames: Renames | None = None,
 ) -> list[Finding]:
     """Everything that can be told of the daemon of a connected ``client``, of its models, or of one, and of a push of
     ``checkpoint`` to that. Raises ShipError where the daemon does not answer; what else fails is a finding.
@@ -114,7 +113,7 @@ def _daemon(status: Status, trip: float, described: Mapping[str, Description | N
         yield Finding(
             "note",
             "daemon",
-            f"it is of another release than this side ({harmless(status.agent)}, {AGENT}); what one of the two does not "
+            f"it is of another release than this side ({harmless(status.agent)}, {AGENT}); what one of them does not "
             "know is not used",
         )
     if any(description is None for description in described.values()):
@@ -211,7 +210,7 @@ async def _checkpoint(
     key: str | None,
     policy: Policy | None,
     cast: bool | None,
-    renames: "Renames | None",
+    renames: Renames | None,
 ) -> list[Finding]:
     try:
         plan = await client.plan(checkpoint, model=model, key=key, policy=policy, cast=cast, renames=renames)

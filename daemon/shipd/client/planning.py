@@ -5,16 +5,17 @@ A plan that led to a commit is remembered, so that whoever pushes a model again 
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from shipd.checkpoints.planned import PlannedSource
+from shipd.checkpoints.planned import planned
 from shipd.checkpoints.source import Source
 from shipd.client.questions import Questioner
 from shipd.errors import PeerError, Refused, TensorMismatch
-from shipd.matching.diagnosis import explain, problems_of
+from shipd.matching.diagnosis import explain
 from shipd.matching.plan import Plan, Rules, make_plan
-from shipd.matching.renames import Rename
+from shipd.matching.renames import Rename, Table, parse_rename
 from shipd.transfer.faults import peer_error
 from shipproto.description import POLICIES, Description, decode_description
 from shipproto.errors import ProtocolError
@@ -22,6 +23,9 @@ from shipproto.messages import Describe, DescriptionIs
 from shipproto.structure import Structure
 
 Policy = Literal["strict", "subset", "partial"]
+
+Renames = Sequence[str | Rename] | Mapping[str, str]
+"""Rules "regex=replacement", or names of the model by names of the checkpoint."""
 
 CAPABILITY: Final = "describe"
 """What a daemon's HELLO says that answers DESCRIBE."""
@@ -95,7 +99,7 @@ class Outcome:
         if plan.offered.digest != source.structure.digest:
             assert self.transient is not None
             plan = make_plan(source.structure, plan.resident, self.transient, self.rules)
-        return source if plan.identity or plan.problems else PlannedSource(source, plan)
+        return source if plan.problems else planned(source, plan)
 
 
 class _Key(NamedTuple):
@@ -130,7 +134,7 @@ class Planner:
         if plan is not None and plan.problems:
             raise TensorMismatch(
                 explain(plan, model=self._model, origin=source.origin, model_class=model_class(outcome.description)),
-                problems=problems_of(plan),
+                problems=tuple(problem.text for problem in plan.problems),
                 peer=self._where,
                 model=self._model,
             )
@@ -153,6 +157,8 @@ class Planner:
             resident, transient = description.resident(source.structure), description.transients()
         except ProtocolError as error:
             raise peer_error(error, self._where) from error
+        if resident is None:
+            return Outcome(description=description, seconds=time.monotonic() - began)
         plan = make_plan(source.structure, resident, transient, rules)
         if plan.partial and not plan.problems and not description.version:
             raise Refused(
@@ -195,6 +201,13 @@ class Planner:
 
     def _key(self, source: Source) -> _Key:
         return _Key(self._where, self._model, source.structure.digest, self._wishes)
+
+
+def as_renames(renames: Renames | None) -> tuple[Rename, ...]:
+    """``renames`` as a user gives them, parsed. Raises MappingError."""
+    if isinstance(renames, Mapping):
+        return (Table("renames", tuple(renames.items())),) if renames else ()
+    return tuple(parse_rename(rename) if isinstance(rename, str) else rename for rename in renames or ())
 
 
 def model_class(description: Description | None) -> str:

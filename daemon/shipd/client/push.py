@@ -63,12 +63,12 @@ class Push:
         self._options = options
         self._incremental = incremental or Incremental()
         self._spare = lane
-        self._outcome = outcome or Outcome()
+        self._planning = outcome or Outcome()
         now = time.monotonic()
         self._account = Account(
             began=now if began is None else began,
             open=0.0 if began is None or opened is None else opened - began,
-            plan=self._outcome.seconds,
+            plan=self._planning.seconds,
             connected_before=lane.open_seconds if lane is not None else 0.0,
         )
         self._sender = Sender(
@@ -79,7 +79,7 @@ class Push:
             make_label=default_label,
             metadata=options.metadata,
             incremental=incremental is not None,
-            partial=self._outcome.partial,
+            partial=self._planning.partial,
         )
         self._lock = threading.Lock()
         """Held for every call of the sender, but to read and send a chunk, while there are lanes."""
@@ -106,7 +106,7 @@ class Push:
                 self._incremental.keep(self._sender, ChunkReader(self._sender, self._source).read, self._account.rate)
         finally:
             self._waker.close()
-        return self._account.receipt(self._sender, self._options.model, committed, self._incremental, self._outcome)
+        return self._account.receipt(self._sender, self._options.model, committed, self._incremental, self._planning)
 
     # --- connections ---------------------------------------------------------------------------------------
 

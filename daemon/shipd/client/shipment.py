@@ -18,7 +18,6 @@ from shipd.address import Address
 from shipd.bases.base import Keeper
 from shipd.bases.checkpoint import CheckpointBases
 from shipd.bases.store import kept_versions
-from shipd.checkpoints.planned import PlannedSource
 from shipd.checkpoints.source import Source, open_source
 from shipd.client.choice import Prefer
 from shipd.client.incremental import Incremental
@@ -121,8 +120,6 @@ class Shipment:
             compile_above=0 if kept_versions in self._keepers else _COMPILE_ABOVE,
         )
         planned = outcome.applied_to(source)
-        if isinstance(planned, PlannedSource):
-            planned.check_ties()
         lane = self._questioner.take()
         try:
             try:
