@@ -16,8 +16,10 @@
     script_file       TorchScript archives, through torch.jit.load
     nested            state dicts inside what torch.save wrote
     state_dict        tensors in memory, on any device
+    planned           a source as a plan has it: renamed, selected, cast
+    cast              numbers of one dtype as those of another
     wording           names and lists in messages, bounded
 
-Only ``torch_file``, ``script_file``, ``nested`` and ``state_dict`` with what it consists of import torch, and they are
-imported only when they are needed.
+Only ``torch_file``, ``script_file``, ``nested``, ``cast`` and ``state_dict`` with what it consists of import torch, and
+they are imported only when they are needed.
 """

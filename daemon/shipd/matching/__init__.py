@@ -7,6 +7,4 @@ adapters     the names under which peft saves adapters
 renames      names that the user maps: rules and mapping files
 casting      which dtypes become which others
 differences  what does not fit, in words; also what a daemon refuses
-suggestions  rules that would make names fit, tried out before they are proposed
-diagnosis    a plan in words: what it does, and what stands in its way
 """
