@@ -6,11 +6,12 @@ import numpy.typing as npt
 from shipproto.structure import Structure, alike, rows_in, same_shapes
 
 
-def mismatches(offered: Structure, resident: Structure, transient: Structure) -> list[str]:
+def mismatches(offered: Structure, resident: Structure, transient: Structure, *, partial: bool = False) -> list[str]:
     """Every difference that stands in the way, as load_state_dict would list them; empty if there is none.
 
     resident    what a version must have: the model's state_dict()
     transient   non-persistent buffers: an offered tensor that matches one is skipped, not refused
+    partial     what is not offered keeps its value, so that nothing is missing
     A tensor that the resident model ties to one that was offered need not be offered itself.
     """
     # As columns: what is wrong is put into words, what is right costs nothing that can be felt with 20,000 tensors.
@@ -21,7 +22,7 @@ def mismatches(offered: Structure, resident: Structure, transient: Structure) ->
     absent = (offered_rows < 0) & ~offered_groups[resident.primary]
     missing = [
         f"missing: {resident.names[row]} ({resident.dtype(row)} {_shape(resident, row)})"
-        for row in np.flatnonzero(absent).tolist()
+        for row in (() if partial else np.flatnonzero(absent).tolist())
     ]
     extra = np.flatnonzero(resident_rows < 0)
     unexpected = [
