@@ -191,6 +191,7 @@ BY_CODE: dict[AbortCode, type[ShipError]] = {
     AbortCode.UNKNOWN_MODEL: UnknownModel,
     AbortCode.BUSY: Busy,
     AbortCode.MISMATCH: TensorMismatch,
+    AbortCode.REFUSED: Refused,
     AbortCode.LABEL_CONFLICT: LabelConflict,
     AbortCode.MEMORY_LIMIT: MemoryLimit,
     AbortCode.UNSUPPORTED: UnsupportedTensor,

@@ -97,6 +97,20 @@ class LeafDigests:
         """Take the digests of these chunks from another version of the same layout, whose bytes they have."""
         self.note(*self.layout.run_leaves(chunks), other.of_chunks(chunks))
 
+    def take(self, leaves: npt.NDArray[np.int64], other: "LeafDigests", others: npt.NDArray[np.int64]) -> None:
+        """Take the digests of these leaves from another version, of any layout, whose leaves ``others`` have their
+        bytes."""
+        self._digests[leaves] = other.leaves[others]
+        np.frombuffer(self._known, dtype=np.uint8)[leaves] = 1
+
+    def differing(self, other: "LeafDigests") -> npt.NDArray[np.bool_]:
+        """bool[chunks]: which chunks have other bytes in another version of the same layout. Both must be complete."""
+        places = self.layout.leaf_chunks
+        unequal = (self._digests != other.leaves).any(axis=1)[: len(places)]
+        found = np.zeros(self.layout.chunks, dtype=np.bool_)
+        found[places[unequal]] = True
+        return found
+
     def of_chunks(self, chunks: range) -> bytes:
         """The digests of the leaves of chunks that follow each other, one after the other."""
         first, last = self.layout.run_leaves(chunks)
@@ -123,6 +137,11 @@ class LeafDigests:
             return
         first, last = self.layout.packed_leaves(chunk)
         self._known[first:last] = bytes(last - first)
+
+    @property
+    def leaves(self) -> npt.NDArray[np.uint8]:
+        """u8[leaves, 16], the digest of each leaf; zeros where one is not known yet."""
+        return self._digests
 
     @property
     def encoded(self) -> bytes:

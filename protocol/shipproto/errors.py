@@ -61,6 +61,7 @@ class AbortCode(enum.StrEnum):
     UNKNOWN_MODEL = "unknown-model"
     BUSY = "busy"
     MISMATCH = "mismatch"
+    REFUSED = "refused"
     LABEL_CONFLICT = "label-conflict"
     MEMORY_LIMIT = "memory-limit"
     UNSUPPORTED = "unsupported"

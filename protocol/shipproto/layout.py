@@ -208,6 +208,21 @@ class Layout:
     def _small_position(self) -> dict[int, int]:
         return {row: at for at, row in enumerate(self.small.tolist())}
 
+    @cached_property
+    def leaf_chunks(self) -> npt.NDArray[np.int64]:
+        """i64: the chunk that each leaf lies in. Where nothing but empty tensors is small, those have none and are not
+        in it."""
+        packed = np.repeat(np.arange(len(self._pack_starts) - 1), np.diff(self._pack_starts))
+        return np.concatenate((np.arange(self.large_chunks), self.large_chunks + packed))
+
+    def leaves_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """i64: the leaves of the tensors in these rows, one tensor after the other."""
+        firsts, counts = self.tensor_leaves()
+        first, count = firsts[rows], counts[rows]
+        ends = np.cumsum(count)
+        leaves: npt.NDArray[np.int64] = np.repeat(first - (ends - count), count) + np.arange(int(count.sum()))
+        return leaves
+
     def leaf_rows(self) -> npt.NDArray[np.int64]:
         """i64[leaves]: the row that each leaf belongs to."""
         return np.concatenate((np.repeat(self.large, np.diff(self._leaf_starts)), self.small))

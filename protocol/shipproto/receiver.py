@@ -193,7 +193,8 @@ class Receiver:
 
     def check_offer(self, offer: Offer) -> None:
         """Raises TransferError if ``offer`` is not the one that the transfer began with."""
-        same = (offer.model, offer.structure) == (self.offer.model, self.offer.structure)
+        first = self.offer
+        same = (offer.model, offer.structure, offer.partial) == (first.model, first.structure, first.partial)
         if not same or (self.label and offer.label not in ("", self.label)):
             raise TransferError(AbortCode.PROTOCOL, "the transfer's id was offered before with other content")
 

@@ -22,6 +22,7 @@ import xxhash
 
 from shipproto.aborts import read_abort, send_abort
 from shipproto.agreement import Agreement
+from shipproto.capabilities import PARTIAL
 from shipproto.connection import ChunksRefused, Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests, version_digest
 from shipproto.errors import AbortCode, LocalError, MalformedMessage, ProtocolError, TransferError, UnexpectedMessage
@@ -101,6 +102,7 @@ class Sender:
     bases        digests of the versions that deltas can be made from, at most MAX_BASES; may be replaced between
                  connections
     incremental  the receiver is to tell what it holds where none of those is its current version
+    partial      what is not offered of the receiver's model keeps the values of its current version
 
     Raises LocalError where what it is to say would not be a valid message.
     """
@@ -116,6 +118,7 @@ class Sender:
         metadata: Mapping[str, str] | None = None,
         bases: Sequence[bytes] = (),
         incremental: bool = False,
+        partial: bool = False,
     ) -> None:
         self.transfer = transfer
         self.model = model
@@ -123,6 +126,7 @@ class Sender:
         self.offered = structure
         self.bases = tuple(bases)
         self.incremental = incremental
+        self.partial = partial
         self.state = SenderState.OFFERED
         self.committed: Committed | None = None
         self.staged: Staged | None = None
@@ -196,6 +200,11 @@ class Sender:
         """What the receiver decodes on this connection, and how fast, in MB/s of content; 0 where it does not know."""
         return self.agreed.codecs
 
+    @property
+    def live(self) -> bytes:
+        """Version digest of what is live since the commit: after a partial offer of more than was sent."""
+        return b"" if self.committed is None else self.committed.live or self.committed.digest
+
     def held_digest(self, chunk: int) -> bytes | None:
         """The digest (``LeafDigests.chunk_digest``) of this chunk of ``base``, where the receiver has told it."""
         return self._held_digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE] or None
@@ -205,9 +214,18 @@ class Sender:
         return not self.agreed.codecs or chunk in self._outgoing.refused
 
     def connected(self, connection: Connection) -> None:
-        """A connection to the receiver is established: offer, or offer again."""
+        """A connection to the receiver is established: offer, or offer again.
+
+        Raises TransferError where the offer is partial and the receiver takes none.
+        """
         if self.ended:
             raise LocalError("the transfer is over")
+        if self.partial and PARTIAL not in connection.peer.capabilities:
+            raise TransferError(
+                AbortCode.REFUSED,
+                f"{connection.peer.agent or 'the receiver'} is of a release that takes only whole versions: update it, "
+                "or push all tensors of the model",
+            )
         self._connection = connection
         self._early_want = None
         self._structure_sent = False
@@ -227,6 +245,7 @@ class Sender:
             metadata=self._metadata,
             model=self.model,
             nbytes=self.offered.total_bytes,
+            partial=self.partial,
             resumed=self._accepted,
             structure=self.offered.digest,
             tensors=len(self.offered),
@@ -378,6 +397,8 @@ class Sender:
 
     def _on_structure(self, _message: StructureIs, body: Buffer) -> None:
         if xxhash.xxh3_128_digest(body) != self.layout.structure.digest:
+            if self.partial:
+                raise UnexpectedMessage("another structure for a partial offer")
             self._adopt(Structure.decode(body))
         if self._early_want is not None:
             self._on_want(*self._early_want)
@@ -433,6 +454,10 @@ class Sender:
             raise TransferError(
                 AbortCode.INTEGRITY,
                 f"the receiver has committed digest {committed.digest.hex()} where {self.digest.hex()} was sent",
+            )
+        if self.partial and not committed.live:
+            raise TransferError(
+                AbortCode.INTEGRITY, "the receiver has committed a part of a version as if it were a whole one"
             )
         self.committed = committed
 

@@ -106,7 +106,7 @@ def test_what_the_configuration_says_of_it(attach: Attach, place: Path) -> None:
 
 def test_what_a_daemon_says_of_itself(daemon: shipd.Daemon) -> None:
     lane = opened(daemon)
-    assert lane.connection.peer.capabilities == ("describe",)
+    assert lane.connection.peer.capabilities == ("describe", "partial")
     assert lane.connection.peer.environment == environment()
     lane.close()
 
@@ -115,7 +115,7 @@ def test_a_daemon_with_a_token_says_nothing_before_it_is_proved(start_daemon: St
     (place / "token").write_text(TOKEN)
     daemon = start_daemon(token_file=str(place / "token"))
     lane = opened(daemon, TOKEN.encode())
-    assert lane.connection.peer.capabilities == ("describe",)
+    assert lane.connection.peer.capabilities == ("describe", "partial")
     assert lane.connection.peer.environment == {}
     lane.close()
     assert describe(daemon, token=TOKEN.encode()).environment == environment()

@@ -32,4 +32,6 @@ class PushOptions:
     """Connections to send on; None for as many as make it faster."""
     limit: float | None = None
     """Bytes a second; None for as many as there is room for."""
+    partial: bool = False
+    """Tensors of the model that are not in the checkpoint keep the values of the version that it has."""
     on_progress: Callable[[Progress], None] | None = None

@@ -17,6 +17,7 @@ from shipd.matching.diagnosis import explain
 from shipd.matching.plan import Plan, Rules, make_plan
 from shipd.matching.renames import Rename, Table, parse_rename
 from shipd.transfer.faults import peer_error
+from shipproto.capabilities import DESCRIBE
 from shipproto.description import POLICIES, Description, decode_description
 from shipproto.errors import ProtocolError
 from shipproto.messages import Describe, DescriptionIs
@@ -26,9 +27,6 @@ Policy = Literal["strict", "subset", "partial"]
 
 Renames = Sequence[str | Rename] | Mapping[str, str]
 """Rules "regex=replacement", or names of the model by names of the checkpoint."""
-
-CAPABILITY: Final = "describe"
-"""What a daemon's HELLO says that answers DESCRIBE."""
 
 _MOST: Final = 16
 """Plans that are remembered: of as many models and daemons that are pushed to in turns."""
@@ -174,7 +172,7 @@ class Planner:
 
         The structure is left out where it is ``known``.
         """
-        if CAPABILITY not in self._questioner.lane.connection.peer.capabilities:
+        if DESCRIBE not in self._questioner.lane.connection.peer.capabilities:
             return None
         question = Describe(model=self._model, structure=b"" if known is None else known.digest)
         body = self._questioner.ask(question, DescriptionIs, self._seconds)

@@ -79,7 +79,7 @@ class Push:
             make_label=default_label,
             metadata=options.metadata,
             incremental=incremental is not None,
-            partial=self._planning.partial,
+            partial=options.partial,
         )
         self._lock = threading.Lock()
         """Held for every call of the sender, but to read and send a chunk, while there are lanes."""
@@ -102,7 +102,7 @@ class Push:
         try:
             committed = self._deliver(deadline)
             self._account.committed = time.monotonic()
-            if self._sender.incremental:
+            if self._sender.incremental and not self._sender.partial:
                 self._incremental.keep(self._sender, ChunkReader(self._sender, self._source).read, self._account.rate)
         finally:
             self._waker.close()
@@ -168,7 +168,9 @@ class Push:
         )
         try:
             if self._sender.incremental:
-                self._sender.bases = self._incremental.offers(lane, self._sender)
+                bases = self._incremental.offers(lane, self._sender)
+                # Of a part no version is a base: the receiver has it among tensors that are not sent.
+                self._sender.bases = () if self._sender.partial else bases
             return Conversation(
                 self._sender,
                 self._source,

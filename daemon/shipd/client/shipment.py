@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -126,7 +126,7 @@ class Shipment:
                 self._push = Push(
                     planned,
                     self._address,
-                    self._options,
+                    replace(self._options, partial=outcome.partial),
                     None if what.base is False else incremental,
                     outcome,
                     lane=lane,

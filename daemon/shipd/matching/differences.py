@@ -43,18 +43,19 @@ class Problem:
     notes: tuple[str, ...] = ()
 
 
-def mismatches(offered: Structure, resident: Structure, transient: Structure) -> list[str]:
+def mismatches(offered: Structure, resident: Structure, transient: Structure, *, partial: bool = False) -> list[str]:
     """Every difference that stands in the way, as load_state_dict would list them; empty if there is none.
 
     resident    what a version must have: the model's state_dict()
     transient   non-persistent buffers: an offered tensor that matches one is skipped, not refused
+    partial     what is not offered keeps its value, so that nothing is missing
     A tensor that the resident model ties to one that was offered need not be offered itself.
     """
     found = rows_in(offered.names, resident)
     extra = np.flatnonzero(found < 0)
     extra = extra[~are_transient(offered, extra, transient, rows_in([offered.names[row] for row in extra], transient))]
     problems = [
-        *missing(resident, absent(resident, found)),
+        *(() if partial else missing(resident, absent(resident, found))),
         *unexpected(offered, extra),
         *unlike(offered, resident, found, cast=False),
     ]

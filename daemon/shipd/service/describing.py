@@ -16,9 +16,6 @@ from shipproto.errors import LimitExceeded
 from shipproto.messages import DescriptionIs
 from shipproto.structure import Structure
 
-CAPABILITY: Final = "describe"
-"""What HELLO says of a daemon that answers DESCRIBE."""
-
 _MAX_UNANSWERED: Final = 4
 """DESCRIBEs of one connection that wait for their answers, each of which may have two structures in it."""
 

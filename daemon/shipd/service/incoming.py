@@ -2,6 +2,8 @@
 
     settle the structure -> take a slot -> receive -> verify -> stage everywhere -> (COMMIT) -> swap everywhere
 
+A part of a version is received elsewhere, and put into the slot with the rest once it has been verified: ``composing``.
+
 The task runs through these steps; connections of the sender come and go meanwhile. Until a process has
 swapped, every way out leaves the previous version serving. Once the sender has asked for the commit, nothing
 interrupts it.
@@ -13,6 +15,7 @@ import time
 from typing import Final
 
 from shipd.images.slots import Slot, SlotPool
+from shipd.service.composing import Composing, Part
 from shipd.service.decoding import Decoding, Ground, Target
 from shipd.service.host import Host
 from shipd.service.lanes import Lanes
@@ -24,6 +27,7 @@ from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
 from shipproto.connection import Connection, Event, MessageArrived
+from shipproto.digests import LeafDigests
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
 from shipproto.limits import MAX_TEXT
@@ -73,6 +77,8 @@ class Incoming:
         self._verify_seconds = 0.0
         self._slot: Slot | None = None
         self._pool: SlotPool | None = None
+        self._composing: Composing | None = None
+        """Of a partial push, once it has been found to fit."""
         self._settling = Settling(host, model, self.receiver, self.flush)
         self._decoding = Decoding(
             host.work, host.speeds, took=self._took, refused=self._not_decoded, hold_back=self._hold_back
@@ -159,7 +165,7 @@ class Incoming:
         for outcome in outcomes:
             self._moved = asyncio.get_running_loop().time()
             if isinstance(outcome, ChunkHeld):
-                if self._rollout is not None:
+                if self._rollout is not None and self._composing is None:
                     self._rollout.arrived(outcome.chunk, last=self.receiver.complete)
             elif isinstance(outcome, StructureArrived):
                 self._settling.arrived(outcome.encoded)
@@ -217,12 +223,15 @@ class Incoming:
                 "push offered",
                 extra={**self._context(), "label": offer.label, "bytes": offer.nbytes, "resumed": offer.resumed},
             )
-            layout = await self._settling.layout(offer)
+            part = await self._settling.part(offer) if offer.partial else None
+            layout = part.offered if part is not None else await self._settling.layout(offer)
             version = self.model.version
             if version is not None and offer.label == version.label:
-                await self._compare(layout, version)
+                await self._compare(layout, version, part)
                 return
-            pool, own = await self._settling.pool(layout)
+            if part is not None:
+                self._composing = Composing(self._host, self.model, part)
+            pool, own = await self._settling.pool(part.resident if part is not None else layout)
             self._pool = pool if own else None
             slot, evicted = await take_slot(self._host.images, self.model, pool, self._host.config.stage_timeout)
             self._slot = slot
@@ -230,17 +239,21 @@ class Incoming:
             rollout.left += evicted
             self._accept(pool, slot)
             await self._receive()
-            self._refuse_conflict()
+            digests = await self._made()
+            digest = digests.version_digest()
+            self._refuse_conflict(digest)
             if self.receiver.ended:
                 return
+            if self._composing is not None and version is not None:
+                await self._composing.compose(version.slot, slot, digests)
             async with self.model.lock:
-                seconds = await rollout.stage(self.receiver.label, self.receiver.digest)
+                seconds = await rollout.stage(self.receiver.label, digest)
             self.stage_seconds = seconds if rollout.ready else None
             self.receiver.staged(len(rollout.ready), seconds)
             self.flush()
             await self._await_commit()
             async with self.model.lock:
-                self._commit(slot, await rollout.swap(self.receiver.label, self.receiver.digest))
+                self._commit(slot, digests, digest, await rollout.swap(self.receiver.label, digest))
         except TransferError as error:
             self._abort(error)
         except asyncio.CancelledError:
@@ -251,19 +264,24 @@ class Incoming:
         finally:
             reporter.cancel()
             await self._decoding.end()
-            self._clean_up()
+            await self._clean_up()
 
     def _accept(self, pool: SlotPool, slot: Slot) -> None:
-        """Take chunks into ``slot``; coded ones as far as there is a version that they can build on."""
+        """Take chunks into ``slot``, or of a partial push elsewhere; coded ones as far as there is a version that they
+        can build on."""
+        layout, image, before, composing = pool.layout, slot.memory.view, slot.before, self._composing
+        if composing is not None:
+            layout, image, before = composing.part.offered, composing.image, None
         ability, ground = None, None
         if self._host.config.incremental:
             version = self.model.version
-            if version is not None and pool is self.model.pool and version.slot.digests is not None:
+            alike = composing is None and pool is self.model.pool
+            if version is not None and alike and version.slot.digests is not None:
                 ground = Ground(version.digest, version.slot.memory.view, version.slot.digests)
             ability = self._host.speeds.ability(ground)
-        self.receiver.accept(pool.layout, slot.memory.view, lanes=self._lane_limit(), ability=ability)
-        receiver, image = self.receiver, slot.memory.view
-        self._decoding.begin(Target(pool.layout, image, receiver.digests, slot.before, receiver.touched), ground)
+        receiver = self.receiver
+        receiver.accept(layout, image, lanes=self._lane_limit(), ability=ability)
+        self._decoding.begin(Target(layout, image, receiver.digests, before, receiver.touched), ground)
         self.flush()
 
     def _lane_limit(self) -> int:
@@ -283,11 +301,21 @@ class Incoming:
             log.warning("tensors arrived with other digests and were asked for again", extra=self._context())
             self.flush()
 
-    async def _compare(self, layout: Layout, version: Version) -> None:
+    async def _made(self) -> LeafDigests:
+        """Of the version that has arrived, or that comes of what has and the current one."""
+        if self._composing is None:
+            return self.receiver.digests
+        version = self.model.version
+        assert version is not None and version.slot.digests is not None
+        return await self._composing.digests(version.slot.digests, self.receiver.digests)
+
+    async def _compare(self, layout: Layout, version: Version, part: Part | None) -> None:
         """The label is the current version's: only the digests decide whether the content is, too."""
         digests = version.slot.digests
         assert digests is not None
-        if digests.layout.structure.digest != layout.structure.digest:
+        if part is not None:
+            digests = await self._host.work(part.current, digests)
+        if digests is None or digests.layout.structure.digest != layout.structure.digest:
             raise self._conflict(version.digest)
         self.receiver.compare(digests)
         self.flush()
@@ -297,15 +325,15 @@ class Incoming:
         self.receiver.verified(())
         self._already(version)
 
-    def _refuse_conflict(self) -> None:
+    def _refuse_conflict(self, digest: bytes) -> None:
         """The label may have come only with FINISH, and may be that of an earlier version."""
         known = self.model.labels.get(self.receiver.label)
-        if known is not None and known != self.receiver.digest:
+        if known is not None and known != digest:
             raise self._conflict(known)
         version = self.model.version
         if version is None or version.label != self.receiver.label:
             return
-        if version.digest != self.receiver.digest:
+        if version.digest != digest:
             raise self._conflict(version.digest)
         self._already(version)
 
@@ -320,9 +348,19 @@ class Incoming:
         self.model.failed = None
         log.info("the version is current already", extra={**self._context(), "label": version.label})
         self.receiver.committed(
-            Committed(already=True, digest=version.digest, label=version.label, transfer=self.receiver.transfer)
+            Committed(
+                already=True,
+                digest=self.receiver.digest,
+                label=version.label,
+                live=self._live(version),
+                transfer=self.receiver.transfer,
+            )
         )
         self.flush()
+
+    def _live(self, version: Version) -> bytes:
+        """What COMMITTED says beside the digest of what was sent."""
+        return version.digest if self.receiver.offer.partial else b""
 
     # --- the commit ----------------------------------------------------------------------------------------
 
@@ -335,12 +373,10 @@ class Incoming:
                 AbortCode.STALLED, f"staged, but the sender asked for no commit within {_COMMIT_SECONDS:.0f} s"
             ) from None
 
-    def _commit(self, slot: Slot, outcome: Outcome) -> None:
+    def _commit(self, slot: Slot, digests: LeafDigests, digest: bytes, outcome: Outcome) -> None:
         """The version is the current one: in the books, in the log, and to the sender."""
-        version = Version(
-            self.receiver.label, self.receiver.digest, slot, pushed=True, metadata=self.receiver.offer.metadata
-        )
-        self._install(version)
+        version = Version(self.receiver.label, digest, slot, pushed=True, metadata=self.receiver.offer.metadata)
+        self._install(version, digests)
         for session in outcome.swapped:
             session.serves(version.label, version.digest)
         for session, why in outcome.stale:
@@ -366,9 +402,10 @@ class Incoming:
                 check_seconds=spent.check,
                 copy_seconds=outcome.copy_seconds,
                 decode_seconds=self._decoding.seconds,
-                digest=version.digest,
+                digest=self.receiver.digest,
                 digest_seconds=spent.digest,
                 label=version.label,
+                live=self._live(version),
                 pause_seconds=outcome.pause_seconds,
                 receive_seconds=spent.receive,
                 stale=stale,
@@ -380,7 +417,7 @@ class Incoming:
         )
         self.flush()
 
-    def _install(self, version: Version) -> None:
+    def _install(self, version: Version, digests: LeafDigests) -> None:
         """``version`` is the current one from here on."""
         old = self.model.pool
         if self._pool is not None:
@@ -389,7 +426,7 @@ class Incoming:
             if old is not None:
                 self._host.images.free_pool(old)
         assert self.model.pool is not None
-        self.model.pool.commit(version.slot, self.receiver.digests)
+        self.model.pool.commit(version.slot, digests)
         self.model.failed = None
         self.model.becomes(version)
         self._slot = None
@@ -427,11 +464,13 @@ class Incoming:
         self.receiver.abort(error)
         self.flush()
 
-    def _clean_up(self) -> None:
+    async def _clean_up(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
         try:
             self._lanes.stop()
+            if self._composing is not None:
+                await self._composing.end()
         finally:
             self._give_back()
 

@@ -118,6 +118,22 @@ class ImageStore:
         """Give a pool's images back."""
         self._undo(pool, pool.size)
 
+    def make_image(self, model: Model, size: int) -> ImageMemory:
+        """An image beside those of the model's pool, for a part of a version. Raises as ``make_pool``."""
+        self._reserve(model, size, "an image for the tensors that are sent")
+        try:
+            return ImageMemory(f"{model.name}:part", size)
+        except OSError as error:
+            self.budget.release(size)
+            raise TransferError(
+                AbortCode.MEMORY_LIMIT, f"model {model.name!r}: the kernel refused an image: {error.strerror}"
+            ) from error
+
+    def free_image(self, memory: ImageMemory) -> None:
+        """Give such an image back."""
+        memory.close()
+        self.budget.release(memory.size)
+
     def renew(self, model: Model, slot: Slot) -> bool:
         """Give a writable slot new memory if somebody may still be reading the old one. True if it did."""
         living = {pid for pid in slot.readers if alive(pid)}

@@ -15,10 +15,11 @@ from shipd.codecs import compiled
 from shipd.environment import environment
 from shipd.errors import ConfigError
 from shipd.release import AGENT
-from shipd.service import describing, questions
+from shipd.service import questions
 from shipd.service.attaching import Attaching
 from shipd.service.config import RELOADABLE, Config, ModelConfig
 from shipd.service.decoding import Speeds
+from shipd.service.describing import Describer
 from shipd.service.incoming import Incoming
 from shipd.service.metrics import Metrics
 from shipd.service.models import ImageStore, Model
@@ -29,6 +30,7 @@ from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
 from shipproto.aborts import send_abort
+from shipproto.capabilities import DESCRIBE, PARTIAL
 from shipproto.connection import ChunkArrived, Connection, Established, Event, MessageArrived
 from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
@@ -90,7 +92,7 @@ class Server:
         self._token = config.read_token()
         self._attaching = Attaching(self)
         self._verifier = questions.Verifier(self.spawn)
-        self._describer = describing.Describer(self)
+        self._describer = Describer(self)
         self._started = time.time()
         self._draining = False
         self._peers: dict[Peer, float] = {}
@@ -239,7 +241,7 @@ class Server:
             nonce=os.urandom(NONCE_SIZE),
             agent=AGENT,
             token=token,
-            capabilities=(describing.CAPABILITY,),
+            capabilities=(DESCRIBE, PARTIAL),
             environment=environment(),
         )
         connection.accepts = accepts

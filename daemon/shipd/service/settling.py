@@ -1,12 +1,16 @@
 """In which layout, and in whose images, a push is received: settled before its first chunk."""
 
 import asyncio
+import json
+import re
 from collections.abc import Callable
+from functools import partial
 
 from shipd.images.slots import SlotPool
 from shipd.matching.differences import mismatches, summarise
+from shipd.service.composing import Part
 from shipd.service.host import Host
-from shipd.service.models import Model
+from shipd.service.models import NOTHING, Model
 from shipd.units import format_bytes
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
@@ -35,6 +39,55 @@ class Settling:
         pool = self._model.pool
         if pool is not None and pool.layout.structure.digest == offer.structure:
             return pool.layout
+        offered = await self._offered()
+        resident = self._model.structure
+        if resident is not None:
+            problems = await self._host.work(mismatches, offered, resident, self._model.transient)
+            if not problems:
+                assert self._model.pool is not None
+                return self._model.pool.layout
+            if self._model.sessions:
+                raise self._mismatch(problems)
+        _require_tensors(offered)
+        self._check_size(offered)
+        return await self._host.work(Layout, offered)
+
+    async def part(self, offer: Offer) -> Part:
+        """What is offered of a part of the model, and where it belongs. There is a version then, and it stays until the
+        push is over."""
+        name = self._model.name
+        if self._model.config.policy == "strict":
+            raise TransferError(
+                AbortCode.REFUSED,
+                f"this push leaves tensors of model {name!r} out, and the daemon's configuration says policy = "
+                f'"strict" of it ([models.{_table(name)}]). Push all of its tensors, or have policy = "subset" or '
+                '"partial" put there and the daemon reloaded.',
+            )
+        # Not while a process attaches, which may be bringing the first version.
+        async with self._model.lock:
+            pool = self._model.pool
+            if pool is None or self._model.version is None:
+                raise TransferError(
+                    AbortCode.REFUSED,
+                    f"model {name!r} has no version yet, so that what this push leaves out has no values to keep. Push "
+                    "all of its tensors first, or attach a process that serves it.",
+                )
+        resident = pool.layout
+        if resident.structure.digest == offer.structure:
+            return Part(resident, resident)
+        offered = await self._offered()
+        _require_tensors(offered)
+        # Buffers that are not persistent are no part of any version, and what is offered here is all to be live.
+        problems = await self._host.work(partial(mismatches, offered, resident.structure, NOTHING, partial=True))
+        if problems:
+            raise self._mismatch(problems)
+        return await self._host.work(lambda: Part(Layout(offered), resident))
+
+    def _mismatch(self, problems: list[str]) -> TransferError:
+        return TransferError(AbortCode.MISMATCH, summarise(problems, self._model.name), details=tuple(problems))
+
+    async def _offered(self) -> Structure:
+        """The offered structure, which is asked for."""
         self._receiver.want_structure()
         self._flush()
         patience = self._host.config.stall + self._host.config.resume_window
@@ -43,19 +96,7 @@ class Settling:
                 encoded = await self._encoded
         except TimeoutError:
             raise TransferError(AbortCode.STALLED, f"the structure did not arrive within {patience:.0f} s") from None
-        offered = await self._host.work(self._receiver.decode_structure, encoded)
-        resident = self._model.structure
-        if resident is not None:
-            problems = await self._host.work(mismatches, offered, resident, self._model.transient)
-            if not problems:
-                assert self._model.pool is not None
-                return self._model.pool.layout
-            if self._model.sessions:
-                raise TransferError(AbortCode.MISMATCH, summarise(problems, self._model.name), details=tuple(problems))
-        if not len(offered):
-            raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
-        self._check_size(offered)
-        return await self._host.work(Layout, offered)
+        return await self._host.work(self._receiver.decode_structure, encoded)
 
     def _check_size(self, structure: Structure) -> None:
         """Refuse what cannot fit before anything is laid out for it: a few bytes can describe terabytes."""
@@ -94,3 +135,13 @@ class Settling:
             # The first touch of fresh memory costs 0.5 to 3 s a GB: better ahead of the loop than on it.
             self._host.background(slot.memory.mapping.populate)
         return pool, True
+
+
+def _require_tensors(offered: Structure) -> None:
+    if not len(offered):
+        raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
+
+
+def _table(name: str) -> str:
+    """A model's name as a key of TOML."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)

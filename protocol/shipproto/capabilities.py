@@ -1,0 +1,9 @@
+"""Names of the optional abilities that a side says in HELLO, each with what follows from it."""
+
+from typing import Final
+
+DESCRIBE: Final = "describe"
+"""It answers DESCRIBE."""
+
+PARTIAL: Final = "partial"
+"""It takes partial offers. Who does not would take one for the offer of a whole version."""
