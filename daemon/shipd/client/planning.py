@@ -6,13 +6,13 @@ A plan that led to a commit is remembered, so that whoever pushes a model again 
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple
 
 from shipd.checkpoints.planned import planned
 from shipd.checkpoints.source import Source
 from shipd.client.questions import Questioner
-from shipd.errors import PeerError, Refused, TensorMismatch
+from shipd.errors import PeerError, Refused, ShipError, TensorMismatch
 from shipd.matching.diagnosis import explain
 from shipd.matching.plan import Plan, Rules, make_plan
 from shipd.matching.renames import Rename, Table, parse_rename
@@ -74,6 +74,7 @@ class Outcome:
     plan         None where the daemon does not say what the model consists of: then it is offered as it is
     description  None as well, and where the plan is a remembered one
     remembered   the plan was made for an earlier push
+    bytes_sent   of the question
     """
 
     plan: Plan | None = None
@@ -82,6 +83,7 @@ class Outcome:
     description: Description | None = None
     remembered: bool = False
     seconds: float = 0.0
+    bytes_sent: int = 0
 
     @property
     def partial(self) -> bool:
@@ -140,7 +142,11 @@ class Planner:
 
     def look(self, source: Source) -> Outcome:
         """As ``plan``, but from the daemon in any case, and problems are the plan's. Raises ShipError."""
-        began = time.monotonic()
+        began, sent = time.monotonic(), self._questioner.bytes_sent
+        outcome = self._look(source)
+        return replace(outcome, seconds=time.monotonic() - began, bytes_sent=self._questioner.bytes_sent - sent)
+
+    def _look(self, source: Source) -> Outcome:
         description = self.describe(source.structure)
         if description is None:
             if self._wishes.any:
@@ -149,15 +155,18 @@ class Planner:
                     "of: push without a policy, casts and renames, or update it",
                     peer=self._where,
                 )
-            return Outcome(seconds=time.monotonic() - began)
+            return Outcome()
         rules = self._wishes.rules(description)
         try:
             resident, transient = description.resident(source.structure), description.transients()
         except ProtocolError as error:
             raise peer_error(error, self._where) from error
         if resident is None:
-            return Outcome(description=description, seconds=time.monotonic() - began)
+            return Outcome(description=description)
         plan = make_plan(source.structure, resident, transient, rules)
+        if plan.problems and not description.processes and not self._wishes.any:
+            # Nothing serves it, so that a version of another structure may take the place of the one there is.
+            return Outcome(description=description)
         if plan.partial and not plan.problems and not description.version:
             raise Refused(
                 f"model {self._model!r} has no version yet whose tensors could keep their values: push a whole one "
@@ -165,7 +174,7 @@ class Planner:
                 model=self._model,
                 peer=self._where,
             )
-        return Outcome(plan, rules, transient, description, seconds=time.monotonic() - began)
+        return Outcome(plan, rules, transient, description)
 
     def describe(self, known: Structure | None = None) -> Description | None:
         """What the daemon says of the model; None where it is of a release that says nothing. Raises ShipError.
@@ -175,7 +184,11 @@ class Planner:
         if DESCRIBE not in self._questioner.lane.connection.peer.capabilities:
             return None
         question = Describe(model=self._model, structure=b"" if known is None else known.digest)
-        body = self._questioner.ask(question, DescriptionIs, self._seconds)
+        try:
+            body = self._questioner.ask(question, DescriptionIs, self._seconds)
+        except ShipError as error:
+            error.model = self._model
+            raise
         try:
             return decode_description(body)
         except ProtocolError as error:

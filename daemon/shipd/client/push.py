@@ -69,6 +69,7 @@ class Push:
             began=now if began is None else began,
             open=0.0 if began is None or opened is None else opened - began,
             plan=self._planning.seconds,
+            bytes_sent=self._planning.bytes_sent,
             connected_before=lane.open_seconds if lane is not None else 0.0,
         )
         self._sender = Sender(

@@ -48,6 +48,8 @@ class Questioner:
         self._open_lane = open_lane
         self._waker = waker
         self._lane = lane
+        self.bytes_sent = 0
+        """Of questions."""
         self._reached = lane is not None
         """Some connection has stood: a path that breaks then is worth another attempt."""
 
@@ -65,7 +67,12 @@ class Questioner:
         deadline = time.monotonic() + seconds
         for pause in (*_BACKOFF, None):
             try:
-                return ask(self.lane, question, answer, max(0.001, deadline - time.monotonic()))
+                lane = self.lane
+                sent = lane.bytes_sent
+                try:
+                    return ask(lane, question, answer, max(0.001, deadline - time.monotonic()))
+                finally:
+                    self.bytes_sent += lane.bytes_sent - sent
             except ConnectError as error:
                 self.close()
                 if not self._reached or pause is None:
