@@ -18,7 +18,7 @@ _HEADLINES: Final = {
     "shape": "{} of another shape",
     "dtype": "{} of another dtype",
     "collision": "{} of a name that others have as well",
-    "rename": "{} wrong in what maps names",
+    "rename": "{} wrong in the rules for names",
     "ambiguous": "more than one way to match the names",
     "nothing": "nothing to send",
 }

@@ -25,20 +25,18 @@ def unwrap(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> list[str
     return re.sub(rf"(?m)(?:^|(?<=\.))(?:{components})\.(?=[^\n])", "", text).split("\n")
 
 
-def wrapping(names: Iterable[str], wrappers: Sequence[str]) -> Counter[str]:
+def wrapping(names: Sequence[str], wrappers: Sequence[str]) -> Counter[str]:
     """How many of ``names`` begin with each run of those components ("module._orig_mod."), and how many have each of
     them further inside (".module.")."""
+    text = "\n".join(names)
     components = "|".join(map(re.escape, wrappers))
-    leading = re.compile(rf"(?:(?:{components})\.)*(?=.)")
-    inside = re.compile(rf"(?<=\.)(?:{components})\.(?=.)")
-    found: Counter[str] = Counter()
-    for name in names:
-        start = leading.match(name)
-        end = start.end() if start else 0
-        if end:
-            found[name[:end]] += 1
-        for component in {match.group() for match in inside.finditer(name, max(0, end))}:
-            found[f".{component}"] += 1
+    leading = re.compile(rf"(?m)^(?:(?:{components})\.)+(?=[^\n])")
+    inside = re.compile(rf"(?<=\.)(?:{components})\.(?=[^\n])")
+    found = Counter(leading.findall(text))
+    text = leading.sub("", text)
+    if inside.search(text):
+        for name in text.split("\n"):
+            found.update({f".{component}" for component in inside.findall(name)})
     return found
 
 

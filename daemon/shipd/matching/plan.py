@@ -56,13 +56,17 @@ class Alternative(NamedTuple):
     """One of several ways to match the names that all fit.
 
     how      as in ``Plan``
-    adapter  of the model that it means; empty for none
+    reading  of the names of both sides
     found    i64[len(offered)], the row of the model that each offered tensor would be, -1 for none
     """
 
     how: tuple[str, ...]
-    adapter: str
+    reading: views.Reading
     found: _Rows
+
+
+def _no_rows() -> _Rows:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,10 @@ class Plan:
     notes        what was tried and not done, a line each
     problems     why this cannot be pushed
     called       what each offered tensor is called after the user's rules
+    unused       of the user's rules those that match nothing
+    reading      how these and the model's names were read
+    left         rows of ``offered`` that became nothing, whether that is allowed or not
+    lacking      rows of ``resident`` that nothing is sent for, whether that is allowed or not
     choices      where more than one way to match the names fits, all of them
     """
 
@@ -109,6 +117,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     called: tuple[str, ...] = ()
+    unused: tuple[Rule, ...] = ()
+    reading: views.Reading = views.PLAIN
+    left: _Rows = field(default_factory=_no_rows)
+    lacking: _Rows = field(default_factory=_no_rows)
     choices: tuple[Alternative, ...] = ()
 
     @property
@@ -135,6 +147,7 @@ def make_plan(offered: Structure, resident: Structure, transient: Structure, rul
         return Plan(
             *(offered, resident, transient, rules, offered, rows),
             identity=True,
+            called=offered.names,
             problems=(_nothing(offered),) if empty else (),
         )
     renamed = apply_renames(offered.names, rules.renames)
@@ -177,8 +190,16 @@ def make_plan(offered: Structure, resident: Structure, transient: Structure, rul
         notes=tuple(map(_collided, choice.collisions)),
         problems=tuple(problems),
         called=tuple(own),
+        unused=tuple(
+            rename
+            for rename, count in zip(rules.renames, renamed.counts, strict=True)
+            if isinstance(rename, Rule) and not count
+        ),
+        reading=view.reading,
+        left=view.left,
+        lacking=lacking,
         choices=tuple(
-            Alternative(tuple(views.describe(other, own, resident.names)), other.reading.adapter, other.found)
+            Alternative(tuple(views.describe(other, own, resident.names)), other.reading, other.found)
             for other in choice.ambiguous
         ),
     )
@@ -240,6 +261,7 @@ def _said(renamed: Renamed, rules: Rules) -> list[str]:
     return [
         f"{f'--map {str(rename)!r}' if isinstance(rename, Rule) else rename.origin} ({views.tensors(count)})"
         for rename, count in zip(rules.renames, renamed.counts, strict=True)
+        if count
     ]
 
 

@@ -63,6 +63,10 @@ class Reading(NamedTuple):
     its_prefix: str = ""
 
 
+PLAIN: Final = Reading()
+"""Names as they are."""
+
+
 @dataclass(frozen=True)
 class View:
     """What a reading makes of the names.
@@ -113,12 +117,15 @@ class _Keys(NamedTuple):
 def choose(names: Names) -> Choice:
     """The view to take. Where none fits, the one that places most, so that what is said about the rest is of use."""
     plain = _Keys(list(names.own), list(names.resident.names), list(names.transient.names))
-    best = _view(names, Reading(), plain)
+    best = _view(names, PLAIN, plain)
     assert isinstance(best, View), "names of a structure are unique, and of those that are not rows are dropped"
     if _fits(names, best):
         return Choice(best)
     collisions: list[Collision] = []
+    at_most = min(len(names.offered) - len(names.dropped), len(names.resident))
     for stage in _stages(names, plain):
+        if best.placed >= at_most:
+            break
         views: list[View] = []
         for view in stage:
             if isinstance(view, Collision):
@@ -166,7 +173,9 @@ def _stages(names: Names, plain: _Keys) -> Iterator[Iterator[View | Collision]]:
 def _unwrapped(plain: _Keys) -> list[tuple[tuple[str, ...], _Keys]]:
     """The keys as they are, without wrappers, and without those that cannot be mistaken, where that is not the same."""
     found: list[tuple[tuple[str, ...], _Keys]] = [((), plain)]
-    for wrappers in (WRAPPERS, UNMISTAKABLE):
+    text = "\n".join(map("\n".join, plain))
+    for listed in (WRAPPERS, UNMISTAKABLE):
+        wrappers = tuple(wrapper for wrapper in listed if wrapper in text)
         keys = _Keys(*(unwrap(column, wrappers) for column in plain))
         if all(keys != other for _, other in found):
             found.append((wrappers, keys))
@@ -255,6 +264,14 @@ def _collision(reading: Reading, side: str, names: Sequence[str], keys: Sequence
     raise AssertionError("the keys are unique")
 
 
+def keys(reading: Reading, own: Sequence[str], resident: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What a reading makes of names of the checkpoint, after the user's rules, and of names of the model."""
+    given, wanted = unwrap(own, reading.wrappers), unwrap(resident, reading.wrappers)
+    if reading.adapter:
+        wanted = saved_names(wanted, reading.adapter)
+    return without_prefix(given, reading.own_prefix), without_prefix(wanted, reading.its_prefix)
+
+
 def describe(view: View, own: Sequence[str], resident: Sequence[str]) -> list[str]:
     """What the view does to names, a line for each thing: "module.* -> * (365 tensors)"."""
     rows = np.flatnonzero(view.found >= 0)
@@ -263,8 +280,8 @@ def describe(view: View, own: Sequence[str], resident: Sequence[str]) -> list[st
     lines = []
     reading = view.reading
     if reading.wrappers:
-        given = wrapping((name for name, _ in pairs), reading.wrappers)
-        wanted = wrapping((target for _, target in pairs), reading.wrappers)
+        given = wrapping([name for name, _ in pairs], reading.wrappers)
+        wanted = wrapping([target for _, target in pairs], reading.wrappers)
         lines += [f"{_taken(part, '*')} ({tensors(count)})" for part, count in (given - wanted).items()]
         lines += [f"{_put(part, '*')} ({tensors(count)})" for part, count in (wanted - given).items()]
     if reading.own_prefix or reading.its_prefix:
@@ -280,7 +297,7 @@ def describe(view: View, own: Sequence[str], resident: Sequence[str]) -> list[st
     if reading.adapter:
         saved = saved_names([target for _, target in pairs], reading.adapter)
         count = sum(short != target for short, (_, target) in zip(saved, pairs, strict=True))
-        lines.append(f"as adapter {reading.adapter!r} ({tensors(count)})")
+        lines.append(f"adapter {reading.adapter!r} ({tensors(count)})")
     return lines
 
 
