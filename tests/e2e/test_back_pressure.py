@@ -17,6 +17,7 @@ from tests.support.by_hand import attached
 from tests.support.checkpoints import MIB
 from tests.support.hostile import Peer, attacker, frame
 from tests.support.naive import Tensor, encode_structure
+from tests.support.offers import offer
 from tests.support.processes import push, status
 from tests.support.proxy import until
 
@@ -147,7 +148,7 @@ def test_nothing_is_kept_of_a_push_but_how_it_ended(start_daemon, tmp_path):
     with attached(daemon.config.socket, SMALL, model="served"):
         for _ in range(4):
             with pytest.raises(shipd.TensorMismatch):
-                push(address, paths[0], model="served")
+                offer(address, paths[0], model="served")
         assert len(daemon.server._pushes._ended) == 14
         after = _living(LeafDigests), _living(Layout), _living(Incoming)
     # One for each image that holds a version, one for each model; and what the last push, which may have its thread

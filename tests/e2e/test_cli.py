@@ -97,7 +97,19 @@ def test_push_with_a_profile_says_where_the_time_went(daemon, medium):
     assert finished.code == 0, finished
     lines = finished.out.partition("where ")[2].splitlines()
     stages = [line.split()[0] for line in lines[1:]]
-    assert stages == ["open", "connect", "agree", "wire", "sender", "receiver", "verify", "stage", "commit", "between"]
+    assert stages == [
+        "open",
+        "plan",
+        "connect",
+        "agree",
+        "wire",
+        "sender",
+        "receiver",
+        "verify",
+        "stage",
+        "commit",
+        "between",
+    ]
     assert "over 1 connection" in finished.out
     shares = [int(line.split(" %")[0].split()[-1]) for line in lines[1:] if " %" in line]
     assert 90 <= sum(shares) <= 110, "the stages are the whole push"

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import shipd
-from shipd.client.client import ask
+from shipd.client.questions import ask
 from shipd.environment import environment
 from shipd.transfer.lane import Lane
 from shipproto.description import Description, decode_description

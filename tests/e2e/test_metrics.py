@@ -21,6 +21,7 @@ from tests.support.checkpoints import MIB
 from tests.support.exact import state
 from tests.support.frames import DATA
 from tests.support.hostile import attacker
+from tests.support.offers import offer
 from tests.support.processes import Background, ShipdProcess, address_of, memory, push
 from tests.support.proxy import Proxy, until
 from tests.support.scraping import Scrape, get, raw, scrape
@@ -61,9 +62,9 @@ def test_what_coded_runs_stood_for_is_counted(watched: shipd.Daemon, medium: Pat
 
 
 def test_every_metric_follows_the_conventions(watched: shipd.Daemon, small: Path) -> None:
-    push(address_of(watched), small, label="v1")
+    offer(address_of(watched), small, label="v1")
     with pytest.raises(shipd.UnknownModel):
-        push(address_of(watched), small, model="nobody")
+        offer(address_of(watched), small, model="nobody")
     seen = scrape(watched)
     assert len(seen.families) > 25
     for family in seen.families.values():
@@ -137,7 +138,7 @@ def test_refused_pushes(start_daemon: StartDaemon, small: Path, medium: Path) ->
     daemon = start_daemon(models={"model": "1MiB"}, metrics=LOOPBACK)
     for number in range(3):
         with pytest.raises(shipd.UnknownModel):
-            push(address_of(daemon), small, model=f"made-up-{number}")
+            offer(address_of(daemon), small, model=f"made-up-{number}")
     with pytest.raises(shipd.MemoryLimit):
         push(address_of(daemon), medium)
     seen = scrape(daemon)
@@ -254,7 +255,7 @@ def test_what_a_model_has_counted_outlives_it(start_daemon: StartDaemon, serve: 
     daemon = start_daemon(models={}, metrics=LOOPBACK)
     process = serve(daemon.config.socket)
     with pytest.raises(shipd.TensorMismatch):
-        push(address_of(daemon), {"other": state(1)[next(iter(state(1)))]}, label="v1")
+        offer(address_of(daemon), {"other": state(1)[next(iter(state(1)))]}, label="v1")
     assert scrape(daemon).counted("shipd_transfers_total", "outcome", model="model") == {"mismatch": 1}
     (initial,) = scrape(daemon).labels("shipd_model_version_info")
     assert initial["label"] == "initial"

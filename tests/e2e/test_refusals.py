@@ -13,6 +13,7 @@ from tests.support.fake_daemon import FakeDaemon
 from tests.support.frames import DATA, OFFER
 from tests.support.hostile import attacker
 from tests.support.naive import hello
+from tests.support.offers import offer
 from tests.support.processes import TOKEN, Background, address_of, memory, push, shipctl, status
 from tests.support.proxy import Proxy
 
@@ -94,6 +95,9 @@ def test_unknown_model_names_those_there_are(start_daemon, small):
     with pytest.raises(shipd.UnknownModel, match=r"no model 'other'.*models here: that, this") as caught:
         push(address_of(daemon), small, model="other")
     assert caught.value.exit_code == 10
+    assert caught.value.model == "other"
+    with pytest.raises(shipd.UnknownModel, match=r"no model 'other'.*models here: that, this") as caught:
+        offer(address_of(daemon), small, model="other")
     assert caught.value.model == "other"
     assert caught.value.transfer_id is not None
     push(address_of(daemon), small, model="this")

@@ -12,8 +12,8 @@ from typing import Final, Literal, NamedTuple
 from shipd.checkpoints.planned import planned
 from shipd.checkpoints.source import Source
 from shipd.client.questions import Questioner
-from shipd.errors import PeerError, Refused, ShipError, TensorMismatch
-from shipd.matching.diagnosis import explain
+from shipd.errors import PeerError, Refused, ShipError
+from shipd.matching.diagnosis import refusal
 from shipd.matching.plan import Plan, Rules, make_plan
 from shipd.matching.renames import Rename, Table, parse_rename
 from shipd.transfer.faults import peer_error
@@ -74,6 +74,7 @@ class Outcome:
     plan         None where the daemon does not say what the model consists of: then it is offered as it is
     description  None as well, and where the plan is a remembered one
     remembered   the plan was made for an earlier push
+    seconds      that it took, but for opening connections
     bytes_sent   of the question
     """
 
@@ -132,19 +133,21 @@ class Planner:
         outcome = self.look(source)
         plan = outcome.plan
         if plan is not None and plan.problems:
-            raise TensorMismatch(
-                explain(plan, model=self._model, origin=source.origin, model_class=model_class(outcome.description)),
-                problems=tuple(problem.text for problem in plan.problems),
-                peer=self._where,
-                model=self._model,
-            )
+            served = model_class(outcome.description)
+            error = refusal(plan, model=self._model, origin=source.origin, model_class=served)
+            error.peer = self._where
+            raise error
         return outcome
 
     def look(self, source: Source) -> Outcome:
         """As ``plan``, but from the daemon in any case, and problems are the plan's. Raises ShipError."""
-        began, sent = time.monotonic(), self._questioner.bytes_sent
+        began, sent, opening = time.monotonic(), self._questioner.bytes_sent, self._questioner.open_seconds
         outcome = self._look(source)
-        return replace(outcome, seconds=time.monotonic() - began, bytes_sent=self._questioner.bytes_sent - sent)
+        return replace(
+            outcome,
+            seconds=time.monotonic() - began - (self._questioner.open_seconds - opening),
+            bytes_sent=self._questioner.bytes_sent - sent,
+        )
 
     def _look(self, source: Source) -> Outcome:
         description = self.describe(source.structure)

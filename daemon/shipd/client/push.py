@@ -51,11 +51,14 @@ class Push:
         lane: Lane | None = None,
         began: float | None = None,
         opened: float | None = None,
+        connected_before: float = 0.0,
     ) -> None:
-        """incremental    None sends everything, and as it is
-        outcome        of planning: what ``source`` is in relation to the checkpoint
-        began, opened  when the checkpoint began to be opened, and when it was open (time.monotonic): what the push is
-                       counted from
+        """incremental       None sends everything, and as it is
+        outcome           of planning: what ``source`` is in relation to the checkpoint
+        lane              a connection that is there; it stays the caller's to close
+        began, opened     when the checkpoint began to be opened, and when it was open (time.monotonic): what the push
+                          is counted from
+        connected_before  seconds that opening ``lane`` took before that
         """
         self.transfer = secrets.token_bytes(TRANSFER_ID_SIZE)
         self._source = source
@@ -70,7 +73,7 @@ class Push:
             open=0.0 if began is None or opened is None else opened - began,
             plan=self._planning.seconds,
             bytes_sent=self._planning.bytes_sent,
-            connected_before=lane.open_seconds if lane is not None else 0.0,
+            connected_before=connected_before,
         )
         self._sender = Sender(
             transfer=self.transfer,

@@ -50,6 +50,8 @@ class Questioner:
         self._lane = lane
         self.bytes_sent = 0
         """Of questions."""
+        self.open_seconds = 0.0
+        """What opening connections took."""
         self._reached = lane is not None
         """Some connection has stood: a path that breaks then is worth another attempt."""
 
@@ -58,6 +60,7 @@ class Questioner:
         """The connection, opened where there is none. Raises ShipError."""
         if self._lane is None:
             self._lane = self._open_lane()
+            self.open_seconds += self._lane.open_seconds
             self._reached = True
         self._lane.use(self._waker)
         return self._lane

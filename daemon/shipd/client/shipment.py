@@ -66,6 +66,7 @@ class Shipment:
         self._options = options
         self._keepers = tuple(keepers)
         self._waker = Waker()
+        self._given = lane
         self._questioner = Questioner(self._open_lane, self._waker, lane)
         self._push: Push | None = None
         self._cancelled = threading.Event()
@@ -132,6 +133,7 @@ class Shipment:
                     lane=lane,
                     began=began,
                     opened=opened,
+                    connected_before=lane.open_seconds if lane is not None and lane is self._given else 0.0,
                 )
             except LocalError as error:
                 raise ValueError(f"this cannot be offered: {error}") from error
