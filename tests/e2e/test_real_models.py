@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,14 @@ from torch import nn
 import shipd
 from tests.conftest import StartDaemon
 from tests.support import checkpoints
+from tests.support.bitwise import bits, perturbed
+from tests.support.decoder import TIED, gpt2, still_tied, untied
 from tests.support.processes import Background, address_of, push, shipctl, status
 from tests.support.serving_process import Attach, both
 
-pytest_plugins = ["tests.support.serving_process"]
+pytest_plugins = ["tests.support.serving_process", "tests.support.bitwise"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So that equal weights give equal bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def bits(answers: Sequence[torch.Tensor]) -> bytes:
-    """The bits of all of them."""
-    return b"".join(answer.detach().contiguous().numpy().tobytes() for answer in answers)
-
-
-def perturbed(state: dict[str, torch.Tensor], version: int) -> dict[str, torch.Tensor]:
-    """Another version of these weights, close enough to make sense; tied where they were."""
-    made: dict[int, torch.Tensor] = {}
-    for at, tensor in enumerate(state.values()):
-        if tensor.data_ptr() not in made:
-            generator = torch.Generator().manual_seed(1000 * version + at)
-            noise = torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else 0
-            made[tensor.data_ptr()] = (tensor + noise * tensor.float().abs().mean() * 0.05).to(tensor.dtype)
-    return {name: made[tensor.data_ptr()] for name, tensor in state.items()}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- silero-vad ------------------------------------------------------------------------------------------------------
@@ -261,33 +239,11 @@ def test_what_matches_no_transient_buffer_is_refused(start_daemon: StartDaemon, 
 
 # --- a tied model ----------------------------------------------------------------------------------------------------
 
-TIED = ("lm_head.weight", "transformer.wte.weight")
-
-
-def gpt2(seed: int) -> nn.Module:
-    """A small GPT-2: its head is its embedding."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(seed)
-    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 16}
-    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    return model.eval()
-
 
 def next_token(model: nn.Module) -> bytes:
     """Logits for some tokens."""
     with torch.no_grad():
         return bits([model(input_ids=torch.arange(8).reshape(1, 8)).logits])
-
-
-def untied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict in which nothing shares memory, as many trainers write it."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def still_tied(model: nn.Module) -> bool:
-    """Whether the head is still the embedding."""
-    return model.get_parameter(TIED[0]) is model.get_parameter(TIED[1])
 
 
 @both
