@@ -204,6 +204,21 @@ def test_it_follows_what_was_saved_of_it(
     assert push(address_of(daemon), trained, label="v1").already
 
 
+def test_the_file_of_the_model_without_its_head_is_enough(
+    start_daemon: StartDaemon, attach: Attach, tmp_path: Path, quiet: None
+) -> None:
+    """The head is the embedding, and transformers' own names differ by a prefix: so does the file of gpt2 itself."""
+    daemon = start_daemon(models={})
+    model, trained = gpt2(0), gpt2(1)
+    trained.transformer.save_pretrained(tmp_path)
+    assert "wte.weight" in names_in(tmp_path)
+    resident = attach(model, daemon)
+    receipt = push(address_of(daemon), tmp_path)
+    assert resident.verify() == receipt.digest
+    assert generate(model) == said(1)
+    assert still_tied(model)
+
+
 def test_a_file_whose_head_is_not_its_embedding_is_refused(
     start_daemon: StartDaemon, attach: Attach, tmp_path: Path
 ) -> None:

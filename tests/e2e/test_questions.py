@@ -226,3 +226,45 @@ def test_the_devices_of_the_machine_that_trained_do_not_matter(
     receipt = push(service.address, path, model="net")
     assert resident.verify() == receipt.digest
     assert same(model.state_dict(), trained.state_dict())
+
+
+def test_a_checkpoint_of_data_parallel_from_a_machine_with_gpus(
+    service: ShipdProcess, serve: Serve, tmp_path: Path
+) -> None:
+    """Neither the prefix nor the devices have to be thought of."""
+    path = tmp_path / "yolo_v3_weights.pth"
+    trained = nn.DataParallel(ComplexModel())
+    save_as_on_a_gpu(trained.state_dict(), path, device="cuda:7", zipped=True)
+    model = ComplexModel().eval()
+    resident = serve(model)
+    finished = shipctl("push", path, "--to", service.address, "--model", "net", "--json")
+    assert finished.code == 0, finished
+    assert resident.verify() == finished.answer["digest"]
+    assert same(model.state_dict(), trained.module.state_dict())
+
+
+class LaterModel(ComplexModel):
+    """The next architecture: another head, with a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.linear
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.head(self.norm(self.custom(x)))
+        return answer
+
+
+def test_what_fits_of_another_architecture_s_checkpoint(service: ShipdProcess, serve: Serve) -> None:
+    """As strict=False, but it says what it did, and nothing is half new."""
+    trained, model = ComplexModel(), LaterModel().eval()
+    head = copy.deepcopy(model.head.state_dict())
+    resident = serve(model)
+    with pytest.raises(shipd.TensorMismatch, match=r"head\.weight"):
+        push(service.address, trained, model="net")
+    receipt = push(service.address, trained, model="net", policy="partial")
+    assert {*receipt.kept} == {"head.weight", "head.bias"}
+    assert resident.verify() == receipt.live_digest
+    assert same(model.custom.state_dict(), trained.custom.state_dict())
+    assert same(model.head.state_dict(), head)

@@ -16,6 +16,7 @@ from tests.conftest import StartDaemon
 from tests.support import checkpoints
 from tests.support.bitwise import bits, perturbed
 from tests.support.decoder import TIED, gpt2, still_tied, untied
+from tests.support.minilm import POSITION_IDS, minilm, weights
 from tests.support.processes import Background, address_of, push, shipctl, status
 from tests.support.serving_process import Attach, both
 
@@ -136,6 +137,33 @@ def test_silero_listens_while_it_is_pushed(start_daemon: StartDaemon, attach: At
     assert len(set(answers)) > 1
 
 
+class Detector(nn.Module):
+    """A service's own module around what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vad = silero()
+
+    def forward(self, frame: torch.Tensor, rate: int) -> torch.Tensor:
+        answer: torch.Tensor = self.vad(frame, rate)
+        return answer
+
+    def reset_states(self) -> None:
+        self.vad.reset_states()
+
+
+def test_silero_is_found_inside_of_a_service_s_own_module(start_daemon: StartDaemon, attach: Attach) -> None:
+    """Every name there begins with one that the archive does not know."""
+    daemon = start_daemon(models={})
+    model = Detector()
+    model.load_state_dict(perturbed(model.state_dict(), 1))
+    resident = attach(model, daemon)
+    assert listen(model) == heard(1)
+    receipt = push(address_of(daemon), silero_archive())
+    assert receipt.digest == resident.verify()
+    assert listen(model) == heard(0)
+
+
 def test_a_frozen_silero_is_refused(place: Path) -> None:
     """Its weights have become constants, which nobody can swap."""
     with warnings.catch_warnings():
@@ -146,25 +174,6 @@ def test_a_frozen_silero_is_refused(place: Path) -> None:
 
 
 # --- MiniLM ----------------------------------------------------------------------------------------------------------
-
-POSITION_IDS = "embeddings.position_ids"
-
-
-def minilm() -> nn.Module:
-    """The architecture, with random weights."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    model: nn.Module = BertModel(BertConfig.from_json_file(checkpoints.minilm().parent / "config.json"))
-    return model.eval()
-
-
-@functools.cache
-def weights() -> dict[str, torch.Tensor]:
-    """What its file holds: the state dict, and position_ids, which the model computes itself."""
-    import safetensors.torch
-
-    return safetensors.torch.load_file(checkpoints.minilm())
 
 
 def embed(model: nn.Module) -> bytes:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,26 @@ def test_it_follows_its_checkpoint(start_daemon: StartDaemon, attach: Attach, tr
     assert len(detections) > 100
     assert not torch.equal(before[: len(detections)], detections)
     assert detections[:, 4].tolist() == sorted(detections[:, 4].tolist(), reverse=True)
+
+
+def test_its_data_parallel_checkpoint_fits_every_process(
+    start_daemon: StartDaemon, attach: Attach, trained: Trained
+) -> None:
+    """A plain, a wrapped and a compiled module serve under one name, and one push of one file is for all of them."""
+    daemon = start_daemon(models={})
+    models: dict[str, Any] = {
+        "plain": Yolo(seed=3).eval(),
+        "wrapped": nn.DataParallel(Yolo(seed=4)).eval(),
+        "compiled": torch.compile(Yolo(seed=5).eval(), backend="eager"),
+    }
+    residents = [attach(model, daemon) for model in models.values()]
+    # Whatever attached first: compiled before the weights change, too.
+    assert len({bits([detect(model, image(160), threshold=THRESHOLD)]) for model in models.values()}) == 1
+
+    receipt = push(address_of(daemon), trained.parallel, label="trained")
+    assert (receipt.swapped, receipt.stale) == (len(models), ())
+    assert {resident.verify() for resident in residents} == {receipt.digest}
+    for model in models.values():
+        assert bits([detect(model, image(160), threshold=THRESHOLD)]) == bits([trained.detections])
+    # With or without the prefix, it is the same version.
+    assert push(address_of(daemon), trained.plain, label="trained").already
