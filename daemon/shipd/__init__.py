@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shipd.errors import Interrupted as Interrupted
     from shipd.errors import LabelConflict as LabelConflict
     from shipd.errors import MemoryLimit as MemoryLimit
+    from shipd.errors import NotReadBack as NotReadBack
     from shipd.errors import OutcomeUnknown as OutcomeUnknown
     from shipd.errors import PeerError as PeerError
     from shipd.errors import Refused as Refused
@@ -61,9 +62,9 @@ _HOMES = {
     "shipd.client.receipt": ("CodecUse", "Receipt"),
     "shipd.errors": (
         *("AttachError", "AuthError", "Busy", "CheckpointError", "ConfigError", "ConnectError", "Fenced"),
-        *("IntegrityError", "Interrupted", "LabelConflict", "MemoryLimit", "OutcomeUnknown", "PeerError", "Refused"),
-        *("ShipError", "StageFailed", "Stalled", "Superseded", "SwapFailed", "TensorChanged", "TensorMismatch"),
-        *("TransferFailed", "UnknownModel", "UnsupportedTensor"),
+        *("IntegrityError", "Interrupted", "LabelConflict", "MemoryLimit", "NotReadBack", "OutcomeUnknown"),
+        *("PeerError", "Refused", "ShipError", "StageFailed", "Stalled", "Superseded", "SwapFailed", "TensorChanged"),
+        *("TensorMismatch", "TransferFailed", "UnknownModel", "UnsupportedTensor"),
     ),
     "shipd.service.config": ("Config", "ModelConfig"),
     "shipd.service.embedded": ("Daemon",),

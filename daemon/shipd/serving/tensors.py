@@ -199,6 +199,11 @@ def _check_whole(model: nn.Module) -> None:
         )
 
 
+def places(tensors: Iterable[Tensor]) -> set[int]:
+    """Addresses of those that have bytes of their own."""
+    return {tensor.data_ptr() for tensor in tensors if _is_plain(tensor) and tensor.numel()}
+
+
 def _overlap(tensor: Tensor) -> int:
     """0 where all elements have places of their own, _OVERLAPS where they have not, else it is too hard to say."""
     return torch._debug_has_internal_overlap(tensor)  # noqa: SLF001
