@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shipd.errors import LabelConflict as LabelConflict
     from shipd.errors import MappingError as MappingError
     from shipd.errors import MemoryLimit as MemoryLimit
+    from shipd.errors import NotReadBack as NotReadBack
     from shipd.errors import OutcomeUnknown as OutcomeUnknown
     from shipd.errors import PeerError as PeerError
     from shipd.errors import Refused as Refused
@@ -63,7 +64,8 @@ _HOMES = {
     "shipd.client.receipt": ("CodecUse", "Receipt"),
     "shipd.errors": (
         *("AttachError", "AuthError", "Busy", "CastError", "CheckpointError", "ConfigError", "ConnectError", "Fenced"),
-        *("IntegrityError", "Interrupted", "LabelConflict", "MappingError", "MemoryLimit", "OutcomeUnknown"),
+        *("IntegrityError", "Interrupted", "LabelConflict", "MappingError", "MemoryLimit", "NotReadBack"),
+        *("OutcomeUnknown",),
         *("PeerError", "Refused", "ShipError", "StageFailed", "Stalled", "Superseded", "SwapFailed", "TensorChanged"),
         *("TensorMismatch", "TransferFailed", "UnknownModel", "UnsupportedTensor"),
     ),

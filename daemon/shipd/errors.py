@@ -25,6 +25,7 @@
     ├── OutcomeUnknown         the connection was lost after COMMIT and could not be restored
     ├── Interrupted            the push was cancelled
     ├── AttachError            this model cannot be attached
+    ├── NotReadBack            what became of a version that was delivered cannot be read back
     └── Fenced                 this process must not serve: its weights are not the committed version
 
 ``exit_code`` is what ``shipctl`` exits with; the codes are part of its contract.
@@ -181,6 +182,10 @@ class Interrupted(ShipError):
 
 class AttachError(ShipError):
     """This model cannot be attached."""
+
+
+class NotReadBack(ShipError):
+    """Versions are handed to this process's ``load_weights``: what it made of one cannot be read back and digested."""
 
 
 class Fenced(ShipError):

@@ -83,13 +83,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessVerification(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process read back from its live parameters."""
+    """What one process read back from its live parameters.
+
+    ``delivered``: it cannot read back. ``digest`` is that of the version that was handed to its ``load_weights``.
+    """
 
     pid: int
     label: str = ""
     digest: str = ""
     matches: bool = False
     error: str = ""
+    delivered: bool = False
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):

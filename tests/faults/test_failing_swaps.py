@@ -11,6 +11,7 @@ import torch
 import shipd
 from shipd.images.memory import ImageMapping
 from shipd.serving.copy_swap import CopySwap
+from shipd.serving.model_follower import ModelFollower
 from tests.conftest import StartDaemon
 from tests.support.exact import Exact, ask, right_answer, state
 from tests.support.processes import Background, address_of, push
@@ -122,14 +123,14 @@ def test_an_unexpected_failure_of_the_session_is_survived(
     resident = attach(model, daemon)
     push(address_of(daemon), state(1), label="v1")
     failing = [1, 2]
-    make = shipd.serving.resident._ModelFollower.map
+    make = ModelFollower.map
 
     def fail_at_first(self: Any, *arguments: Any) -> Any:
         if failing:
             raise OSError(12, f"Cannot allocate memory ({failing.pop()})")
         return make(self, *arguments)
 
-    monkeypatch.setattr("shipd.serving.resident._ModelFollower.map", fail_at_first)
+    monkeypatch.setattr("shipd.serving.model_follower.ModelFollower.map", fail_at_first)
     daemon.stop()
     daemon = start_daemon(models={}, socket=str(place / "one.sock"))
     until(lambda: resident.connected, "it is attached again")

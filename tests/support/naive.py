@@ -33,7 +33,7 @@ TYPES = {
     "StatusRequest": 32, "StatusIs": 33, "VerifyRequest": 34, "VerifyIs": 35, "Describe": 36, "DescriptionIs": 37,
     "Attach": 48, "Attached": 49, "Images": 50, "Fill": 51, "Filled": 52, "Arriving": 53, "Stage": 54,
     "StageReady": 55, "Swap": 56, "Swapped": 57, "Unstage": 58, "Release": 59, "Evicted": 60, "DigestRequest": 61,
-    "DigestIs": 62, "Detach": 63,
+    "DigestIs": 62, "Detach": 63, "LaidOut": 64,
 }  # fmt: skip
 
 

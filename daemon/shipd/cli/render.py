@@ -279,7 +279,9 @@ def print_verification(answer: Verification) -> None:
     if not answer.processes:
         console.print("nothing is attached")
     for process in answer.processes:
-        verdict = "the same" if process.matches else "DIFFERS"
+        verdict = "DIFFERS"
+        if process.matches:
+            verdict = "delivered, not read back" if process.delivered else "the same"
         console.print(
             f"process {process.pid:<7} {process.digest or '-'}  {harmless(process.error) or verdict}",
             style=None if process.matches else "red",

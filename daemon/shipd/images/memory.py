@@ -193,6 +193,21 @@ class ImageMapping:
             np.frombuffer(view[start : start + length], dtype=np.uint8)[:: mmap.PAGESIZE].max()
         return True
 
+    def own(self, start: int, stop: int) -> None:
+        """Have these bytes of a PRIVATE mapping, and those on the same pages, stay what they are now, whatever is
+        written into the image later: they become memory of this process alone. Raises OSError, before Linux 5.14
+        always; then nothing is known of them.
+        """
+        if self.access is not Access.PRIVATE:
+            raise ValueError("only a private mapping has pages of its own")
+        first = start - start % mmap.PAGESIZE
+        for at in range(first, stop, POPULATE_SLICE):
+            length = min(POPULATE_SLICE, stop - at)
+            # As if each page were written to, which copies it.
+            if _libc.madvise(self.address + at, length, _MADV_POPULATE_WRITE):
+                error = ctypes.get_errno()
+                raise OSError(error, f"cannot copy {length} bytes of an image: {os.strerror(error)}")
+
     def close(self) -> None:
         """Let go of the memory. Views of it, and tensors made from them, stay valid: the last one unmaps it."""
         self._exporter = None

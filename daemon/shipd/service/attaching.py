@@ -3,6 +3,9 @@
 The first process of a model brings its first version: it fills a slot with its live parameters. Every other
 one, and every one that comes when a version has been committed, has that version installed before its
 attach() returns. Two processes of one name never serve two versions.
+
+A process to which versions are delivered takes whatever tensors there are, and can bring none of its own. Where there
+is no version it waits for the first, attached, and without images.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ from shipd.images.slots import Slot, SlotPool
 from shipd.matching.differences import mismatches, summarise
 from shipd.service.host import Host
 from shipd.service.models import Model, Version
-from shipd.service.rollout import SWAP_GRACE
+from shipd.service.rollout import swap_grace
 from shipd.service.session import ON_ATTACH, Session, SessionLost
 from shipproto.digests import LeafDigests, digest_image
 from shipproto.errors import AbortCode, TransferError
@@ -52,47 +55,68 @@ class Attaching:
             raise TransferError(AbortCode.BUSY, f"model {model.name!r} has {MAX_PROCESSES} processes attached already")
         self._require_alive(session)
         self._host.images.reclaim(model, attached_pid=session.pid)
-        pool = await self._pool(model, resident, slots=3 if attach.mode == "flip" else 2)
-        model.transient = resident.transient
-        version = model.version
-        if version is None:
-            version = await self._first_version(model, pool, session, attach)
+        if model.version is None and session.delivered and not len(resident.structure):
+            session.serves("", b"")
+            answer = Attached(digest=b"", generation=0, label="", slot=0)
         else:
-            session.give_images(pool.slots)
-            pool.lease(session.number, version.slot)
-            if attach.digest != version.digest:
-                await self._install(session, version)
-        self._require_alive(session)
-        session.serves(version.label, version.digest)
-        model.sessions.append(session)
-        session.peer.send(
-            Attached(
+            version = await self._lead(model, session, attach, resident)
+            session.serves(version.label, version.digest)
+            answer = Attached(
                 digest=version.digest,
                 generation=version.slot.generation,
                 label=version.label,
                 slot=version.slot.index,
             )
-        )
+        model.sessions.append(session)
+        session.peer.send(answer)
         log.info(
             "a process has attached",
             extra={
                 "model": model.name,
                 "pid": session.pid,
                 "mode": session.mode,
-                "label": version.label,
-                "digest": version.digest.hex(),
+                "label": session.label,
+                "digest": session.digest.hex(),
                 "pinned": session.pinned,
             },
         )
+
+    async def _lead(self, model: Model, session: Session, attach: Attach, resident: Resident) -> Version:
+        """Give the process the images of the model, and one version with all others; that version."""
+        waiting = list(model.sessions) if model.version is None else []
+        if waiting and not attach.digest:
+            raise TransferError(
+                AbortCode.BUSY,
+                f"process {waiting[0].pid} takes the versions of model {model.name!r} through load_weights and has "
+                "been given none yet, so that its weights may be others than those of this module. Push a version "
+                "first, or attach the module under another name.",
+            )
+        pool = await self._pool(model, session, resident, slots=3 if attach.mode == "flip" else 2)
+        if not session.delivered:
+            model.transient = resident.transient
+        version = model.version
+        if version is None:
+            version = await self._first_version(model, pool, session, attach)
+            for other in waiting:
+                await self._catch_up(other, pool, version)
+        else:
+            session.join_pool(pool)
+            pool.lease(session.number, version.slot)
+            if attach.digest != version.digest:
+                await self._install(session, version)
+        self._require_alive(session)
+        return version
 
     def _require_alive(self, session: Session) -> None:
         """It may have died while it waited for its turn, and nobody would ever take it out of the books again."""
         if session.lost:
             raise SessionLost(f"process {session.pid} is gone")
 
-    async def _pool(self, model: Model, resident: Resident, slots: int) -> SlotPool:
+    async def _pool(self, model: Model, session: Session, resident: Resident, slots: int) -> SlotPool:
         """The model's images, laid out for ``resident``."""
         pool = model.pool
+        if pool is not None and session.delivered and model.version is not None:
+            return pool
         if pool is not None and pool.layout.structure.digest != resident.structure.digest:
             problems = await self._host.work(mismatches, pool.layout.structure, resident.structure, resident.transient)
             if problems and (model.sessions or (model.version is not None and model.version.pushed)):
@@ -115,8 +139,9 @@ class Attaching:
             self._populate(pool)
         while len(pool.slots) < slots:
             self._host.images.grow_pool(model, pool)
-            for session in model.sessions:
-                session.give_images(pool.slots[-1:])
+            for other in model.sessions:
+                if other.pool is pool:
+                    other.give_images(pool.slots[-1:])
         return pool
 
     def _populate(self, pool: SlotPool) -> None:
@@ -154,7 +179,7 @@ class Attaching:
         self._host.images.renew(model, slot)
         pool.begin(slot)
         try:
-            session.give_images(pool.slots, writable=slot)
+            session.join_pool(pool, writable=slot)
             pool.lease(session.number, slot)
             await session.fill(slot, self._host.config.stage_timeout)
             session.give_images([slot])
@@ -170,13 +195,27 @@ class Attaching:
         model.becomes(version)
         return version
 
+    async def _catch_up(self, session: Session, pool: SlotPool, version: Version) -> None:
+        """Lead a process that has been attached without a version to the first one, or give it up."""
+        session.join_pool(pool)
+        pool.lease(session.number, version.slot)
+        try:
+            await self._install(session, version)
+        except SessionLost:
+            return
+        except (TransferError, TimeoutError) as error:
+            session.evict(str(error) or "it did not take the first version in time")
+            return
+        session.serves(version.label, version.digest)
+
     async def _install(self, session: Session, version: Version) -> None:
         """Lead the process from whatever it has to the committed version."""
         config = self._host.config
         ready = await session.stage(ON_ATTACH, version.slot, version.label, version.digest, config.stage_timeout)
         if ready.error:
             raise TransferError(AbortCode.STAGE_FAILED, f"the committed version cannot be staged: {ready.error}")
-        swapped = await session.swap(ON_ATTACH, version.slot, config.commit_timeout, SWAP_GRACE)
+        grace = swap_grace(session, config)
+        swapped = await session.swap(ON_ATTACH, version.slot, config.commit_timeout, grace)
         if swapped.error:
             raise TransferError(AbortCode.SWAP_FAILED, f"the committed version cannot be swapped in: {swapped.error}")
 

@@ -54,6 +54,7 @@ class Describer:
         version, config, budget = model.version, model.config, self._host.images.budget
         return Description(
             model=model.name,
+            delivered=bool(model.sessions) and all(session.delivered for session in model.sessions),
             version=version is not None,
             label=version.label if version else "",
             digest=version.digest if version else b"",

@@ -78,6 +78,11 @@ class Model:
         return self.config.limit is not None
 
     @property
+    def ruled(self) -> bool:
+        """Whether processes have images of it, so that every version must be laid out like those."""
+        return any(session.pool is not None for session in self.sessions)
+
+    @property
     def structure(self) -> Structure | None:
         """What a version must consist of, if anything is known of it yet."""
         return None if self.pool is None else self.pool.layout.structure

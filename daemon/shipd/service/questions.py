@@ -87,8 +87,13 @@ def _process(session: Session, model: Model) -> ProcessStatus:
 
 def state_of(session: Session, model: Model) -> str:
     """What a process is doing: it is stale where it serves anything but the current version."""
-    current = model.version is not None and session.digest == model.version.digest
+    current = session.digest == _digest(model)
     return session.state if current or session.state != "serving" else "stale"
+
+
+def _digest(model: Model) -> bytes:
+    """Of the current version. Where there is none yet, what is attached has been given none either."""
+    return model.version.digest if model.version is not None else b""
 
 
 def _transfer(model: Model) -> TransferStatus | None:
@@ -172,7 +177,11 @@ async def _read_back(session: Session, model: Model) -> ProcessVerification:
         return ProcessVerification(pid=session.pid, error=str(error))
     except TimeoutError:
         return ProcessVerification(pid=session.pid, error=f"no answer within {_VERIFY_SECONDS:.0f} s")
-    matches = model.version is not None and answer.digest == model.version.digest
     return ProcessVerification(
-        pid=session.pid, label=answer.label, digest=answer.digest.hex(), matches=matches, error=answer.error[:MAX_TEXT]
+        pid=session.pid,
+        label=answer.label,
+        digest=answer.digest.hex(),
+        matches=not answer.error and answer.digest == _digest(model),
+        error=answer.error[:MAX_TEXT],
+        delivered=answer.delivered,
     )

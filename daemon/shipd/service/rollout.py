@@ -32,6 +32,15 @@ _ARRIVING_CHUNKS: Final = 32
 """Chunks after which a process that copies ahead is told of them: 16 MiB."""
 
 
+def swap_grace(session: Session, config: Config) -> float:
+    """Seconds beyond the commit timeout for a process to say how its swap went.
+
+    One that hands the version to somebody's load_weights does there what others do while they stage, and if that fails
+    once more with the version before.
+    """
+    return 2 * config.stage_timeout if session.delivered else SWAP_GRACE
+
+
 @dataclass(slots=True)
 class Outcome:
     """``pause_seconds`` is the longest of all, ``wait_seconds`` and ``copy_seconds`` are parts of that one; ``stale``
@@ -110,7 +119,7 @@ class Rollout:
                 outcome.stale.append((session, f"it could not stage the version: {why}"))
         replies = await asyncio.gather(
             *(
-                session.swap(self._transfer, self._slot, self._config.commit_timeout, SWAP_GRACE)
+                session.swap(self._transfer, self._slot, self._config.commit_timeout, swap_grace(session, self._config))
                 for session in self.ready
             ),
             return_exceptions=True,
@@ -147,6 +156,8 @@ class Rollout:
         """The version will not be swapped in: everyone forgets it."""
         for session in self._told:
             session.unstage(self._transfer, self._slot)
+            if self._pool is not self._model.pool:
+                session.leave_pool()
 
     async def _ask_to_stage(
         self, sessions: list[Session], label: str, digest: bytes
@@ -175,6 +186,7 @@ class Rollout:
         """Name the slot to a process: from now on it may be reading it."""
         if session not in self._told:
             self._told.append(session)
+            session.join_pool(self._pool)
             self._pool.lease(session.number, self._slot)
 
 

@@ -410,12 +410,12 @@ class Server:
 
     def _forget_unpushed(self, model: Model) -> None:
         """A version that came with a process goes with the last one: the next process may bring a newer."""
-        if model.sessions or model.attaching or model.incoming is not None:
+        if model.ruled or model.attaching or model.incoming is not None:
             return
         if model.version is None or not model.version.pushed:
             model.version = None
             self.images.close(model)
-            if not model.declared and not self._closing:
+            if not model.declared and not model.sessions and not self._closing:
                 self.models.pop(model.name, None)
 
     def _release(self, session: Session, release: Release) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from shipd.images.slots import Slot
+from shipd.images.slots import Slot, SlotPool
 from shipd.transfer.unixpeer import UnixPeer
 from shipproto.description import ENVIRONMENT
 from shipproto.errors import UnexpectedMessage
@@ -22,6 +22,7 @@ from shipproto.messages import (
     Filled,
     Images,
     ImageSlot,
+    LaidOut,
     Message,
     Stage,
     StageReady,
@@ -30,6 +31,7 @@ from shipproto.messages import (
     Unstage,
 )
 from shipproto.rangeset import RangeSet
+from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.session")
 
@@ -37,6 +39,8 @@ _numbers = itertools.count(1)
 
 _MAX_BACKLOG: Final = 1024 * 1024
 """Bytes of messages that a process may leave unread: it is told a few hundred bytes for every version."""
+
+_NO_TENSORS: Final = Structure.build(())
 
 ON_ATTACH: Final = bytes(TRANSFER_ID_SIZE)
 """Stands where a transfer's id would: the version is installed because the process attaches."""
@@ -61,6 +65,10 @@ class Session:
         self.model_class = attach.model_class
         said = peer.connection.peer.environment
         self.environment: dict[str, str] = {key: said[key] for key in ENVIRONMENT if key in said}
+        self.delivered = attach.delivered
+        """It takes tensors of any names, and cannot read back what it made of them."""
+        self.pool: SlotPool | None = None
+        """Whose images it has; None where there has been no version that it could be given."""
         self.state = "attaching"
         self.label = attach.label
         self.digest = b""
@@ -110,6 +118,20 @@ class Session:
         self._waiting.clear()
 
     # --- what it is told and asked -------------------------------------------------------------------------
+
+    def join_pool(self, pool: SlotPool, *, writable: Slot | None = None) -> None:
+        """Hand over all images of ``pool``, unless it has them, and before that how they are laid out."""
+        if self.pool is pool:
+            return
+        self.pool = pool
+        if self.delivered:
+            self.peer.send(LaidOut(), pool.layout.structure.encoded)
+        self.give_images(pool.slots, writable=writable)
+
+    def leave_pool(self) -> None:
+        """Have it forget images that never became the model's. Only for one to which versions are delivered."""
+        self.pool = None
+        self.peer.send(LaidOut(), _NO_TENSORS.encoded)
 
     def give_images(self, slots: Sequence[Slot], *, writable: Slot | None = None) -> None:
         """Hand over descriptors: read-only, except for the slot it is about to fill."""

@@ -46,8 +46,8 @@ class Settling:
             if not problems:
                 assert self._model.pool is not None
                 return self._model.pool.layout
-            if self._model.sessions:
-                raise self._mismatch(problems)
+            if self._model.ruled:
+                raise TransferError(AbortCode.MISMATCH, self._why_ruled(problems), details=tuple(problems))
         _require_tensors(offered)
         self._check_size(offered)
         return await self._host.work(Layout, offered)
@@ -98,6 +98,19 @@ class Settling:
             raise TransferError(AbortCode.STALLED, f"the structure did not arrive within {patience:.0f} s") from None
         return await self._host.work(self._receiver.decode_structure, encoded)
 
+    def _why_ruled(self, problems: list[str]) -> str:
+        headline = summarise(problems, self._model.name)
+        delivered = [str(session.pid) for session in self._model.sessions if session.delivered]
+        if len(delivered) < len(self._model.sessions):
+            return headline
+        # They would take any names, but an undo needs the images of the version before.
+        assert self._model.version is not None
+        return (
+            f"{headline}. Its processes ({', '.join(delivered)}) were given {self._model.version.label!r} through "
+            "load_weights, and while they are attached every version must have the same tensors. To push others, stop "
+            "those processes or have them detach()."
+        )
+
     def _check_size(self, structure: Structure) -> None:
         """Refuse what cannot fit before anything is laid out for it: a few bytes can describe terabytes."""
         size = structure.total_bytes
@@ -125,7 +138,7 @@ class Settling:
             pool = self._model.pool
             if pool is not None and pool.layout.structure.digest == layout.structure.digest:
                 return pool, False
-            if self._model.sessions:
+            if self._model.ruled:
                 raise TransferError(
                     AbortCode.BUSY,
                     f"a process has just attached model {self._model.name!r} with other tensors: push again",

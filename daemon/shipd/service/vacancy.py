@@ -21,7 +21,8 @@ async def take_slot(
     if images.renew(model, slot):
         # It has new memory: every process needs its descriptor.
         for session in model.sessions:
-            session.give_images([slot])
+            if session.pool is pool:
+                session.give_images([slot])
     pool.begin(slot)
     return slot, evicted
 

@@ -10,6 +10,8 @@ from typing import Protocol
 from shipd.images.memory import ImageMapping
 from shipd.serving.version import Version
 from shipproto.rangeset import RangeSet
+from shipproto.resident import Resident
+from shipproto.structure import Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,18 @@ class SwapTimes:
 class Follower(Protocol):
     """The resident model as the link sees it. All of it is called on the link's thread.
 
-    private   whether a version is served out of its mapping, which then is copy on write and used only once
+    private    whether a version is served out of its mapping, which then is copy on write and used only once
+    delivered  whether versions are handed on to something that takes tensors of any names, and cannot be read back
     """
 
     private: bool
+    delivered: bool
+
+    def resident(self) -> Resident:
+        """What it says of itself when it attaches."""
+
+    def lay_out(self, structure: Structure) -> None:
+        """The images that come next hold these tensors. Raises MalformedMessage unless ``delivered``."""
 
     def held(self) -> Version | None:
         """The version that is live and whole; None while fenced, and before the first attach."""
@@ -65,6 +75,9 @@ class Follower(Protocol):
 
     def adopt(self, mapping: ImageMapping, version: Version) -> None:
         """This version is live, and this image has its bytes."""
+
+    def wait_for_version(self) -> None:
+        """It is attached, and there is no version yet. Raises MalformedMessage unless ``delivered``."""
 
     def read_back(self) -> bytes:
         """Version digest of the live parameters."""

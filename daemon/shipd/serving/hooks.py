@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from shipd.serving.gate import Gate
+from shipd.serving.wrappers import layers
 
 _CALL: Final = nn.Module._call_impl.__code__  # noqa: SLF001
 """The function that is on the stack exactly once for every call of a module, around its hooks and its forward."""
@@ -47,28 +48,44 @@ class _Enter(_Hook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, _args: Any) -> None:
-        self._gate.enter_forward(module)
+        if not _is_replica(module):
+            self._gate.enter_forward(module)
 
 
 class _Leave(_Hook):
     __slots__ = ()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, _module: nn.Module, _args: Any, _result: Any) -> None:
-        self._gate.leave_forward()
+    def __call__(self, module: nn.Module, _args: Any, _result: Any) -> None:
+        if not _is_replica(module):
+            self._gate.leave_forward()
+
+
+def _is_replica(module: nn.Module) -> bool:
+    """Whether DataParallel made this copy, for one call and one device. It is called on a thread that DataParallel's
+    own call waits for: were it to wait for a swap, which waits for that call, it would be for ``max_hold`` seconds."""
+    return getattr(module, "_is_replica", False)
 
 
 class Hooks:
-    """The default hooks on one module, until ``remove()``."""
+    """The default hooks on a module and on the modules that it wraps, until ``remove()``.
+
+    On each of them, because some wrappers touch the weights before they call what they wrap (DistributedDataParallel
+    broadcasts buffers, DataParallel copies parameters), and because what is wrapped may be called by itself.
+    """
 
     def __init__(self, module: nn.Module, gate: Gate) -> None:
         # Called on the class: ScriptModules refuse the method of their own, although their calls run the hooks.
         # First in, so that whatever a user's hook reads is of one version; last out among those registered so far,
         # and also where the forward or another hook raises.
-        self._handles = (
-            nn.Module.register_forward_pre_hook(module, _Enter(gate), prepend=True),
-            nn.Module.register_forward_hook(module, _Leave(gate), always_call=True),
-        )
+        self._handles = [
+            handle
+            for layer in layers(module)
+            for handle in (
+                nn.Module.register_forward_pre_hook(layer, _Enter(gate), prepend=True),
+                nn.Module.register_forward_hook(layer, _Leave(gate), always_call=True),
+            )
+        ]
 
     def remove(self) -> None:
         """Take the hooks off; harmless twice. A forward that is under way is held for good by then, so only a gate

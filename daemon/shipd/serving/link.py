@@ -39,6 +39,7 @@ from shipproto.messages import (
     Fill,
     Filled,
     Images,
+    LaidOut,
     Message,
     Release,
     Stage,
@@ -48,7 +49,7 @@ from shipproto.messages import (
     Unstage,
 )
 from shipproto.rangeset import RangeSet
-from shipproto.resident import Resident
+from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.serving")
 
@@ -76,19 +77,10 @@ class Link:
     """The session thread of one resident model. ``start`` returns when the model is attached."""
 
     def __init__(
-        self,
-        follower: Follower,
-        resident: Resident,
-        *,
-        model: str,
-        model_class: str,
-        socket: Path,
-        mode: str,
-        pinned: bool,
+        self, follower: Follower, *, model: str, model_class: str, socket: Path, mode: str, pinned: bool
     ) -> None:
         self.connected = False
         self._follower = follower
-        self._resident = resident
         self._model = model
         self._model_class = model_class
         self._socket = socket
@@ -201,6 +193,7 @@ class Link:
         lane = self._lane = Lane.open(self._socket, token=None, timeout=_CONNECT_SECONDS, waker=self._waker)
         held = self._follower.held()
         attach = Attach(
+            delivered=self._follower.delivered,
             digest=bytes.fromhex(held.digest) if held else b"",
             label=held.label if held else "",
             mode=self._mode,
@@ -208,7 +201,7 @@ class Link:
             model_class=self._model_class,
             pinned=self._pinned,
         )
-        lane.connection.send(attach, self._resident.encode())
+        lane.connection.send(attach, self._follower.resident().encode())
         while True:
             try:
                 events = lane.exchange(time.monotonic() + _RELEASE_SECONDS)
@@ -273,7 +266,9 @@ class Link:
             raise peer_error(error, str(self._socket)) from error
 
     def _handle(self, lane: Lane, message: Message, body: Buffer) -> None:
-        if isinstance(message, Images):
+        if isinstance(message, LaidOut):
+            self._lay_out(body)
+        elif isinstance(message, Images):
             self._take_images(lane, message)
         elif isinstance(message, Fill):
             self._fill(lane, message)
@@ -301,6 +296,15 @@ class Link:
             raise MalformedMessage(f"{type(message).__name__} to a serving process")
 
     # --- images --------------------------------------------------------------------------------------------
+
+    def _lay_out(self, body: Buffer) -> None:
+        self._follower.lay_out(Structure.decode(body))
+        images, self._images = list(self._images.values()), {}
+        # No version has been given to this process in this session: nothing that it serves is in them.
+        self._leased.clear()
+        self._releasing.clear()
+        for image in images:
+            self._drop(image)
 
     def _take_images(self, lane: Lane, message: Images) -> None:
         if len(lane.fds) < len(message.slots):
@@ -352,9 +356,12 @@ class Link:
     # --- versions ------------------------------------------------------------------------------------------
 
     def _follow(self, message: Attached) -> None:
-        self._current = message.generation
-        version = Version(message.label, message.digest.hex())
-        self._follower.adopt(self._mapping(message.slot, message.generation), version)
+        if message.digest:
+            self._current = message.generation
+            version = Version(message.label, message.digest.hex())
+            self._follower.adopt(self._mapping(message.slot, message.generation), version)
+        else:
+            self._follower.wait_for_version()
         self.connected = True
         self._attached.set()
 
@@ -420,7 +427,12 @@ class Link:
         self._follower.unstage()
         if self._staged is not None and self._staged[0] == message.generation:
             self._staged = None
-        if message.generation != self._current:
+        leased = self._leased.get(message.generation)
+        if leased is None or message.generation == self._current:
+            return
+        if self._follower.reads(leased[1]):
+            self._releasing.append(message.generation)
+        else:
             self._release(lane, message.generation)
 
     def _release_settled(self, lane: Lane) -> None:
@@ -440,10 +452,13 @@ class Link:
 
     def _read_back(self, lane: Lane, message: DigestRequest) -> None:
         held = self._follower.held()
+        label = held.label if held else ""
         try:
-            answer = DigestIs(
-                digest=self._follower.read_back(), label=held.label if held else "", request=message.request
-            )
+            if self._follower.delivered:
+                digest = bytes.fromhex(held.digest) if held else b""
+                answer = DigestIs(delivered=True, digest=digest, label=label, request=message.request)
+            else:
+                answer = DigestIs(digest=self._follower.read_back(), label=label, request=message.request)
         except ShipError as error:
             answer = DigestIs(error=str(error)[:MAX_TEXT], request=message.request)
         lane.connection.send(answer)

@@ -1,43 +1,36 @@
 """``shipd.attach``: a model that is being served gets its next versions from the daemon on this host."""
 
-import logging
+import functools
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from torch import nn
 
-from shipd.errors import AttachError, Fenced, IntegrityError, ShipError
-from shipd.images.memory import Access, ImageMapping
-from shipd.serving.follower import SwapTimes
+from shipd.errors import AttachError, IntegrityError, NotReadBack
+from shipd.serving.deliver import DeliverSwap, LoadsWeights
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
 from shipd.serving.link import Link
+from shipd.serving.model_follower import DeliveredFollower, ModelFollower, resident_of
 from shipd.serving.slot import Slot
-from shipd.serving.staging import Torn
-from shipd.serving.swap import Swapper, make_swapper
-from shipd.serving.tensors import ModelTensors
+from shipd.serving.swap import MODES, make_swapper
+from shipd.serving.tensors import ModelTensors, places
 from shipd.serving.turns import short_turns
 from shipd.serving.version import Version
+from shipd.serving.wrappers import described_class, unwrapped
 from shipproto.layout import Layout
 from shipproto.limits import MAX_CLASS_NAME
 from shipproto.names import check_label
-from shipproto.rangeset import RangeSet
-from shipproto.resident import Resident as ResidentBody
-from shipproto.structure import Structure, TensorSpec
-
-log = logging.getLogger("shipd.serving")
 
 DEFAULT_SOCKET: Final = "/run/shipd/shipd.sock"
-_DETACH_SECONDS: Final = 10.0
 _UNATTACHED: Final = Version("", "")
 
 
 def attach(
-    model: nn.Module,
+    model: nn.Module | LoadsWeights,
     name: str,
     *,
     socket: str | os.PathLike[str] = DEFAULT_SOCKET,
@@ -48,10 +41,15 @@ def attach(
 ) -> "Resident":
     """Have ``model``, which this process serves, follow the versions that are pushed as ``name`` on this host.
 
+    model     a module: also one that is or contains what torch.compile, DataParallel, DistributedDataParallel or
+              activation checkpointing have wrapped, or a ScriptModule. A wrapper adds nothing to the names, so that a
+              plain, a compiled and a DataParallel process can share one ``name``. Or anything that has vLLM's
+              ``load_weights(weights)``, see below
     mode      "copy" overwrites the live tensors, whose addresses stay; "direct" does so as well, but on CUDA without a
               shadow of the weights on the device: from host to device while nothing is served, which takes longer;
               "flip" (on the CPU) binds them to the next version's memory instead, which takes no time but moves them;
-              "auto" is copy, or direct where the device has no room for the shadow. ``Resident.mode`` and
+              "auto" is copy, or direct where the device has no room for the shadow. "load_weights" hands the version
+              to ``model.load_weights``; for what is no module it is the only mode. ``Resident.mode`` and
               ``shipctl status`` say what it has become
     max_hold  seconds that new holds may be kept waiting by a swap that itself waits for a long hold
     hooks     whether each forward of the model is a hold of its own; without, only ``hold()`` is
@@ -61,8 +59,24 @@ def attach(
     first one. Serving goes on without the daemon, and the process attaches again by itself when that comes back.
     Resident models are for inference: a swap under a live autograd graph breaks its backward.
 
+    Which calls the hooks hold: those of the module that was attached and, where that is a wrapper, of what it wraps;
+    and those of a wrapper made of it, as far as it calls the module. Not: code of an enclosing function or module that
+    torch.compile has compiled before, and, where the plain module is attached, what a wrapper does first (buffers that
+    DistributedDataParallel broadcasts, parameters that DataParallel copies to other GPUs). ``hold()`` around the call,
+    or attaching the wrapper, covers them. A compiled model is not compiled again after a swap. What has made constants
+    of the weights does not follow them: frozen ScriptModules, torch.compile with freezing, exported programs.
+
+    With load_weights a version is handed over as an iterator over pairs of name and tensor, in the order of the names,
+    inside the closed gate and under no_grad, on shipd's thread. Names and dtypes are those of what is pushed, and any
+    will do; tied tensors come under each of their names. The tensors are in memory, of the callee alone: it may keep
+    and change them. All must be taken before it returns. If it raises, it is given the version before again; if that
+    raises too, or there is none, the process is fenced. Until the first push nothing is installed, and ``label`` and
+    ``digest`` are empty. What became of a version cannot be read back. Where a model's first version came with a
+    process that attached a module, that version is handed over, and the names are that module's.
+
     Raises AttachError or UnsupportedTensor (this model cannot be resident), ConnectError (no daemon there),
-    TensorMismatch (another model has that name), MemoryLimit, Stalled.
+    TensorMismatch (another model has that name), Busy (see the message), MemoryLimit, Stalled; and SwapFailed where
+    load_weights failed for the version that is committed: then ``model`` may have a part of it.
     """
     return Resident(
         model, check_label("model name", name), Path(socket), mode=mode, max_hold=max_hold, hooks=hooks, timeout=timeout
@@ -86,32 +100,50 @@ class Resident:
     """An attached model. Made by ``attach``; everything here may be called from any thread."""
 
     def __init__(
-        self, model: nn.Module, name: str, socket: Path, *, mode: str, max_hold: float, hooks: bool, timeout: float
+        self,
+        model: nn.Module | LoadsWeights,
+        name: str,
+        socket: Path,
+        *,
+        mode: str,
+        max_hold: float,
+        hooks: bool,
+        timeout: float,
     ) -> None:
         self.name = name
         self._gate = Gate(_UNATTACHED, calls=find_calls)
-        with short_turns():
-            tensors = ModelTensors(model)
-            swapper = make_swapper(tensors, Layout(tensors.structure), mode)
-        self.mode = swapper.mode
         self._callbacks: list[Callable[[Version], object]] = []
-        self._follower = _ModelFollower(self._gate, swapper, max_hold, self._callbacks)
+        self._follower: ModelFollower
+        self._places: Callable[[], set[int]]
+        pinned = False
+        if mode == "load_weights" or not isinstance(model, nn.Module):
+            self._follower = DeliveredFollower(
+                self._gate, DeliverSwap(_loading(model, mode)), max_hold, self._callbacks
+            )
+            self._places = functools.partial(_places_of, model)
+            self.mode = DeliverSwap.mode
+        else:
+            with short_turns():
+                tensors = ModelTensors(model)
+                swapper = make_swapper(tensors, Layout(tensors.structure), mode)
+            self._follower = ModelFollower(self._gate, swapper, resident_of(tensors), max_hold, self._callbacks)
+            self._places = lambda: places(tensors.live)
+            self.mode = swapper.mode
+            pinned = tensors.device.type == "cuda"
         self._link = Link(
             self._follower,
-            ResidentBody(tensors.structure, _transient(tensors)),
             model=name,
             model_class=_class_name(model),
             socket=socket,
-            mode=swapper.mode,
-            pinned=tensors.device.type == "cuda",
+            mode=self.mode,
+            pinned=pinned,
         )
         self._hooks: Hooks | None = None
         self._detaching = threading.Lock()
-        self._tensors = tensors
         try:
             _register(self)
             # Before the first version is installed: the model may be serving already.
-            if hooks:
+            if hooks and isinstance(model, nn.Module):
                 self._hooks = Hooks(model, self._gate)
             self._link.start(timeout)
         except BaseException:
@@ -158,9 +190,16 @@ class Resident:
     def verify(self) -> str:
         """Read the live parameters back and digest them; the digest, as 32 hex digits.
 
-        Raises IntegrityError where they are not what was committed: something else has written to them.
+        Raises IntegrityError where they are not what was committed: something else has written to them. Raises
+        NotReadBack in mode load_weights: ``digest`` is that of the version that was delivered.
         """
         with self._gate.hold() as version:
+            if self._follower.delivered:
+                raise NotReadBack(
+                    f"model {self.name!r} takes its versions through load_weights: {version.label or 'none yet'!r} was "
+                    "delivered, and what became of it cannot be read back",
+                    model=self.name,
+                )
             found = self._follower.digest().hex()
         if found != version.digest:
             raise IntegrityError(
@@ -195,6 +234,10 @@ class Resident:
         finally:
             self._detaching.release()
 
+    def places(self) -> set[int]:
+        """Addresses of what it swaps, which no other session may swap as well."""
+        return self._places()
+
     def after_fork_in_child(self) -> None:
         """What os.register_at_fork calls: the child follows no daemon, and must not keep the parent's session open."""
         self._detaching = threading.Lock()
@@ -202,153 +245,13 @@ class Resident:
         self._follower.abandon_after_fork()
 
 
-class _ModelFollower:
-    """What the link does to the model: see ``follower.Follower``. All but ``digest`` on the link's thread."""
-
-    def __init__(
-        self, gate: Gate, swapper: Swapper, max_hold: float, callbacks: list[Callable[[Version], object]]
-    ) -> None:
-        self.private = swapper.access is Access.PRIVATE
-        self._gate = gate
-        self._swapper = swapper
-        self._max_hold = max_hold
-        self._callbacks = callbacks
-        self.patience = _DETACH_SECONDS
-        """How long detaching waits for holds."""
-        self._attached = False
-        self._torn: str | None = None
-        self._reading = threading.Lock()
-
-    def held(self) -> Version | None:
-        return self._gate.version if self._attached and self._gate.fenced is None else None
-
-    def map(self, fd: int, size: int) -> ImageMapping:
-        return ImageMapping(fd, size, self._swapper.access)
-
-    def prepare(self, mapping: ImageMapping, cancelled: Callable[[], bool]) -> None:
-        try:
-            self._swapper.prepare(mapping, cancelled)
-        except OSError as error:
-            log.warning("an image could not be prepared; the first swap will be slower", extra={"why": str(error)})
-
-    def fill(self, image: memoryview) -> None:
-        """Raises Fenced where the live parameters are a mix: they must not become a version."""
-        if self._torn is not None:
-            raise Fenced(self._torn)
-        self._swapper.fill(image)
-
-    def arrived(self, mapping: ImageMapping, chunks: RangeSet) -> None:
-        self._swapper.arrived(mapping, chunks.ranges())
-
-    def stage(self, mapping: ImageMapping) -> None:
-        self._swapper.stage(mapping)
-
-    def unstage(self) -> None:
-        self._swapper.discard()
-
-    def swap(self, version: Version, timeout: float) -> SwapTimes:
-        """Swap behind the closed gate. A fenced process may be served again afterwards: it is on the version."""
-        copy_seconds = 0.0
-
-        def act() -> Version:
-            nonlocal copy_seconds
-            started = time.perf_counter()
-            try:
-                self._swapper.apply()
-            except Torn as error:
-                reason = f"the weights are a mix of two versions: {error}"
-                # Inside the closed gate, so that nobody gets to see them.
-                self._gate.fence(reason)
-                self._torn = reason
-                raise Fenced(reason) from error
-            copy_seconds = time.perf_counter() - started
-            self._torn = None
-            return version
-
-        self._swapper.approach()
-        pause = self._gate.swap(act, commit_timeout=timeout, max_hold=self._max_hold, then=self._call_back)
-        return SwapTimes(pause.pause_seconds, pause.wait_seconds, copy_seconds)
-
-    def _call_back(self, version: Version) -> None:
-        for callback in list(self._callbacks):
-            try:
-                callback(version)
-            except BaseException:
-                # Also SystemExit: it is shipd's thread, and the swap has happened.
-                log.exception("an on_swap callback failed", extra={"label": version.label})
-
-    def settle(self) -> bool:
-        return self._swapper.settle()
-
-    def reads(self, mapping: ImageMapping) -> bool:
-        return self._swapper.reads(mapping)
-
-    def forget(self, mapping: ImageMapping) -> None:
-        self._swapper.forget(mapping)
-
-    def adopt(self, mapping: ImageMapping, version: Version) -> None:
-        self._swapper.adopt(mapping)
-        self._gate.version = version
-        self._attached = True
-        self._gate.unfence()
-
-    def read_back(self) -> bytes:
-        with self._gate.hold():
-            return self.digest()
-
-    def digest(self) -> bytes:
-        """Version digest of the live parameters; the caller holds the gate. On any thread."""
-        with self._reading:
-            return self._swapper.digest()
-
-    def fence(self, reason: str) -> None:
-        self._gate.fence(reason)
-
-    def let_go(self) -> bool:
-        if not self.private:
-            return True
-        try:
-            self._gate.swap(self._let_go, commit_timeout=self.patience, max_hold=self._max_hold)
-        except (ShipError, RuntimeError) as error:
-            log.warning("detached during a hold: the model stays in the daemon's image", extra={"why": str(error)})
-            return False
-        return True
-
-    def _let_go(self) -> Version:
-        self._swapper.let_go()
-        return self._gate.version
-
-    def close(self) -> None:
-        """The link has ended."""
-        self._swapper.close()
-
-    def abandon_after_fork(self) -> None:
-        self._reading = threading.Lock()
-        if self.private and self._attached:
-            # The images go on belonging to the daemon, which knows of the parent only and will write to them.
-            self._gate.fence(
-                "this process was forked from one that serves in mode 'flip', whose weights will change under it: "
-                "attach after the fork, or use mode 'copy'"
-            )
-
-
-def _class_name(model: nn.Module) -> str:
+def _class_name(model: object) -> str:
     """The class's qualified name, for people; of one that is too long for the wire the end, where it is most telling.
 
     What is not printable ASCII is escaped.
     """
-    kind = type(model)
-    name = f"{kind.__module__}.{kind.__qualname__}".encode("ascii", "backslashreplace").decode()
+    name = described_class(model).encode("ascii", "backslashreplace").decode()
     return name if len(name) <= MAX_CLASS_NAME else f"...{name[3 - MAX_CLASS_NAME :]}"
-
-
-def _transient(tensors: ModelTensors) -> Structure:
-    """The non-persistent buffers that a checkpoint might contain; others could not be in one."""
-    from shipproto.dtypes import BY_NAME
-
-    return Structure.build(
-        TensorSpec(buffer.name, buffer.dtype, buffer.shape) for buffer in tensors.transient if buffer.dtype in BY_NAME
-    )
 
 
 _residents: set[Resident] = set()
@@ -359,18 +262,34 @@ _registering = threading.Lock()
 
 def _register(resident: Resident) -> None:
     """Raises AttachError where another session swaps some of the same tensors: each under the other's holds."""
-    own = _places(resident)
+    own = resident.places()
     with _registering:
         for other in _residents:
-            if own & _places(other):
+            if own & other.places():
                 raise AttachError(
                     f"this model is attached already, as {other.name!r}: detach() that resident first", model=other.name
                 )
         _residents.add(resident)
 
 
-def _places(resident: Resident) -> set[int]:
-    return {tensor.data_ptr() for tensor in resident._tensors.live if tensor.numel()}  # noqa: SLF001
+def _loading(model: nn.Module | LoadsWeights, mode: str) -> LoadsWeights:
+    """``model`` as what has load_weights. Raises AttachError."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module) and mode in MODES and mode != "auto":
+        raise AttachError(f"mode {mode!r} is for modules, and a {kind} is none; leave it out")
+    if not callable(getattr(model, "load_weights", None)):
+        raise AttachError(
+            f"mode 'load_weights' needs a method of that name, and {kind} has none"
+            if isinstance(model, nn.Module)
+            else f"a {kind} cannot be attached: it is neither a torch.nn.Module nor has it load_weights(weights)"
+        )
+    return cast("LoadsWeights", model)
+
+
+def _places_of(model: nn.Module | LoadsWeights) -> set[int]:
+    if isinstance(model, nn.Module):
+        return {id(unwrapped(model)), *places([*model.parameters(), *model.buffers()])}
+    return {id(model)}
 
 
 def _after_fork_in_child() -> None:

@@ -97,7 +97,7 @@ def make_swapper(tensors: ModelTensors, layout: Layout, mode: str = "auto") -> S
     ``auto`` is ``copy``, and ``direct`` where the device has no room for a shadow: both keep every address.
     """
     if mode not in MODES:
-        raise AttachError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+        raise AttachError(f"unknown mode {mode!r}; there are {', '.join(MODES)} and load_weights")
     if tensors.device.type == "cuda":
         return _make_cuda_swapper(tensors, layout, mode)
     if mode == "flip":

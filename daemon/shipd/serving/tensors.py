@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shipd.errors import AttachError, UnsupportedTensor
 from shipd.serving.tree import ModuleTree
+from shipd.serving.wrappers import CanonicalNames, freezes_weights, sharding
 from shipproto.dtypes import BY_NAME
 from shipproto.errors import ProtocolError
 from shipproto.structure import Structure
@@ -22,6 +23,10 @@ _EXTRA_STATE: Final = "_extra_state"
 _DEVICES: Final = ("cpu", "cuda")
 _BLOCK: Final = 256
 """Tensors of which one property after the other is read, while what torch keeps of them is in the cache."""
+_SHARDED: Final = (
+    "its parameters are sharded over processes ({}), and no process has a whole version to swap. Attach an object "
+    "whose load_weights(weights) copies this process's part out of every whole tensor instead"
+)
 _OVERLAPS: Final = 1
 """What torch._debug_has_internal_overlap says of a tensor with two elements in one place for certain."""
 
@@ -100,6 +105,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 class ModelTensors:
     """A model's shippable state: ``model.state_dict()``, with the live tensors behind it.
 
+    Everything is called what it would be called without wrappers, see ``wrappers``.
+
     structure   names, dtypes, shapes and ties
     live        the live tensors in the structure's order, tied ones included
     transient   non-persistent buffers
@@ -110,7 +117,8 @@ class ModelTensors:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        state = _state(model)
+        _check_whole(model)
+        canonical, state = _state(model)
         if not state:
             raise AttachError(
                 f"the model ({type(model).__name__}) has no parameters or buffers: there is nothing to swap. A frozen "
@@ -130,7 +138,8 @@ class ModelTensors:
             )
         except ProtocolError as error:
             raise UnsupportedTensor(f"the model cannot be shipped: {error}") from error
-        self._transient = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name not in state}
+        buffers = ((canonical.of(name), buffer) for name, buffer in model.named_buffers(remove_duplicate=False))
+        self._transient = {name: buffer for name, buffer in buffers if name not in state}
         self.transient: tuple[Transient, ...] = tuple(
             Transient(name, dtype_name(buffer.dtype), tuple(buffer.shape))
             for name, buffer in sorted(self._transient.items())
@@ -150,7 +159,7 @@ class ModelTensors:
         """
         if self._tree is not None and self._tree.unchanged() and self._places.are_those_of(self.live):
             return []
-        state = _state(self.model)
+        _, state = _state(self.model)
         problems = []
         for name, place in zip(self.structure.names, self._places, strict=True):
             value = state.pop(name, None)
@@ -172,8 +181,27 @@ class ModelTensors:
         ]
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
-    return dict(model.state_dict(keep_vars=True))
+def _state(model: nn.Module) -> tuple[CanonicalNames, dict[str, Any]]:
+    state = model.state_dict(keep_vars=True)
+    canonical = CanonicalNames(model, state)
+    return canonical, {canonical.of(name): value for name, value in state.items()}
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a model whose state_dict() is not what it computes with."""
+    if (path := sharding(model)) is not None:
+        where = f"module {path!r}" if path else "the model"
+        raise UnsupportedTensor(f"{where} cannot be attached: {_SHARDED.format('FullyShardedDataParallel')}")
+    if freezes_weights(model):
+        raise AttachError(
+            "this model is compiled and torch._inductor.config.freezing is set: weights that torch.compile has made "
+            "constants of do not change with the parameters. Switch that off and compile the model again"
+        )
+
+
+def places(tensors: Iterable[Tensor]) -> set[int]:
+    """Addresses of those that have bytes of their own."""
+    return {tensor.data_ptr() for tensor in tensors if _is_plain(tensor) and tensor.numel()}
 
 
 def _overlap(tensor: Tensor) -> int:
@@ -196,6 +224,8 @@ def _problem(name: str, value: object) -> str | None:
         return "it is a module's extra state, which only that module can read"
     if not isinstance(value, Tensor):
         return f"it is no tensor but {type(value).__name__}"
+    if type(value).__module__.startswith("torch.distributed."):
+        return _SHARDED.format(type(value).__name__)
     if type(value) not in (Tensor, nn.Parameter):
         return f"it is of the subclass {type(value).__name__}"
     if value.is_quantized:

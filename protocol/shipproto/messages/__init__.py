@@ -4,7 +4,7 @@
     connection   types 1 to 5: on any connection
     transfer     types 16 to 30: a version on its way
     questions    types 32 to 37: to a daemon
-    session      types 48 to 63: between a daemon and a serving process
+    session      types 48 to 64: between a daemon and a serving process
 
 How a header is spelled, and what is refused about it, is in ``shipproto.headers``.
 """
@@ -26,6 +26,7 @@ from shipproto.messages.session import (
     Filled,
     Images,
     ImageSlot,
+    LaidOut,
     Release,
     Stage,
     StageReady,
@@ -55,8 +56,8 @@ from shipproto.messages.transfer import (
 __all__ = [
     "BY_TYPE", "MESSAGES", "SAME", "Abort", "Arriving", "Attach", "Attached", "Auth", "Body", "Coded", "Commit",
     "Committed", "Data", "Describe", "DescriptionIs", "Detach", "DigestIs", "DigestRequest", "Evicted", "Fill",
-    "Filled", "Finish", "Held", "Hello", "ImageSlot", "Images", "Join", "Joined", "Message", "Nack", "Offer", "Ping",
-    "Progress", "Release", "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs",
+    "Filled", "Finish", "Held", "Hello", "ImageSlot", "Images", "Join", "Joined", "LaidOut", "Message", "Nack", "Offer",
+    "Ping", "Progress", "Release", "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs",
     "StructureWanted", "Swap", "Swapped", "Unstage", "VerifyIs", "VerifyRequest", "Want",
 ]  # fmt: skip
 
@@ -66,7 +67,7 @@ MESSAGES: Final[tuple[type[Message], ...]] = (
     *(Join, Joined, Coded, Held),
     *(StatusRequest, StatusIs, VerifyRequest, VerifyIs, Describe, DescriptionIs),
     *(Attach, Attached, Images, Fill, Filled, Arriving, Stage, StageReady, Swap, Swapped, Unstage),
-    *(Release, Evicted, DigestRequest, DigestIs, Detach),
+    *(Release, Evicted, DigestRequest, DigestIs, Detach, LaidOut),
 )
 """In the order of their numbers."""
 BY_TYPE: Final = {message.TYPE: message for message in MESSAGES}

@@ -31,6 +31,9 @@ class Attach(Message, frozen=True, kw_only=True):
     MAX_BODY = 2 * MAX_STRUCTURE_BODY
     body_id: U32 = 0
     body_size: U63 = 0
+    delivered: bool = False
+    """It hands versions on to something that takes tensors of any names, and cannot read them back. Its structure is
+    that of the version it holds, and empty where it holds none."""
     digest: OptionalDigest = b""
     """The version it really holds, where it knows: when it attaches again."""
     label: OptionalLabel = ""
@@ -46,13 +49,21 @@ class Attach(Message, frozen=True, kw_only=True):
 
 
 class Attached(Message, frozen=True, kw_only=True):
-    """The session stands. The process holds the version of this label and digest, which lies in this slot."""
+    """The session stands. The process holds the version of this label and digest, which lies in this slot.
+
+    Both are empty, and slot and generation 0, where there is no version yet: only where ``Attach.delivered``.
+    """
 
     TYPE = 49
-    digest: Digest
+    digest: OptionalDigest
     generation: U63
-    label: Label
+    label: OptionalLabel
     slot: Slot
+
+    def flaw(self) -> str:
+        if bool(self.digest) is not bool(self.label):
+            return "a label without a digest, or a digest without a label"
+        return sixteen_or_none("digest", self.digest)
 
 
 class ImageSlot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -185,6 +196,8 @@ class DigestIs(Message, frozen=True, kw_only=True):
     """The answer."""
 
     TYPE = 62
+    delivered: bool = False
+    """The digest is that of the version that was delivered. Nothing has been read back."""
     digest: OptionalDigest = b""
     error: Text = ""
     label: OptionalLabel = ""
@@ -198,3 +211,15 @@ class Detach(Message, frozen=True, kw_only=True):
     """The process stops serving this model."""
 
     TYPE = 63
+
+
+class LaidOut(Message, frozen=True, kw_only=True):
+    """What the images that follow are laid out by; those named before are void. Only where ``Attach.delivered``.
+
+    The body is a structure; one without tensors where no images follow, because a push has ended without effect.
+    """
+
+    TYPE = 64
+    MAX_BODY = MAX_STRUCTURE_BODY
+    body_id: U32 = 0
+    body_size: U63 = 0

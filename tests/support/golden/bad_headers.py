@@ -117,6 +117,9 @@ def reject_headers(book: Book) -> None:
     header(
         "attach-digest", "an optional digest of 15 bytes", "Attach", {"digest": bytes(15), "mode": "copy", "model": "m"}
     )
+    for name, what in (("label", "a version with a label and no digest"), ("digest", "one with a digest and no label")):
+        version = {"digest": b"", "label": ""} | {name: {"label": "v1", "digest": DIGEST}[name]}
+        header(f"attached-{name}", what, "Attached", {"generation": 1, "slot": 0, **version})
     header("digestis-digest", "another one, of 1 byte", "DigestIs", {"digest": b"x", "request": 1})
     header("label-empty", "an empty label", "Finish", {"digest": DIGEST, "label": "", **T})
     header("label-long", "a label of 129 characters", "Finish", {"digest": DIGEST, "label": "x" * 129, **T})

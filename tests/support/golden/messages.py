@@ -67,6 +67,8 @@ MESSAGES: Final[Sequence[tuple[str, dict[str, Any], bytes]]] = (
     ("Attach", {"digest": DIGEST, "label": "v1", "mode": "copy", "model": "minilm", "pinned": True}, b"a resident"),
     ("Attach", {"mode": "auto", "model": "minilm"}, b""),
     ("Attach", {"mode": "flip", "model": "minilm", "model_class": "a.b.<locals>.C d" + "x" * 240}, b""),
+    ("Attach", {"delivered": True, "mode": "load_weights", "model": "minilm"}, b"a resident without tensors"),
+    ("Attached", {"digest": b"", "generation": 0, "label": "", "slot": 0}, b""),
     ("Attached", {"digest": DIGEST, "generation": (1 << 63) - 1, "label": "v1", "slot": 15}, b""),
     (
         "Images",
@@ -89,7 +91,9 @@ MESSAGES: Final[Sequence[tuple[str, dict[str, Any], bytes]]] = (
     ("DigestRequest", {"request": 7}, b""),
     ("DigestIs", {"digest": DIGEST, "label": "v1", "request": 7}, b""),
     ("DigestIs", {"error": "no", "request": 7}, b""),
+    ("DigestIs", {"delivered": True, "digest": DIGEST, "label": "v1", "request": 7}, b""),
     ("Detach", {}, b""),
+    ("LaidOut", {}, b"a structure"),
 )  # fmt: skip
 
 
