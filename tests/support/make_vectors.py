@@ -18,6 +18,7 @@ from tests.support.golden.connections import accept_connections
 from tests.support.golden.contents import accept_bodies, accept_structures
 from tests.support.golden.dense_codecs import accept_dense_codecs, reject_dense_codecs
 from tests.support.golden.messages import accept_messages
+from tests.support.golden.parts import accept_parts, reject_parts
 from tests.support.golden.pushes import accept_conversations, reject_conversations
 from tests.support.golden.sparse_codecs import accept_sparse_codecs, reject_sparse_codecs
 from tests.support.vectors import DIRECTORY
@@ -28,6 +29,7 @@ CHAPTERS: Final = (
     accept_structures,
     accept_bodies,
     accept_conversations,
+    accept_parts,
     accept_coded,
     accept_dense_codecs,
     accept_sparse_codecs,
@@ -38,6 +40,7 @@ CHAPTERS: Final = (
     reject_structures,
     reject_other_bodies,
     reject_conversations,
+    reject_parts,
     reject_coded,
     reject_dense_codecs,
     reject_sparse_codecs,

@@ -38,6 +38,7 @@ class Sending:
         label: str | None = "v1",
         bases: Mapping[bytes, Mapping[str, bytes]] | None = None,
         incremental: bool = False,
+        partial: bool = False,
         longest: int = 3,
     ) -> None:
         self.data = data
@@ -52,6 +53,7 @@ class Sending:
             make_label=lambda digest: digest.hex()[:8],
             bases=tuple(self.bases),
             incremental=incremental,
+            partial=partial,
         )
         self._image: tuple[Layout, bytearray] | None = None
 
@@ -180,6 +182,8 @@ class Receiving:
     """What it decodes, as tests.support.coding does, or says that it does."""
     spoil: Callable[[RunToDecode], bool] | None = None
     """Whether this run does not decode."""
+    composed: dict[bytes, Installed] = field(default_factory=dict)
+    """By transfer: what a part and the version before it make."""
     images: dict[bytes, tuple[Layout, memoryview]] = field(default_factory=dict)
     """By transfer, also after its end: a run may still be being decoded into it."""
 
@@ -212,7 +216,9 @@ class Receiving:
         receiver.connected(connection, offer)
         if known:
             return
-        if self.resident is not None and self.resident.digest == offer.structure:
+        if offer.partial and self.current is None:
+            receiver.abort(TransferError(AbortCode.REFUSED, "there is nothing to keep"))
+        elif self.resident is not None and self.resident.digest == offer.structure:
             self.work.append(lambda: self._accept(receiver, Layout(self.resident or Structure.build(()))))
         else:
             receiver.want_structure()
@@ -222,7 +228,8 @@ class Receiving:
             return
         current = self.current
         if current is not None and current.label == receiver.offer.label:
-            receiver.compare(current.digests)
+            held = memoryview(make_image(layout, {name: current.content[name] for name in layout.structure.names}))
+            receiver.compare(digest_image(layout, held))
         else:
             image = memoryview(bytearray(layout.size))
             self.images[receiver.transfer] = layout, image
@@ -275,6 +282,13 @@ class Receiving:
             return
         allowed = self.transient.index if self.transient is not None else {}
         rows = {(spec.name, spec.dtype, spec.shape) for spec in offered.specs()}
+        if receiver.offer.partial:
+            odd = rows - {(spec.name, spec.dtype, spec.shape) for spec in resident.specs()}
+            if odd or not rows:
+                receiver.abort(TransferError(AbortCode.MISMATCH, "this is no part of the model"))
+            else:
+                self._accept(receiver, Layout(offered))
+            return
         roots = {spec.name: spec.tied_to or spec.name for spec in resident.specs()}
         reached = {roots[spec.name] for spec in resident.specs() if (spec.name, spec.dtype, spec.shape) in rows}
         missing = [name for name, root in roots.items() if root not in reached]
@@ -300,10 +314,19 @@ class Receiving:
                 if differing:
                     raise TransferError(AbortCode.LABEL_CONFLICT, f"{current.label!r} is taken")
                 receiver.verified(())
+                live = current.digest if receiver.offer.partial else b""
                 receiver.committed(
-                    Committed(already=True, digest=current.digest, label=current.label, transfer=receiver.transfer)
+                    Committed(
+                        already=True,
+                        digest=receiver.digest,
+                        label=current.label,
+                        live=live,
+                        transfer=receiver.transfer,
+                    )
                 )
             elif receiver.verified(differing):
+                if receiver.offer.partial:
+                    self._compose(receiver)
                 self.work.append(lambda: self._stage(receiver))
         except TransferError as error:
             receiver.abort(error)
@@ -318,10 +341,37 @@ class Receiving:
         assert image is not None
         kept = image.obj
         assert isinstance(kept, bytearray)
-        self.current = Installed(
-            receiver.label, receiver.digest, layout, kept, receiver.digests, read_image(layout, kept)
+        partial = receiver.offer.partial
+        self.current = (
+            self.composed.pop(receiver.transfer)
+            if partial
+            else Installed(receiver.label, receiver.digest, layout, kept, receiver.digests, read_image(layout, kept))
         )
         self.commits += 1
         receiver.committed(
-            Committed(digest=receiver.digest, label=receiver.label, swapped=1, transfer=receiver.transfer)
+            Committed(
+                digest=receiver.digest,
+                label=receiver.label,
+                live=self.current.digest if partial else b"",
+                swapped=1,
+                transfer=receiver.transfer,
+            )
+        )
+
+    def _compose(self, receiver: Receiver) -> None:
+        """The current version, with what has been received in place of what it had. Raises TransferError."""
+        current, resident = self.current, self.resident
+        assert current is not None
+        assert resident is not None
+        layout, image = self.images[receiver.transfer]
+        roots = {spec.name: spec.tied_to or spec.name for spec in resident.specs()}
+        new: dict[str, bytes] = {}
+        for name, received in read_image(layout, image).items():
+            if new.setdefault(roots[name], received) != received:
+                raise TransferError(AbortCode.MISMATCH, f"{name!r} is tied, and differs", tensor=name)
+        content = {name: new.get(roots[name], kept) for name, kept in current.content.items()}
+        whole = make_image(current.layout, content)
+        digests = digest_image(current.layout, memoryview(whole))
+        self.composed[receiver.transfer] = Installed(
+            receiver.label, digests.version_digest(), current.layout, whole, digests, content
         )

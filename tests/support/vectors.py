@@ -228,6 +228,7 @@ def _sender(vector: Vector, found: dict[str, Any], chop: Chop, rng: random.Rando
             for version in (_version(structure, base) for base in vector.get("bases", ()))
         },
         incremental=vector.get("incremental", False),
+        partial=vector.get("partial", False),
         longest=32,
     )
     connection = make_connection(vector)

@@ -80,7 +80,8 @@ class Push:
             model=options.model,
             structure=source.structure,
             label=options.label,
-            make_label=default_label,
+            # The same part, sent again within a second, may come to another version.
+            make_label=(lambda _: default_label(self.transfer)) if options.partial else default_label,
             metadata=options.metadata,
             incremental=incremental is not None,
             partial=options.partial,
@@ -277,6 +278,9 @@ class Push:
         return self._outcome(known) if self._uncertain and error.code is not AbortCode.SWAP_FAILED else known
 
 
-def default_label(digest: bytes) -> str:
-    """UTC time and eight hexadecimal digits of the digest: unique enough, sortable, and it says what it is."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest.hex()[:8]}"
+def default_label(what: bytes) -> str:
+    """UTC time and eight hexadecimal digits of the digest: unique enough, sortable, and it says what it is.
+
+    Of a part ``what`` is the transfer's id instead.
+    """
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{what.hex()[:8]}"

@@ -366,13 +366,13 @@ class Server:
         self.spawn(self._attach(peer, session, attach, bytes(body)))
 
     async def _attach(self, peer: UnixPeer, session: Session, attach: Attach, body: bytes) -> None:
-        model = self.models.get(attach.model)
-        if model is None:
-            model = self.models[attach.model] = self._model(attach.model)
-        model.attaching += 1
         error: TransferError | None = None
+        model: Model | None = None
         try:
             resident = await self.work(Resident.decode, body)
+            # From here on until it is locked nothing waits: who finds a new model waits for its first version.
+            model = self.models.setdefault(attach.model, self._model(attach.model))
+            model.attaching += 1
             await self._attaching.attach(model, session, attach, resident)
         except TransferError as refusal:
             error = refusal
@@ -386,13 +386,14 @@ class Server:
             log.exception("an attach failed unexpectedly", extra={"model": attach.model, "pid": session.pid})
             error = TransferError(AbortCode.INTERNAL, "the daemon failed; its log says how")
         finally:
-            model.attaching -= 1
+            if model is not None:
+                model.attaching -= 1
             if error is not None:
                 log.warning("attach refused", extra={"model": attach.model, "pid": session.pid, "why": str(error)})
                 if not peer.closed:
                     send_abort(peer.connection, b"", error)
                 peer.close()
-            if session not in model.sessions:
+            if model is None or session not in model.sessions:
                 self._session_lost(session)
 
     def _session_lost(self, session: Session) -> None:
