@@ -12,7 +12,7 @@
     │   ├── UnsupportedTensor  a tensor that cannot be shipped (sparse, quantised, a subclass, …)
     │   ├── LabelConflict      the label belongs to other content
     │   └── MemoryLimit        it would not fit the daemon's memory limit
-    ├── CheckpointError        the file is truncated, foreign or unsafe
+    ├── CheckpointError        the file is truncated, foreign or unsafe, or cannot be fetched
     ├── TensorChanged          a tensor's bytes changed while it was being sent
     ├── IntegrityError         bytes kept arriving damaged, or digests differ
     ├── Stalled                nothing moved for longer than the stall deadline
@@ -122,7 +122,7 @@ class MemoryLimit(Refused):
 
 
 class CheckpointError(ShipError):
-    """The file is truncated, foreign or unsafe to read."""
+    """The file is truncated, foreign or unsafe to read, or cannot be fetched from its URL."""
 
 
 class TensorChanged(ShipError):

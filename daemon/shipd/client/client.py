@@ -19,6 +19,7 @@ from shipd.address import Address, parse_address
 from shipd.bases.base import Keeper
 from shipd.bases.checkpoint import CheckpointBases
 from shipd.bases.store import kept_versions
+from shipd.checkpoints.remote.fetching import Fetching
 from shipd.checkpoints.source import Source, open_source
 from shipd.client.choice import Prefer
 from shipd.client.incremental import Incremental
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     Checkpoint = Mapping[str, torch.Tensor] | torch.nn.Module | str | PathLike[str]
-    """What can be pushed, and be a base: a state dict, a module, or the path of a checkpoint."""
+    """What can be pushed, and be a base: a state dict, a module, or the path or URL of a checkpoint."""
 
 log = logging.getLogger("shipd.client")
 
@@ -125,9 +126,9 @@ class Client:
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
 
-        checkpoint   a state dict, a module, or the path of a checkpoint: a file of any kind that README.md lists, an
-                     index of several, or a directory with one of these. Its tensors must not change until this returns;
-                     ``snapshot=True`` copies them first
+        checkpoint   a state dict, a module, or the path or URL of a checkpoint: a file of any kind that README.md
+                     lists, an index of several, or a directory with one of these. Its tensors must not change until
+                     this returns; ``snapshot=True`` copies them first. A text that begins with a scheme is a URL
         label        name of the version; by default UTC time and eight digits of the digest
         key          where in the checkpoint the state dict is, such as "model.ema", where it holds several
         timeout      seconds for the whole push, None for as long as it takes
@@ -160,15 +161,16 @@ class Client:
         lane, self._lane = self._lane, None
         running: list[Push] = []
         cancelled = threading.Event()
+        fetching = Fetching(stall=stall, timeout=timeout, on_progress=options.fetched)
 
         def run() -> Receipt:
             source: Source | None = None
             old: CheckpointBases | None = None
             opened = time.monotonic()
             try:
-                source = open_source(checkpoint, key=key, snapshot=snapshot)
+                source = open_source(checkpoint, key=key, snapshot=snapshot, fetching=fetching)
                 if base is not None and base is not False:
-                    old = CheckpointBases.of(base, key=base_key)
+                    old = CheckpointBases.of(base, key=base_key, fetching=fetching)
                 known = self._keepers if old is None else (old, *self._keepers)
                 incremental = Incremental(
                     known,
@@ -205,6 +207,7 @@ class Client:
 
         def cancel() -> None:
             cancelled.set()
+            fetching.cancel()
             if running:
                 running[0].cancel()
 

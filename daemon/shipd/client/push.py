@@ -86,7 +86,7 @@ class Push:
 
     def run(self) -> Receipt:
         """Push. Raises ShipError; the previous version is serving then, unless it is OutcomeUnknown."""
-        deadline = float("inf") if self._options.timeout is None else time.monotonic() + self._options.timeout
+        deadline = float("inf") if self._options.timeout is None else self._account.began + self._options.timeout
         self._account.open = time.monotonic() - self._account.began
         try:
             committed = self._deliver(deadline)
