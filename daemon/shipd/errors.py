@@ -14,7 +14,7 @@
     │   ├── LabelConflict      the label belongs to other content
     │   └── MemoryLimit        it would not fit the daemon's memory limit
     ├── MappingError           what is to map names to names is no rule, or no mapping file
-    ├── CheckpointError        the file is truncated, foreign or unsafe
+    ├── CheckpointError        the file is truncated, foreign or unsafe, or cannot be fetched
     ├── TensorChanged          a tensor's bytes changed while it was being sent
     ├── IntegrityError         bytes kept arriving damaged, or digests differ
     ├── Stalled                nothing moved for longer than the stall deadline
@@ -135,7 +135,7 @@ class MappingError(ShipError):
 
 
 class CheckpointError(ShipError):
-    """The file is truncated, foreign or unsafe to read."""
+    """The file is truncated, foreign or unsafe to read, or cannot be fetched from its URL."""
 
 
 class TensorChanged(ShipError):

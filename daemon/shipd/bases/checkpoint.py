@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from shipd.bases.base import Base, BaseLost, check_room, run_range
 from shipd.checkpoints.chunks import SourceChunks
+from shipd.checkpoints.remote.fetching import Fetching
 from shipd.checkpoints.source import Source, open_source
 from shipd.errors import ShipError
 from shipproto.digests import LeafDigests, version_digest
@@ -36,10 +37,14 @@ class CheckpointBases:
 
     @classmethod
     def of(
-        cls, checkpoint: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module", *, key: str | None = None
+        cls,
+        checkpoint: "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module",
+        *,
+        key: str | None = None,
+        fetching: Fetching | None = None,
     ) -> Self:
         """Of whatever ``open_source`` takes; raises what it raises."""
-        return cls(open_source(checkpoint, key=key))
+        return cls(open_source(checkpoint, key=key, fetching=fetching))
 
     def digests(self, model: str, offered: Structure) -> tuple[bytes, ...]:  # noqa: ARG002  a checkpoint is no model's
         """See ``Bases.digests``; of the offered structure itself, since no other is known here.

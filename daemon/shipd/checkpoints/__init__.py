@@ -1,4 +1,4 @@
-"""Where a push reads its tensors from: checkpoint files and state dicts in memory, all as one ``Source``.
+"""Where a push reads its tensors from: checkpoint files, by path or URL, and state dicts, all as one ``Source``.
 
     source            what a source is, and ``open_source``, which makes one from whatever a user hands over
     chunks            the chunks of a layout, read out of a source
@@ -18,6 +18,7 @@
     state_dict        tensors in memory, on any device
     planned           a source as a plan has it: renamed, selected, cast
     cast              numbers of one dtype as those of another
+    remote            files by URL, fetched while they are read
     wording           names and lists in messages, bounded
 
 Only ``torch_file``, ``script_file``, ``nested``, ``cast`` and ``state_dict`` with what it consists of import torch, and

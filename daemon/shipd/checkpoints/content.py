@@ -132,7 +132,7 @@ def _identify_zip(file: OpenFile) -> Kind:
     """The kind of a zip archive. Raises CheckpointError where it is none, or torch could not map it as it is."""
     path = quoted(file.path)
     try:
-        with open(file.descriptor, "rb", closefd=False) as raw, zipfile.ZipFile(raw) as archive:
+        with file.stream() as raw, zipfile.ZipFile(raw) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OSError) as error:
         raise CheckpointError(

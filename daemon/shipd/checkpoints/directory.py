@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from shipd.checkpoints.content import Kind, identify
 from shipd.checkpoints.opened import OpenFile
@@ -26,12 +26,52 @@ _SHARD: Final = re.compile(r"-0*(\d{1,6})-of-0*(\d{1,6})\b")
 """Number and count in the name of a file of a sharded checkpoint; used to say what is missing."""
 
 
-def checkpoint_in(path: str) -> str:
-    """The path of the one checkpoint that lies directly in the directory ``path``.
+class Folder(Protocol):
+    """A directory. ``path`` is what it is called in messages."""
+
+    @property
+    def path(self) -> str: ...
+
+    def names(self) -> list[str]:
+        """Of all files directly in it, sorted. Raises CheckpointError."""
+        ...
+
+    def open(self, name: str) -> OpenFile:
+        """One of them. Raises CheckpointError."""
+        ...
+
+
+class LocalFolder:
+    """A ``Folder`` of this host."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        """See ``Folder.names``; of at most as many as are looked at, and then one more."""
+        try:
+            with os.scandir(self.path) as entries:
+                names = sorted(entry.name for entry, _ in zip(entries, range(_ENTRIES + 1), strict=False))
+                files = [name for name in names if (Path(self.path) / name).is_file()]
+        except OSError as error:
+            raise CheckpointError(f"the directory {quoted(self.path)} cannot be read: {error.strerror}") from error
+        return names if len(names) > _ENTRIES else files
+
+    def open(self, name: str) -> OpenFile:
+        """See ``Folder.open``."""
+        return OpenFile.open(str(Path(self.path) / name))
+
+
+def checkpoint_in(folder: Folder) -> str:
+    """The name of the one checkpoint that lies directly in ``folder``.
 
     Raises CheckpointError where there is none, more than one, or only a part of one.
     """
-    names = _entries(path)
+    path, names = folder.path, folder.names()
+    if len(names) > _ENTRIES:
+        raise CheckpointError(
+            f"{quoted(path)} is a directory of more than {_ENTRIES} entries; push the checkpoint's file or its index"
+        )
     if ".metadata" in names:
         raise CheckpointError(
             f"{quoted(path)} is a directory; it looks like a torch.distributed checkpoint: turn it into one file with "
@@ -42,7 +82,7 @@ def checkpoint_in(path: str) -> str:
     refused: list[str] = []
     for name in names:
         try:
-            kinds[name], indexes[name] = _look(str(Path(path) / name))
+            kinds[name], indexes[name] = _look(folder, name)
         except CheckpointError as error:
             if Path(name).suffix in _SUFFIXES:
                 refused.append(str(error))
@@ -50,7 +90,7 @@ def checkpoint_in(path: str) -> str:
     whole = [name for name in kinds if name not in shards]
     candidates = [name for name in whole if _is_safetensors(name, kinds, indexes)] or whole
     if len(candidates) == 1 and kinds[candidates[0]] is Kind.INDEX:
-        return str(Path(path) / candidates[0])
+        return candidates[0]
     _refuse_half_a_set(path, candidates)
     if len(candidates) > 1:
         raise CheckpointError(
@@ -61,26 +101,12 @@ def checkpoint_in(path: str) -> str:
         others = f", and neither can {len(refused) - 1} more" if len(refused) > 1 else ""
         why = f"no file in it can be read as one: {refused[0]}{others}" if refused else "it has none; name a file"
         raise CheckpointError(f"{quoted(path)} is a directory and not a checkpoint; {why}")
-    return str(Path(path) / candidates[0])
+    return candidates[0]
 
 
-def _entries(path: str) -> list[str]:
-    try:
-        with os.scandir(path) as entries:
-            names = sorted(entry.name for entry, _ in zip(entries, range(_ENTRIES + 1), strict=False))
-            files = [name for name in names if (Path(path) / name).is_file()]
-    except OSError as error:
-        raise CheckpointError(f"the directory {quoted(path)} cannot be read: {error.strerror}") from error
-    if len(names) > _ENTRIES:
-        raise CheckpointError(
-            f"{quoted(path)} is a directory of more than {_ENTRIES} entries; push the checkpoint's file or its index"
-        )
-    return files
-
-
-def _look(path: str) -> tuple[Kind, frozenset[str]]:
+def _look(folder: Folder, name: str) -> tuple[Kind, frozenset[str]]:
     """What the file is, and the files that it is the index of. Raises CheckpointError where it is no checkpoint."""
-    file = OpenFile.open(path)
+    file = folder.open(name)
     try:
         kind = identify(file)
         if kind is not Kind.INDEX:

@@ -50,19 +50,19 @@ class MappedFile:
         """See ``Source.read``; a view of the mapped file wherever the bytes are in it."""
         if not 0 <= start <= stop <= self._sizes[row] or stop - start > MAX_READ:
             check_range(self.structure, row, self._sizes[row], start, stop)
-        self._file.require_whole(self.structure.names[row])
+        at = self._starts[row]
+        self._file.require(self.structure.names[row], at + start, at + stop)
         if row in self._others:
             return self._others[row].read(start, stop)
-        at = self._starts[row]
         return self._bytes[at + start : at + stop]
 
     def read_packed(self, rows: Sequence[int], gaps: list[int] | None) -> memoryview:
         """See ``Source.read_packed``; a view of the mapped file where the tensors lie side by side in it."""
-        self._file.require_whole(self.structure.names[rows[0]])
         if self._others and not self._others.keys().isdisjoint(rows):
             return join((self.read(row, 0, self._sizes[row]) for row in rows), gaps)
         starts = pick(self._starts, rows)
         stops = list(map(add, starts, pick(self._sizes, rows)))
+        self._file.require_each(self.structure.names[rows[0]], starts, stops)
         if gaps is None and starts[1:] == stops[:-1]:
             return self._bytes[starts[0] : stops[-1]]
         return join(map(self._bytes.__getitem__, map(slice, starts, stops)), gaps)

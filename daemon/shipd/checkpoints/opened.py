@@ -6,8 +6,9 @@ open stays as it was. A file that is written in place is one, and is noticed by 
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import BinaryIO, ClassVar, Final, Self
 
 from shipd.checkpoints.wording import quoted
 from shipd.errors import CheckpointError, TensorChanged
@@ -20,7 +21,14 @@ _ADVICE: Final[dict[type[OSError], str]] = {
 
 
 class OpenFile:
-    """A regular file, open for reading. ``size`` is what it was when it was opened."""
+    """A regular file, open for reading. ``size`` is what it was when it was opened.
+
+    ``remote.file`` has one whose bytes are still arriving; everything here is asked in such a way that it can wait for
+    those that are needed.
+    """
+
+    local: ClassVar[bool] = True
+    """Whether it lies in a directory of this host."""
 
     def __init__(self, path: str, descriptor: int, status: os.stat_result) -> None:
         self.path = path
@@ -59,6 +67,26 @@ class OpenFile:
         by_descriptor = Path(f"/proc/self/fd/{self.descriptor}")
         return str(by_descriptor) if by_descriptor.exists() else self.path
 
+    @property
+    def folder(self) -> str:
+        """What it lies in, for messages."""
+        return str(Path(self.path).parent)
+
+    def stream(self) -> BinaryIO:
+        """The file as a stream, from its beginning. To close it closes nothing else."""
+        return open(self.descriptor, "rb", closefd=False)
+
+    def load(self, *, whole: bool) -> None:
+        """It is going to be read: fetch it, where it is not there yet, and with ``whole`` wait for that."""
+
+    def missing_beside(self, names: Sequence[str]) -> list[str]:
+        """Which of the files of these names, relative paths, are not there beside this one."""
+        return [name for name in names if not (Path(self.path).parent / name).exists()]
+
+    def open_beside(self, name: str) -> "OpenFile":
+        """The file of that name beside this one. Raises what ``open`` raises."""
+        return OpenFile.open(str(Path(self.path).parent / name))
+
     def read_at(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset`` on, fewer only at the end of the file."""
         parts = []
@@ -95,6 +123,15 @@ class OpenFile:
                 "was being read; save to a new file and rename it instead, then push again",
                 tensor=tensor,
             )
+
+    def require(self, tensor: str, start: int, stop: int) -> None:  # noqa: ARG002  here all of it is there
+        """Before bytes [start, stop) of the file are read through a mapping, which are of ``tensor``: see
+        ``require_whole``."""
+        self.require_whole(tensor)
+
+    def require_each(self, tensor: str, starts: Sequence[int], stops: Sequence[int]) -> None:  # noqa: ARG002  as above
+        """As ``require``, of several ranges, the first of which is of ``tensor``."""
+        self.require_whole(tensor)
 
     def _status(self) -> os.stat_result:
         if self.descriptor < 0:

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from shipd.checkpoints.content import MAX_INDEX, Kind, identify
@@ -26,26 +26,25 @@ _SHARDS: Final = (Kind.SAFETENSORS, Kind.TORCH_ZIP, Kind.TORCH_LEGACY)
 
 
 def open_sharded(index: OpenFile) -> Source:
-    """All files that ``index`` names, as one source. Closes ``index``, which is not needed any more.
+    """All files that ``index`` names, as one source. Closes ``index`` then, which is not needed any more.
 
     Raises CheckpointError where the index is damaged or names a file outside its directory, where a file is missing,
     or where index and files do not agree; and whatever the files themselves raise.
     """
     weight_map = read_index(index)
-    index.close()
     files: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         files.setdefault(name, []).append(tensor)
-    folder = Path(index.path).parent
-    _require_files(index.path, folder, sorted(files))
+    _require_files(index, sorted(files))
     with ExitStack() as opened:
         shards: dict[str, Source] = {}
         for name in sorted(files):
-            shards[name] = _open_shard(str(folder / name))
+            shards[name] = _open_shard(index, name)
             opened.callback(shards[name].close)
         _require_agreement(index.path, weight_map, files, shards)
         whole = Parts(list(shards.values()), index.path)
         opened.pop_all()
+    index.close()
     return whole
 
 
@@ -86,25 +85,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _require_files(index: str, folder: Path, names: Sequence[str]) -> None:
+def _require_files(index: OpenFile, names: Sequence[str]) -> None:
+    path = quoted(index.path)
     if not names:
-        raise CheckpointError(f"{quoted(index)} is an index that names no tensors; fetch or save it again")
-    missing = [name for name in names if not (folder / name).exists()]
+        raise CheckpointError(f"{path} is an index that names no tensors; fetch or save it again")
+    missing = index.missing_beside(names)
     if missing:
+        remedy = "Fetch what is missing into that directory" if index.local else "Upload what is missing to there"
+        are = "is" if len(missing) == 1 else "are"
         raise CheckpointError(
-            f"of the files that {quoted(index)} names, {len(missing)} of {len(names)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing in {quoted(str(folder))}: {listed(map(quoted, missing))}. "
-            "Fetch what is missing into that directory, or push a checkpoint that is whole"
+            f"of the files that {path} names, {len(missing)} of {len(names)} {are} missing in "
+            f"{quoted(index.folder)}: {listed(map(quoted, missing))}. "
+            f"{remedy}, or push a checkpoint that is whole"
         )
 
 
-def _open_shard(path: str) -> Source:
-    file = OpenFile.open(path)
+def _open_shard(index: OpenFile, name: str) -> Source:
+    file = index.open_beside(name)
     try:
         kind = identify(file)
         if kind not in _SHARDS:
             raise CheckpointError(
-                f"{quoted(path)} is {kind.value}: what an index names must be files of safetensors or "
+                f"{quoted(file.path)} is {kind.value}: what an index names must be files of safetensors or "
                 "torch.save; push it by itself"
             )
         return open_identified(file, kind)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never, runtim
 
 from shipd.checkpoints.content import Kind, identify
 from shipd.checkpoints.opened import OpenFile
+from shipd.checkpoints.remote.fetching import Fetching
+from shipd.checkpoints.remote.location import is_url, local_path, scheme_of, was_url
 from shipd.checkpoints.wording import quoted
 from shipd.errors import CheckpointError
 from shipproto.frame import Buffer
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
-    """What can be pushed, and be a base: a state dict, a module, or the path of a checkpoint."""
+    """What can be pushed, and be a base: a state dict, a module, or the path or URL of a checkpoint."""
 
 _T = TypeVar("_T")
 
@@ -112,20 +114,27 @@ class Source(Protocol):
         ...
 
 
-def open_source(obj: "Checkpoint", *, key: str | None = None, snapshot: bool = False) -> Source:
-    """The source for a checkpoint's path, a state dict or a module.
+def open_source(
+    obj: "Checkpoint", *, key: str | None = None, snapshot: bool = False, fetching: Fetching | None = None
+) -> Source:
+    """The source for a checkpoint's path or URL, a state dict or a module.
 
+    A text that begins with a scheme, such as "https://" or "s3://", is a URL, whatever files there are: one that is
+    really called so is meant by "./" in front of its name. ``fetching`` is what fetches from URLs; None for a new one.
     ``key`` says where in it the state dict is, as names joined by dots, where it holds more than one.
     ``snapshot`` copies the tensors of a state dict or module to host memory first: training may go on.
     A file is not copied: once open it cannot be replaced, and ``changed`` tells when it is written to.
 
-    Raises CheckpointError for a file that cannot be read and for a ``key`` that is needed or leads nowhere,
-    UnsupportedTensor for a tensor that cannot be shipped, TypeError where ``obj`` is none of these.
+    Raises CheckpointError for a file that cannot be read or fetched and for a ``key`` that is needed or leads nowhere,
+    Stalled and Interrupted where ``fetching`` does, UnsupportedTensor for a tensor that cannot be shipped, TypeError
+    where ``obj`` is none of these.
     """
     if isinstance(obj, (str, os.PathLike)):
         path = os.fspath(obj)
         if not isinstance(path, str):
             raise TypeError(f"a checkpoint's path must be text, not bytes: use os.fsdecode on {path!r}")
+        if isinstance(obj, str) and is_url(path):
+            return _open_url(path, key, fetching or Fetching())
         return _open_path(path, key)
     torch = sys.modules.get("torch")
     if not isinstance(obj, Mapping) and (torch is None or not isinstance(obj, torch.nn.Module)):
@@ -146,10 +155,26 @@ def open_source(obj: "Checkpoint", *, key: str | None = None, snapshot: bool = F
 
 def _open_path(path: str, key: str | None) -> Source:
     if os.path.isdir(path):  # noqa: PTH112  a path with a NUL is none; Path raises ValueError
-        from shipd.checkpoints.directory import checkpoint_in
+        from shipd.checkpoints.directory import LocalFolder, checkpoint_in
 
-        path = checkpoint_in(path)
-    file = OpenFile.open(path)
+        path = os.path.join(path, checkpoint_in(LocalFolder(path)))  # noqa: PTH118  as above
+    elif was_url(path) and not os.path.lexists(path):
+        raise CheckpointError(
+            f"cannot open {quoted(path)}: there is no such file. If it is meant to be a URL, pass it as text: a Path "
+            "takes away one of its slashes"
+        )
+    return _open_file(OpenFile.open(path), key)
+
+
+def _open_url(url: str, key: str | None, fetching: Fetching) -> Source:
+    if scheme_of(url) == "file":
+        return _open_path(local_path(url), key)
+    from shipd.checkpoints.remote.opening import open_url
+
+    return _open_file(open_url(url, fetching), key)
+
+
+def _open_file(file: OpenFile, key: str | None) -> Source:
     try:
         return open_identified(file, identify(file), key)
     except BaseException:
@@ -163,6 +188,8 @@ def open_identified(file: OpenFile, kind: Kind, key: str | None = None) -> Sourc
         raise CheckpointError(
             f"{quoted(file.path)} is {kind.value}, which has no parts to choose from: push it without key={quoted(key)}"
         )
+    # Of safetensors any tensor can be read by itself, once its own bytes are there.
+    file.load(whole=kind is not Kind.SAFETENSORS)
     match kind:
         case Kind.SAFETENSORS:
             from shipd.checkpoints.safetensors_file import SafetensorsFile

@@ -2,13 +2,13 @@
 
 import asyncio
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from shipd.checkpoints.remote.location import is_url, shown
 from shipd.client import options as pushing
 from shipd.client.client import Client
 from shipd.client.receipt import Receipt
@@ -16,7 +16,7 @@ from shipd.units import format_bytes
 
 
 async def run_push(
-    client: Client, checkpoint: Path, *, quiet: bool, base: Path | Literal[False] | None, **options: Any
+    client: Client, checkpoint: str, *, quiet: bool, base: str | Literal[False] | None, **options: Any
 ) -> Receipt:
     """Push, showing progress on stderr where that is a terminal. Cancelled too late, it says so and succeeds.
 
@@ -41,14 +41,15 @@ async def run_push(
             task,
             description=progress.stage,
             completed=progress.bytes_done,
-            total=progress.bytes_total,
+            total=progress.bytes_total or None,
             saved=f"{format_bytes(saved)} saved" if saved > progress.bytes_done // 20 else "",
         )
 
     with bar:
         receipt = await client.push(checkpoint, base=base, on_progress=show, **options)
     if receipt.base_unused:
-        click.echo(f"shipctl: --base {base} is of no use here: {receipt.base_unused}", err=True)
+        named = shown(base) if base and is_url(base) else base
+        click.echo(f"shipctl: --base {named} is of no use here: {receipt.base_unused}", err=True)
     for why in receipt.not_kept:
         click.echo(f"shipctl: the next push will send everything: this version is not kept, since {why}", err=True)
     running = asyncio.current_task()

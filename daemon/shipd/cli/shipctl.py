@@ -28,6 +28,9 @@ Policy = Literal["strict", "subset", "partial"]
 _DEFAULT = "127.0.0.1:7447"
 PARTLY_DONE = 3
 
+_PATH_OR_URL = click.Path(path_type=str)
+"""As text: a Path would take one of the two slashes of a URL away."""
+
 _to = click.option(
     "--to",
     "address",
@@ -90,7 +93,7 @@ def shipctl() -> None:
 
 
 @shipctl.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=_PATH_OR_URL)
 @_to
 @click.option("--model", required=True, metavar="NAME", help="The name that the model is served under.")
 @click.option("--label", metavar="LABEL", help="Name of the version; by default UTC time and digits of its digest.")
@@ -116,7 +119,7 @@ def shipctl() -> None:
 )
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=_PATH_OR_URL,
     metavar="OLD",
     help="Checkpoint of the version that the daemon has: only what differs is sent. By default versions that were "
     "pushed from here before, where the link is slow enough.",
@@ -143,7 +146,7 @@ def shipctl() -> None:
 @_token
 @_json
 def push(
-    checkpoint: Path,
+    checkpoint: str,
     address: str,
     model: str,
     label: str | None,
@@ -151,7 +154,7 @@ def push(
     timeout: float | None,
     stall: float,
     lanes: int | None,
-    base: Path | None,
+    base: str | None,
     base_key: str | None,
     whole: bool,
     prefer: Literal["time", "bytes"],
@@ -169,7 +172,8 @@ def push(
     """Ship CHECKPOINT as the next version of a model.
 
     CHECKPOINT is a file of safetensors, torch.save, torch.jit.save, numpy.savez or HDF5, the index of several files, or
-    a directory with one of these. It is recognised by what is in it, whatever it is called.
+    a directory with one of these; or the URL of one (https://, s3:// and others). It is recognised by what is in it,
+    whatever it is called.
 
     Until the whole version has arrived and is proved to be what was sent, nothing that is being served changes.
     """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 from shipd.address import Address, parse_address
 from shipd.bases.base import Keeper
 from shipd.bases.store import kept_versions
+from shipd.checkpoints.remote.fetching import Fetching
 from shipd.checkpoints.source import open_source
 from shipd.client.choice import Prefer
 from shipd.client.options import Progress, PushOptions
@@ -114,9 +115,9 @@ class Client:
     ) -> Receipt:
         """Ship a version of ``model`` and have it swapped in.
 
-        checkpoint   a state dict, a module, or the path of a checkpoint: a file of any kind that README.md lists, an
-                     index of several, or a directory with one of these. Its tensors must not change until this returns;
-                     ``snapshot=True`` copies them first
+        checkpoint   a state dict, a module, or the path or URL of a checkpoint: a file of any kind that README.md
+                     lists, an index of several, or a directory with one of these. Its tensors must not change until
+                     this returns; ``snapshot=True`` copies them first. A text that begins with a scheme is a URL
         label        name of the version; by default UTC time and eight digits of the digest
         key          where in the checkpoint the state dict is, such as "model.ema", where it holds several
         timeout      seconds for the whole push, None for as long as it takes
@@ -184,15 +185,16 @@ class Client:
         """
         wishes = _wishes(policy, cast, renames)
         check_label("model name", model)
+        fetching = Fetching()
 
         def look(questioner: Questioner) -> Plan | None:
-            source = open_source(checkpoint, key=key)
+            source = open_source(checkpoint, key=key, fetching=fetching)
             try:
                 return Planner(questioner, str(self.address), model, wishes, _ANSWER_SECONDS).look(source).plan
             finally:
                 source.close()
 
-        return await self._question(look)
+        return await self._question(look, fetching.cancel)
 
     async def describe(self, model: str) -> Description | None:
         """What versions of ``model`` consist of, and what serves them; None from a daemon of a release that cannot
@@ -220,13 +222,19 @@ class Client:
         question = VerifyRequest(model=check_label("model name", model))
         return decode_verification(await self._question(lambda asked: asked.ask(question, VerifyIs, _VERIFY_SECONDS)))
 
-    async def _question(self, work: Callable[[Questioner], _T]) -> _T:
-        """Ask on a thread, over the connection that is there, if it still is; else over a new one."""
+    async def _question(self, work: Callable[[Questioner], _T], cancel: Callable[[], None] = lambda: None) -> _T:
+        """Ask on a thread, over the connection that is there, if it still is; else over a new one. Whoever cancels has
+        ``cancel`` called too."""
         lane, self._lane = self._lane, None
         waker = Waker()
         questioner = Questioner(partial(self._open, waker), waker, lane)
+
+        def wake() -> None:
+            cancel()
+            waker.wake()
+
         try:
-            return await _in_thread(lambda: work(questioner), waker.wake)
+            return await _in_thread(lambda: work(questioner), wake)
         finally:
             questioner.close()
             waker.close()

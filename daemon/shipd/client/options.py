@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a push stands; ``stage`` is connecting, sending, or what the daemon says it is doing."""
+    """Where a push stands; ``stage`` is fetching, connecting, sending, or what the daemon says it is doing."""
 
     stage: str
     bytes_done: int
     bytes_total: int
+    """0 where that is not known."""
     bytes_sent: int = 0
     """Written to sockets so far; of unchanged and coded chunks fewer than are done."""
 
@@ -35,3 +36,8 @@ class PushOptions:
     partial: bool = False
     """Tensors of the model that are not in the checkpoint keep the values of the version that it has."""
     on_progress: Callable[[Progress], None] | None = None
+
+    def fetched(self, done: int, total: int) -> None:
+        """Tell of a checkpoint that is fetched before it is read."""
+        if self.on_progress is not None:
+            self.on_progress(Progress("fetching", done, total))

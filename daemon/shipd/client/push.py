@@ -103,7 +103,7 @@ class Push:
 
     def run(self) -> Receipt:
         """Push. Raises ShipError; the previous version is serving then, unless it is OutcomeUnknown."""
-        deadline = float("inf") if self._options.timeout is None else time.monotonic() + self._options.timeout
+        deadline = float("inf") if self._options.timeout is None else self._account.began + self._options.timeout
         try:
             committed = self._deliver(deadline)
             self._account.committed = time.monotonic()

@@ -18,6 +18,7 @@ from shipd.address import Address
 from shipd.bases.base import Keeper
 from shipd.bases.checkpoint import CheckpointBases
 from shipd.bases.store import kept_versions
+from shipd.checkpoints.remote.fetching import Fetching
 from shipd.checkpoints.source import Source, open_source
 from shipd.client.choice import Prefer
 from shipd.client.incremental import Incremental
@@ -66,6 +67,7 @@ class Shipment:
         self._options = options
         self._keepers = tuple(keepers)
         self._waker = Waker()
+        self._fetching = Fetching(stall=options.stall, timeout=options.timeout, on_progress=options.fetched)
         self._given = lane
         self._questioner = Questioner(self._open_lane, self._waker, lane)
         self._push: Push | None = None
@@ -74,6 +76,7 @@ class Shipment:
     def cancel(self) -> None:
         """End it, unless its commit is already under way."""
         self._cancelled.set()
+        self._fetching.cancel()
         self._waker.wake()
         if self._push is not None:
             self._push.cancel()
@@ -85,12 +88,12 @@ class Shipment:
         with ExitStack() as stack:
             stack.callback(self._waker.close)
             stack.callback(self._questioner.close)
-            source = open_source(what.checkpoint, key=what.key, snapshot=what.snapshot)
+            source = open_source(what.checkpoint, key=what.key, snapshot=what.snapshot, fetching=self._fetching)
             stack.callback(source.close)
             opened = time.monotonic()
             old: Source | None = None
             if what.base is not None and what.base is not False:
-                old = open_source(what.base, key=what.base_key)
+                old = open_source(what.base, key=what.base_key, fetching=self._fetching)
                 stack.callback(old.close)
             patience = min(self._options.stall, self._options.timeout or math.inf)
             planner = Planner(self._questioner, str(self._address), self._options.model, what.wishes, patience)

@@ -1,0 +1,116 @@
+"""Of one file: what of it is there, what is under way, who waits for what, and what is to be fetched next.
+
+Nothing here waits or locks: ``fetching`` does, around every call.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from shipd.checkpoints.remote.server import Line, Refusal, Remote
+from shipd.checkpoints.remote.spool import Spool
+from shipproto.rangeset import RangeSet
+
+_OPENING: Final = 256 * 1024
+"""Bytes asked for before anything is known of a file: most headers of safetensors are shorter."""
+
+_LEAST: Final = 64 * 1024
+"""Bytes asked for at least where only some are wanted: a question costs more than they do."""
+
+
+class Part:
+    """Bytes [at, stop) of a file, asked for; ``at`` moves on as they arrive. ``stop`` is None until it is known."""
+
+    def __init__(self, at: int, stop: int | None, outages: int) -> None:
+        self.at = at
+        self.stop = stop
+        self.outages = outages
+        """How often the server had failed when it was asked for."""
+        self.line: Line | None = None
+
+
+class Download:
+    """A file of a server on its way into a spool.
+
+    size      its bytes; None until they are known, which of some files is at the end
+    in_parts  whether any part of it can be asked for; otherwise it comes from its beginning to its end
+    complete  whether all of it is there
+    """
+
+    def __init__(self, remote: Remote, spool: Spool) -> None:
+        self.remote = remote
+        self.spool = spool
+        self.size: int | None = None
+        self.described = False
+        self.in_parts = False
+        self.complete = False
+        self.held = RangeSet()
+        self.flying: list[Part] = []
+        self.wants: list[tuple[int, int]] = []
+        """Ranges that readers wait for."""
+        self.everything = False
+        """Whether to fetch also what nobody waits for yet."""
+        self.cursor = 0
+        """From where on that is."""
+        self.failure: Refusal | None = None
+        self.failures = 0
+        """In a row, without a byte more."""
+        self.outages = 0
+        self.resume_at = 0.0
+        """Time before which the server is left alone."""
+        self.closed = False
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether bytes [start, stop) are there."""
+        if self.complete or start >= stop:
+            return True
+        return any(low <= start and stop <= high for low, high in self.held.ranges())
+
+    def want(self, start: int, stop: int) -> None:
+        """Someone waits for bytes [start, stop), and will probably read on from there."""
+        self.wants.append((start, stop))
+        self.cursor = start
+
+    def next_part(self, piece: int) -> Part | None:
+        """What to fetch next, in parts of at most ``piece`` bytes; None where all of it is there or under way."""
+        if self.failure is not None or self.closed or self.complete:
+            return None
+        if not self.described:
+            return None if self.flying else self._part(0, min(_OPENING, self.remote.most))
+        if not self.in_parts:
+            return None if self.flying else self._part(0, self.size)
+        assert self.size is not None
+        taken = self.held.copy()
+        for part in self.flying:
+            taken.add(part.at, part.stop)
+        piece = min(piece, self.remote.most)
+        for start, stop in self.wants:
+            gap = _gap(taken, start, min(stop, self.size))
+            if gap is not None:
+                # What follows is read next, and comes with it.
+                end = next(_gaps(taken, gap[0], self.size))[1]
+                most = piece if self.everything else max(_LEAST, min(stop - gap[0], piece))
+                return self._part(gap[0], min(end, gap[0] + most))
+        if self.everything:
+            gap = _gap(taken, self.cursor, self.size) or _gap(taken, 0, self.cursor)
+            if gap is not None:
+                return self._part(gap[0], min(gap[1], gap[0] + piece))
+        return None
+
+    def _part(self, start: int, stop: int | None) -> Part:
+        return Part(start, stop, self.outages)
+
+
+def _gap(taken: RangeSet, start: int, stop: int) -> tuple[int, int] | None:
+    return next(_gaps(taken, start, stop), None)
+
+
+def _gaps(taken: RangeSet, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The gaps between the ranges of ``taken`` within [start, stop)."""
+    for low, high in taken.ranges():
+        if low >= stop:
+            break
+        if low > start:
+            yield start, low
+        start = max(start, high)
+    if start < stop:
+        yield start, stop
