@@ -242,7 +242,7 @@ def _renames(rules: tuple[str, ...], file: Path | None, as_json: bool) -> "tuple
 
 
 def _dry_run(
-    checkpoint: Path,
+    checkpoint: str,
     address: str,
     model: str,
     key: str | None,
@@ -264,7 +264,7 @@ def _dry_run(
     if as_json:
         _emit("plan", plan_as_dict(plan, model))
     else:
-        click.echo(render_plan(plan, model, str(checkpoint)))
+        click.echo(render_plan(plan, model, checkpoint))
     if plan is not None and plan.problems:
         sys.exit(TensorMismatch.exit_code)
 
