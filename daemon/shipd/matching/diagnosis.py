@@ -270,7 +270,8 @@ def _said(plan: Plan, tried: Plan, suggestion: Suggestion | None) -> str:
         what.append(f"names {_count(suggestion.placed, 'tensor')} as the model does")
     if tried.rules.cast and not plan.rules.cast:
         options.append("--cast")
-        what.append(f"casts {_joined(list(_casts(tried)))}")
+        # Where only tensors are cast that the model ties to others, none of them is sent.
+        what.append(f"casts {_joined(list(_casts(tried)) or ['tied tensors'])}")
     if tried.rules.policy != plan.rules.policy:
         options.append(f"--policy {tried.rules.policy}")
         if tried.ignored:

@@ -14,6 +14,9 @@ WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_w
 UNMISTAKABLE: Final = WRAPPERS[1:]
 """Those that nobody calls a part of his own model."""
 
+_DEEPEST: Final = 8
+"""Components of the longest prefix that is looked for; more than eight may be common to all names."""
+
 
 def unwrap(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> list[str]:
     """``names`` without those components, wherever they are; the last component of a name stays."""
@@ -22,7 +25,7 @@ def unwrap(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> list[str
     if not any(wrapper in text for wrapper in wrappers):
         return list(names)
     components = "|".join(map(re.escape, wrappers))
-    return re.sub(rf"(?m)(?:^|(?<=\.))(?:{components})\.(?=[^\n])", "", text).split("\n")
+    return re.sub(rf"(?m)(?:^|(?<=\.))(?:{components})\.", "", text).split("\n")
 
 
 def wrapping(names: Sequence[str], wrappers: Sequence[str]) -> Counter[str]:
@@ -30,8 +33,8 @@ def wrapping(names: Sequence[str], wrappers: Sequence[str]) -> Counter[str]:
     them further inside (".module.")."""
     text = "\n".join(names)
     components = "|".join(map(re.escape, wrappers))
-    leading = re.compile(rf"(?m)^(?:(?:{components})\.)+(?=[^\n])")
-    inside = re.compile(rf"(?<=\.)(?:{components})\.(?=[^\n])")
+    leading = re.compile(rf"(?m)^(?:(?:{components})\.)+")
+    inside = re.compile(rf"(?<=\.)(?:{components})\.")
     found = Counter(leading.findall(text))
     text = leading.sub("", text)
     if inside.search(text):
@@ -54,11 +57,13 @@ def likely_prefixes(longer: Iterable[str], shorter: Container[str], most: int) -
     a dot."""
     votes: Counter[str] = Counter()
     for name in longer:
-        end = name.find(".") + 1
-        while end:
+        end = 0
+        for _ in range(_DEEPEST):
+            end = name.find(".", end) + 1
+            if not end:
+                break
             if name[end:] in shorter:
                 votes[name[:end]] += 1
-            end = name.find(".", end) + 1
     return [prefix for prefix, _ in votes.most_common(most)]
 
 

@@ -167,7 +167,7 @@ def make_plan(offered: Structure, resident: Structure, transient: Structure, rul
             problems += differences.missing(resident, lacking)
         if rules.policy != "partial":
             problems += differences.unexpected(offered, view.left)
-        if rules.policy == "partial" and not (view.found >= 0).any():
+        if rules.policy != "strict" and not (view.found >= 0).any() and not problems:
             problems.append(_nothing(offered))
         problems += differences.unlike(offered, resident, view.found, cast=rules.cast)
     sent = _Sent.of(offered, resident, view.found, lacking)

@@ -35,6 +35,9 @@ _RULES: Final = 4
 _ALIKE: Final = 0.5
 """How alike names must be, from 0 to 1, to be taken for two names of one thing."""
 
+_COMPARED: Final = 128
+"""Characters, the last ones, of names that are compared: what that takes grows with their square."""
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -143,10 +146,10 @@ def _numbers(name: str) -> tuple[str, ...]:
 def closest(name: str, candidates: Sequence[str]) -> str:
     """The one that is most like ``name``; empty where none is alike, or two are equally."""
     matcher = SequenceMatcher(autojunk=False)
-    matcher.set_seq2(name)
+    matcher.set_seq2(name[-_COMPARED:])
     ratios = []
     for candidate in candidates:
-        matcher.set_seq1(candidate)
+        matcher.set_seq1(candidate[-_COMPARED:])
         ratios.append((matcher.ratio(), candidate))
     ratios.sort(reverse=True)
     if not ratios or ratios[0][0] < _ALIKE or (len(ratios) > 1 and ratios[0][0] == ratios[1][0]):

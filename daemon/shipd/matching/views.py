@@ -5,7 +5,7 @@ from the plainest on, and the first that fits is taken: one that leaves nothing 
 of a kind that both fit neither is taken, since only the user can know.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -122,25 +122,31 @@ def choose(names: Names) -> Choice:
     if _fits(names, best):
         return Choice(best)
     collisions: list[Collision] = []
+    loose: list[View] = []
     at_most = min(len(names.offered) - len(names.dropped), len(names.resident))
     for stage in _stages(names, plain):
         if best.placed >= at_most:
             break
         views: list[View] = []
-        for view in stage:
+        for view in stage.views:
             if isinstance(view, Collision):
                 collisions.append(view)
             elif not any(np.array_equal(view.found, other.found) for other in views):
                 views.append(view)
         fitting = [view for view in views if _fits(names, view)]
-        if len(fitting) > 1:
-            return Choice(best, tuple(fitting), tuple(collisions))
-        if fitting:
-            return Choice(fitting[0], (), tuple(collisions))
+        # What fits only since tensors are shared may place fewer of them than a later view, and the wrong ones.
+        whole = [view for view in fitting if not view.shared.any() or stage.single]
+        if len(whole) > 1:
+            return Choice(best, tuple(whole), tuple(collisions))
+        if whole:
+            return Choice(whole[0], (), tuple(collisions))
+        loose += fitting
         views = [view for view in views if view.placed > best.placed and _is_most(names, view)]
         if views:
             most = max(view.placed for view in views)
             best = next(view for view in views if view.placed == most)
+    if loose:
+        best = max(loose, key=lambda view: view.placed)
     return Choice(best, (), tuple(collisions))
 
 
@@ -157,17 +163,24 @@ def _is_most(names: Names, view: View) -> bool:
     return 2 * view.placed > min(len(names.offered) - len(names.dropped), len(names.resident))
 
 
-def _stages(names: Names, plain: _Keys) -> Iterator[Iterator[View | Collision]]:
-    """Views of a kind together, the plainest first."""
+class _Stage(NamedTuple):
+    """Views of a kind, and whether there is only one of it."""
+
+    views: Iterable[View | Collision]
+    single: bool = False
+
+
+def _stages(names: Names, plain: _Keys) -> Iterator[_Stage]:
+    """The plainest first."""
     unwrapped = _unwrapped(plain)
     for wrappers, keys in unwrapped:
         if wrappers:
-            yield iter([_view(names, Reading(wrappers), keys)])
+            yield _Stage([_view(names, Reading(wrappers), keys)], single=True)
     for wrappers, keys in unwrapped:
-        yield _prefixed(names, Reading(wrappers), keys)
+        yield _Stage(_prefixed(names, Reading(wrappers), keys))
     adapters = adapters_in(plain.resident)
     if adapters:
-        yield (view for wrappers, keys in unwrapped for view in _adapted(names, wrappers, keys, adapters))
+        yield _Stage(view for wrappers, keys in unwrapped for view in _adapted(names, wrappers, keys, adapters))
 
 
 def _unwrapped(plain: _Keys) -> list[tuple[tuple[str, ...], _Keys]]:
