@@ -72,6 +72,15 @@ def test_of_a_model_that_is_served(start_daemon: StartDaemon, attach: Attach) ->
     assert (shown.model_class, shown.environment) == (process.model_class, process.environment)
 
 
+def test_a_class_with_a_name_that_does_not_fit_a_header(start_daemon: StartDaemon, attach: Attach) -> None:
+    daemon = start_daemon(models={})
+    attach(type("é" + "x" * 260, (Tied,), {})(), daemon)
+    attach(type("é", (Tied,), {})(), daemon)
+    long, odd = (process.model_class for process in describe(daemon).processes)
+    assert long == "..." + "x" * 253
+    assert odd == f"{__name__}.\\xe9"
+
+
 def test_of_models_that_nothing_serves(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     told = describe(daemon)
@@ -94,7 +103,7 @@ def test_of_a_model_that_is_not_known(start_daemon: StartDaemon) -> None:
 def test_what_the_configuration_says_of_it(attach: Attach, place: Path) -> None:
     said = {"model": shipd.ModelConfig(policy="subset", cast=True), "other": shipd.ModelConfig(policy="partial")}
     with shipd.Daemon(shipd.Config(listen="127.0.0.1:0", socket=str(place / "s"), models=said)) as daemon:
-        with pytest.raises(shipd.UnknownModel, match="models here: none"):
+        with pytest.raises(shipd.UnknownModel, match=r"its configuration \(\[models.model\]\) has no max_bytes"):
             describe(daemon)
         resident = attach(Exact(0), daemon)
         told = describe(daemon)

@@ -117,13 +117,14 @@ class Composing:
         self.image = memory.view
         host.background(lambda stop: memory.mapping.populate(lambda: stop() or self._closed.is_set()))
 
-    async def digests(self, base: LeafDigests, sent: LeafDigests) -> LeafDigests:
+    async def digests(self, base: LeafDigests, sent: LeafDigests) -> tuple[LeafDigests, bytes]:
         """Those of the next version. Raises TransferError where tensors that the model ties were sent with other bytes
         each."""
         unequal = await self._host.work(self.part.unequal, sent)
         if unequal:
             raise _ties_differ(self._model.name, unequal)
-        return await self._host.work(self.part.composed, base, sent)
+        digests = await self._host.work(self.part.composed, base, sent)
+        return digests, await self._host.work(digests.version_digest)
 
     async def compose(self, base: Slot, slot: Slot, digests: LeafDigests) -> None:
         """Fill ``slot`` with the next version, which has these ``digests``; ``base`` has the current one.

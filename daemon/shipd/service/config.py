@@ -4,7 +4,9 @@ Unknown keys are errors. The configuration is checked as a whole before any of i
 """
 
 import ipaddress
+import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,6 +193,11 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     except msgspec.ValidationError as error:
         # msgspec wraps what __post_init__ raises only where it is a ValueError; ConfigError passes through.
         raise ConfigError(f"{origin}: {error}") from error
+
+
+def table(name: str) -> str:
+    """The table of a model, as it stands in the file."""
+    return f"[models.{name if re.fullmatch('[A-Za-z0-9_-]+', name) else json.dumps(name)}]"
 
 
 def _is_loopback(host: str) -> bool:

@@ -239,8 +239,7 @@ class Incoming:
             rollout.left += evicted
             self._accept(pool, slot)
             await self._receive()
-            digests = await self._made()
-            digest = digests.version_digest()
+            digests, digest = await self._made()
             self._refuse_conflict(digest)
             if self.receiver.ended:
                 return
@@ -301,10 +300,10 @@ class Incoming:
             log.warning("tensors arrived with other digests and were asked for again", extra=self._context())
             self.flush()
 
-    async def _made(self) -> LeafDigests:
-        """Of the version that has arrived, or that comes of what has and the current one."""
+    async def _made(self) -> tuple[LeafDigests, bytes]:
+        """Digests of the version that has arrived, or that comes of what has and the current one."""
         if self._composing is None:
-            return self.receiver.digests
+            return self.receiver.digests, self.receiver.digest
         version = self.model.version
         assert version is not None and version.slot.digests is not None
         return await self._composing.digests(version.slot.digests, self.receiver.digests)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any, Final, Protocol
 
+from shipd.service.config import Config, table
 from shipd.service.host import Host
 from shipd.service.incoming import Incoming
 from shipd.service.metrics import Metrics
@@ -104,7 +105,7 @@ class Pushes:
         if self._host.draining:
             raise TransferError(AbortCode.SHUTTING_DOWN, "the daemon is shutting down")
         if model is None:
-            raise unknown_model(self._host.models, offer.model)
+            raise unknown_model(self._host.models, self._host.config, offer.model)
         if model.incoming is not None:
             self._host.spawn(self._supersede(peer, offer, model, model.incoming))
             return
@@ -141,13 +142,15 @@ class Pushes:
         send_abort(peer.connection, offer.transfer, error)
 
 
-def unknown_model(models: Mapping[str, Model], name: str) -> TransferError:
+def unknown_model(models: Mapping[str, Model], config: Config, name: str) -> TransferError:
     """There is no model of that name; those that there are."""
     known = ", ".join(sorted(models)) or "none"
+    declared = "no configuration declares it"
+    if name in config.models:
+        declared = f"its configuration ({table(name)}) has no max_bytes, with which it would exist all the same"
     return TransferError(
         AbortCode.UNKNOWN_MODEL,
-        f"no model {name!r} here: nothing is attached under that name and no configuration declares it "
-        f"(models here: {known})",
+        f"no model {name!r} here: nothing is attached under that name and {declared} (models here: {known})",
     )
 
 

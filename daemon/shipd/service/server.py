@@ -429,7 +429,7 @@ class Server:
         """Answer, at once or when it is known. Raises LimitExceeded where too many answers are owed."""
         model = self.models.get(question.model)
         if model is None and question.model:
-            send_abort(peer.connection, b"", unknown_model(self.models, question.model))
+            send_abort(peer.connection, b"", unknown_model(self.models, self.config, question.model))
         elif isinstance(question, StatusRequest):
             models = [model] if model is not None else list(self.models.values())
             peer.send(StatusIs(), encode(questions.status(models, self.images, self._started)))

@@ -1,14 +1,13 @@
 """In which layout, and in whose images, a push is received: settled before its first chunk."""
 
 import asyncio
-import json
-import re
 from collections.abc import Callable
 from functools import partial
 
 from shipd.images.slots import SlotPool
 from shipd.matching.differences import mismatches, summarise
 from shipd.service.composing import Part
+from shipd.service.config import table
 from shipd.service.host import Host
 from shipd.service.models import NOTHING, Model
 from shipd.units import format_bytes
@@ -60,7 +59,7 @@ class Settling:
             raise TransferError(
                 AbortCode.REFUSED,
                 f"this push leaves tensors of model {name!r} out, and the daemon's configuration says policy = "
-                f'"strict" of it ([models.{_table(name)}]). Push all of its tensors, or have policy = "subset" or '
+                f'"strict" of it ({table(name)}). Push all of its tensors, or have policy = "subset" or '
                 '"partial" put there and the daemon reloaded.',
             )
         # Not while a process attaches, which may be bringing the first version.
@@ -74,7 +73,7 @@ class Settling:
                 )
         resident = pool.layout
         if resident.structure.digest == offer.structure:
-            return Part(resident, resident)
+            return await self._host.work(Part, resident, resident)
         offered = await self._offered()
         _require_tensors(offered)
         # Buffers that are not persistent are no part of any version, and what is offered here is all to be live.
@@ -153,8 +152,3 @@ class Settling:
 def _require_tensors(offered: Structure) -> None:
     if not len(offered):
         raise TransferError(AbortCode.MISMATCH, "the checkpoint has no tensors")
-
-
-def _table(name: str) -> str:
-    """A model's name as a key of TOML."""
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
