@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import shipd
 from tests.support import checkpoints
@@ -25,9 +26,15 @@ _SETTLE_SECONDS = 5.0
 
 _failed = pytest.StashKey[bool]()
 
+# What hypothesis finds has to be found again, and on a busy machine any example may take long.
+settings.register_profile(
+    "shipd", database=None, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shipd")
+
 
 def pytest_configure() -> None:
-    """Ctrl-C must be heard by what the tests start: a shell's background jobs ignore it, and so would their children."""
+    """What the tests start has to hear of Ctrl-C. Jobs in the background of a shell ignore it, and so do their children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
