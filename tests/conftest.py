@@ -5,6 +5,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import shipd
 from tests.support import checkpoints
@@ -23,6 +25,23 @@ _SETTLE_SECONDS = 5.0
 """How long what is about to go may take: a thread that has handed over its result, say."""
 
 _failed = pytest.StashKey[bool]()
+
+# What hypothesis finds has to be found again, and on a busy machine any example may take long.
+settings.register_profile(
+    "shipd", database=None, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shipd")
+
+
+def pytest_configure() -> None:
+    """What the tests start has to hear of Ctrl-C. Jobs in the background of a shell ignore it, and so do their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: the collector need not look through it, which takes 0.15 s with torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -123,7 +142,7 @@ def _no_leaks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         return
     leaks = Inventory().leaks_since(before)
     if leaks:
-        # Collecting takes a tenth of a second with torch in memory, so it is done only where it may matter.
+        # Collecting takes milliseconds, so it is done only where it may matter.
         gc.collect()
         leaks = _settled(before)
     if found := leaks + cancelled:

@@ -19,12 +19,10 @@ TIMES = int(os.environ.get("SHIPD_EXAMPLES", "1"))
 
 
 def examples(count: int) -> settings:
-    """Deterministic, without deadlines: the machine may be busy."""
+    """So many times as many as are asked for, and only then others each time; the rest is as in tests/conftest.py."""
     return settings(
         max_examples=count * TIMES,
         derandomize=TIMES == 1,
-        database=None,
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shipd.checkpoints.source import open_source
@@ -99,7 +99,6 @@ def test_in_memory_and_copied(state):
 
 
 @given(state_dicts())
-@settings(deadline=None)
 def test_saved_by_torch(state):
     expected, structure = expected_digest(state), open_source(state).structure
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +109,6 @@ def test_saved_by_torch(state):
 
 
 @given(state_dicts(OLD))
-@settings(deadline=None)
 def test_saved_by_torch_in_the_old_format(state):
     expected = expected_digest(state)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +117,6 @@ def test_saved_by_torch_in_the_old_format(state):
 
 
 @given(state_dicts(tuple(name for name in BY_NAME if name not in NOT_IN_SAFETENSORS)))
-@settings(deadline=None)
 def test_saved_as_safetensors(state):
     state.pop("__metadata__", None)
     expected = expected_digest(state)
@@ -144,7 +141,6 @@ def test_any_slice_is_that_of_the_contiguous_copy(tensor, data):
 
 
 @given(st.dictionaries(names(), tensors(("float32", "uint8", "bool")), min_size=1, max_size=3), st.data())
-@settings(deadline=None)
 def test_no_damage_to_a_safetensors_file_is_worse_than_an_error(state, data):
     whole = safetensors.torch.save({name: plain(tensor) for name, tensor in state.items() if name != "__metadata__"})
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -161,7 +157,6 @@ def test_no_damage_to_a_safetensors_file_is_worse_than_an_error(state, data):
 
 
 @given(state_dicts(("float32", "uint8", "bool")), st.booleans(), st.data())
-@settings(deadline=None)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_damage_to_a_file_of_torch_is_worse_than_an_error(state, old_format, data):
     with tempfile.TemporaryDirectory() as folder:

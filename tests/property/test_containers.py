@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shipd.checkpoints.nested import state_dict_in
@@ -43,7 +43,6 @@ def told(error: Exception) -> bool:
 
 @pytest.mark.parametrize("container", ["npz", "npz, compressed", "HDF5", "HDF5, compressed", "index"])
 @given(data=st.data())
-@settings(deadline=None)
 def test_no_damage_is_worse_than_an_error(container: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = CONTAINERS[container](Path(folder) / "w", VERSION)
@@ -66,7 +65,6 @@ def test_no_damage_is_worse_than_an_error(container: str, data: st.DataObject) -
 
 
 @given(OBJECTS, st.none() | st.lists(NAMES, max_size=3).map(".".join))
-@settings(deadline=None)
 def test_of_any_object_a_state_dict_is_found_or_it_is_told_why_not(loaded: object, key: str | None) -> None:
     try:
         found = state_dict_in(loaded, "'path'", key)
@@ -79,7 +77,6 @@ def test_of_any_object_a_state_dict_is_found_or_it_is_told_why_not(loaded: objec
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4), TENSORS | PLAIN)
-@settings(deadline=None)
 def test_the_path_to_a_state_dict_is_a_key(path: list[str], beside: object) -> None:
     state = {"w": torch.ones(3)}
     loaded: object = state

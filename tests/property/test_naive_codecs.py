@@ -12,6 +12,7 @@ from shipd.codecs.registry import BY_NAME, CODECS
 from tests.property.strategies import examples, mutate, mutations
 from tests.support import finetune, naive_codecs
 from tests.support.runs import ENOUGH, SPECIAL, decoded, outcome, without_numba
+from tests.support.words import joined, words
 
 EACH = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 DTYPES = {1: (23, 0), 2: (4, 3, 18), 4: (2, 17), 8: (1, 16)}
@@ -21,34 +22,25 @@ Run = tuple[bytes, bytes | None, int]
 """Content, base where there is one, number of the dtype."""
 
 
-def nan(width: int, payload: int) -> int:
-    """A bit pattern with every bit of the exponent set, of a bfloat16, float32 or float64."""
-    exponent = {1: 0, 2: 8, 4: 8, 8: 11}[width]
-    mantissa = 8 * width - 1 - exponent
-    return ((1 << exponent) - 1) << mantissa | payload % (1 << mantissa)
-
-
 @st.composite
 def runs(draw: st.DrawFn, codec: Codec, *, most: int = 150) -> Run:
     """All equal, all different, special or arbitrary words, on a base that is the same, near, or foreign."""
     width = codec.word if codec.word > 1 else draw(st.sampled_from((1, 2, 4, 8)))
     bits = 8 * width
-    special = st.sampled_from(SPECIAL.get(width, (0, 1, 0x7F, 0x80, 0xFF)))
-    nans = st.integers(0, 1 << bits).map(lambda payload: nan(width, payload))
-    word = special | nans | st.integers(0, (1 << bits) - 1)
+    special = SPECIAL.get(width, (0, 1, 0x7F, 0x80, 0xFF))
     count = draw(st.integers(0, most))
     kind = draw(st.sampled_from(("equal", "different", "any")))
     if kind == "equal":
-        base = [draw(word)] * count
+        base = draw(words(width, 1, special)) * count
     elif kind == "different":
-        start, step = draw(word), draw(st.integers(0, (1 << bits - 1) - 1)) * 2 + 1
+        (start,), step = draw(words(width, 1, special)), draw(st.integers(0, (1 << bits - 1) - 1)) * 2 + 1
         base = [(start + step * index) % (1 << bits) for index in range(count)]
     else:
-        base = draw(st.lists(word, min_size=count, max_size=count))
+        base = draw(words(width, count, special))
     content = list(base)
     changed = draw(st.sampled_from(("none", "few", "all", "foreign")))
     if changed == "foreign":
-        content = draw(st.lists(word, min_size=count, max_size=count))
+        content = draw(words(width, count, special))
     elif changed == "all":
         by = draw(st.sampled_from((1, -1, 3, 1 << bits - 1, (1 << bits) - 2)))
         content = [(value + by) % (1 << bits) for value in base]
@@ -57,7 +49,7 @@ def runs(draw: st.DrawFn, codec: Codec, *, most: int = 150) -> Run:
             by = draw(st.sampled_from((1, -1, 1, -1, 2, -40, 1 << bits - 1)))
             content[place] = (content[place] + by) % (1 << bits)
     tail = draw(st.binary(max_size=7)) if codec.word == 1 else b""
-    new, old = (b"".join(value.to_bytes(width, "little") for value in words) + tail for words in (content, base))
+    new, old = (joined(run, width) + tail for run in (content, base))
     needs_one = codec.delta or (codec.word == 1 and draw(st.booleans()))
     return new, old if needs_one else None, draw(st.sampled_from(DTYPES[width]))
 

@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """This process's environment, with shipd on the path and without what a service manager may have set."""
+    """This process's environment, with shipd on the path and without what a service manager may have set.
+
+    Nor with PYTHONDONTWRITEBYTECODE: compiling shipd takes as long as all else of a start, and hundreds are started.
+    """
     values: dict[str, str | None] = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("protocol", "daemon", "")),
@@ -40,7 +43,7 @@ def environment(**changes: str | None) -> dict[str, str]:
         "TERM": "dumb",
     }
     foreign = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", "FORCE_COLOR", "PYTHONWARNINGS")
-    for name in (*foreign, *(name for name in values if name.startswith("SHIPD_"))):
+    for name in (*foreign, "PYTHONDONTWRITEBYTECODE", *(name for name in values if name.startswith("SHIPD_"))):
         values[name] = None
     # Nobody's own cache is read from, or written to.
     values["SHIPD_CACHE"] = ""

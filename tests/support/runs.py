@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 from typing import Final
-from unittest import mock
 
 import numpy as np
 from hypothesis import strategies as st
 
-from shipd.codecs import compiled
+from shipd.codecs import compiled, egr, plane_kernels
 from shipd.codecs.codec import Codec, CodecError
+from tests.support.words import joined, words
 
 # Until somebody has, numpy does the work, and would be compared with itself.
 compiled.warm_up()
@@ -27,16 +27,13 @@ ENOUGH: Final = 1 << 40
 @st.composite
 def whole_runs(draw: st.DrawFn, width: int, most: int = 200) -> tuple[bytes, bytes]:
     """A run of words of ``width`` bytes, at most ``most`` of them, and a base: equal, near, or of other words."""
-    word = st.integers(0, (1 << 8 * width) - 1) | st.sampled_from(SPECIAL[width])
-    content = draw(st.lists(word, max_size=most))
+    count = draw(st.integers(0, most))
+    content = draw(words(width, count, SPECIAL[width]))
     step = draw(st.sampled_from((0, 1, 127, 128, 1 << (8 * width - 1))))
-    steps = draw(st.lists(st.integers(-step, step), min_size=len(content), max_size=len(content)))
-    base = [(value + by) % (1 << 8 * width) for value, by in zip(content, steps, strict=True)]
-    return _joined(content, width), _joined(base, width)
-
-
-def _joined(words: list[int], width: int) -> bytes:
-    return b"".join(value.to_bytes(width, "little") for value in words)
+    steps = draw(st.binary(min_size=count * width, max_size=count * width))
+    by = (int.from_bytes(steps[at * width : (at + 1) * width], "little") % (2 * step + 1) - step for at in range(count))
+    base = [(value + step) % (1 << 8 * width) for value, step in zip(content, by, strict=True)]
+    return joined(content, width), joined(base, width)
 
 
 def like_weights(words: int, seed: int = 1) -> np.ndarray:
@@ -69,8 +66,17 @@ def outcome(codec: Codec, payload: bytes, base: bytes | None, size: int) -> byte
 @contextlib.contextmanager
 def without_numba() -> Iterator[None]:
     """As where nothing can be compiled."""
-    with (
-        mock.patch("shipd.codecs.plane_kernels.kernels", return_value=None),
-        mock.patch("shipd.codecs.egr.kernels", return_value=None),
-    ):
+    # By hand: unittest.mock takes longer to make its objects than the codecs to decode a run.
+    modules = (plane_kernels, egr)
+    found = [module.kernels for module in modules]
+    for module in modules:
+        setattr(module, "kernels", _nothing)  # noqa: B010  mypy takes functions of modules for constants
+    try:
         yield
+    finally:
+        for module, kernels in zip(modules, found, strict=True):
+            setattr(module, "kernels", kernels)  # noqa: B010  as above
+
+
+def _nothing() -> None:
+    """Stands for ``compiled.kernels``."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from shipd.codecs import compiled, egr, egr_numpy
 from shipd.codecs.codec import Codec, CodecError
 from shipd.codecs.egr_format import Engine
+from tests.support.words import words
 
 BFLOAT16: Final = 4
 FLOAT16: Final = 3
@@ -24,18 +25,24 @@ SPECIAL: Final = (
 Words = np.ndarray
 
 
+_STEPS: Final = (1, -1, 1, -1, 2, -3, None, 1 << 15)
+"""By what a word changes; None: to any other."""
+
+
 @st.composite
 def runs(draw: st.DrawFn, most: int = 300) -> tuple[Words, Words]:
     """(content, base): few, some or all words changed, by little or to anything."""
     size = draw(st.integers(0, most))
-    word = st.sampled_from(SPECIAL) | st.integers(0, 0xFFFF)
-    base = np.array(draw(st.lists(word, min_size=size, max_size=size)), dtype=np.uint16)
+    base = np.array(draw(words(2, size, SPECIAL)), dtype=np.uint16)
     content = base.copy()
     if not size:
         return content, base
-    for place in draw(st.lists(st.integers(0, size - 1), max_size=draw(st.sampled_from((0, 3, 30, 2 * most))))):
-        by = draw(st.sampled_from((1, -1, 1, -1, 2, -3, 100, 1 << 15)))
-        content[place] = draw(word) if by == 100 else (int(content[place]) + by) & 0xFFFF
+    count = draw(st.integers(0, draw(st.sampled_from((0, 3, 30, 2 * most)))))
+    changes = np.frombuffer(draw(st.binary(min_size=4 * count, max_size=4 * count)), dtype="<u2")
+    others = draw(words(2, count, SPECIAL))
+    for place, kind, other in zip(changes[::2].tolist(), changes[1::2].tolist(), others, strict=True):
+        by = _STEPS[kind % len(_STEPS)]
+        content[place % size] = other if by is None else (int(content[place % size]) + by) & 0xFFFF
     return content, base
 
 

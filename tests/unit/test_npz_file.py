@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shipd.checkpoints.arrays import read_slice
@@ -122,7 +122,6 @@ def test_any_slice_is_that_of_the_whole(arrays_file: tuple[dict[str, np.ndarray]
 
 
 @given(st.lists(st.integers(0, 6), max_size=5), st.data())
-@settings(deadline=None)
 def test_any_slice_of_any_shape(shape: list[int], data: st.DataObject) -> None:
     array = np.arange(int(np.prod(shape)), dtype=">u2").reshape(shape)
     order = data.draw(st.permutations(range(len(shape))))
