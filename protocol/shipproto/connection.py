@@ -14,7 +14,7 @@ everything worse raises ProtocolError, after which the connection is of no more 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -128,17 +128,27 @@ class _Assembly:
 
 
 class Connection:
-    """One side of one connection. ``nonce`` is NONCE_SIZE random bytes; ``token`` None means no token."""
+    """One side of one connection. ``nonce`` is NONCE_SIZE random bytes; the rest of what it says of itself is as in
+    ``Handshake``."""
 
     def __init__(
-        self, *, initiator: bool, nonce: bytes, agent: str, token: bytes | None = None, landing: Landing | None = None
+        self,
+        *,
+        initiator: bool,
+        nonce: bytes,
+        agent: str,
+        token: bytes | None = None,
+        capabilities: Sequence[str] = (),
+        landing: Landing | None = None,
     ) -> None:
         self.landing = landing
         self.accepts: tuple[type[Message], ...] | None = None
         """Messages that this side has any use for, None for all: others are refused before their bodies arrive."""
         self.awaited: Awaited | None = None
         """Which bodies of more than MAX_PAYLOAD bytes are put together, None for all of them."""
-        self._handshake = Handshake(initiator=initiator, nonce=nonce, agent=agent, token=token)
+        self._handshake = Handshake(
+            initiator=initiator, nonce=nonce, agent=agent, token=token, capabilities=capabilities
+        )
         self._events: deque[Event] = deque()
         self._failed: ProtocolError | None = None
 

@@ -15,6 +15,7 @@ HMAC: RFC 2104.
 import enum
 import hashlib
 import hmac
+from collections.abc import Sequence
 from typing import Final
 
 from shipproto.errors import AbortCode, AuthFailed, UnexpectedMessage, VersionMismatch
@@ -37,10 +38,13 @@ class Step(enum.Enum):
 class Handshake:
     """One side of the exchange. Feed it messages; it returns what to send back.
 
-    ``token`` None means that this side has none: an acceptor then asks for no proof.
+    token         None means that this side has none: an acceptor then asks for no proof
+    capabilities  optional abilities of this side
     """
 
-    def __init__(self, *, initiator: bool, nonce: bytes, agent: str, token: bytes | None) -> None:
+    def __init__(
+        self, *, initiator: bool, nonce: bytes, agent: str, token: bytes | None, capabilities: Sequence[str] = ()
+    ) -> None:
         if len(nonce) != NONCE_SIZE:
             raise ValueError(f"a nonce has {NONCE_SIZE} bytes")
         self.initiator = initiator
@@ -50,6 +54,7 @@ class Handshake:
         self._own = Hello(
             agent=agent,
             auth=not initiator and token is not None,
+            capabilities=tuple(capabilities),
             nonce=nonce,
             version_max=PROTOCOL_VERSION,
             version_min=PROTOCOL_VERSION,

@@ -43,12 +43,14 @@ from shipproto.errors import (
 from shipproto.frame import Buffer
 from shipproto.intake import Intake
 from shipproto.layout import Layout
+from shipproto.lent import Lent, check_table
 from shipproto.messages import (
     Abort,
     Commit,
     Committed,
     Finish,
     Join,
+    Lend,
     Message,
     Offer,
     Progress,
@@ -59,6 +61,7 @@ from shipproto.messages import (
 from shipproto.outcomes import (
     ChunkHeld,
     CommitRequested,
+    FilesLent,
     ReadyToVerify,
     ReceiverEvent,
     RunToDecode,
@@ -81,6 +84,7 @@ _Handler = str
 _TRANSITIONS: Final[Mapping[tuple[ReceiverState, type[Message]], tuple[_Handler, ReceiverState | None]]] = {
     (ReceiverState.STRUCTURE, StructureIs): ("_on_structure", ReceiverState.OFFERED),
     (ReceiverState.RECEIVING, Finish): ("_on_finish", None),
+    (ReceiverState.RECEIVING, Lend): ("_on_lend", None),
     (ReceiverState.STAGED, Commit): ("_on_commit", ReceiverState.COMMITTING),
     # A commit is never interrupted: the sender will be told how it ended.
     (ReceiverState.COMMITTING, Abort): ("_on_late_abort", None),
@@ -261,6 +265,8 @@ class Receiver:
             raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
         if isinstance(message, Finish):
             check_size(size, self._reception.books.layout)
+        elif isinstance(message, Lend):
+            check_table(size, self._reception.books.layout)
         return True
 
     # --- what the shell decides ----------------------------------------------------------------------------
@@ -408,6 +414,13 @@ class Receiver:
             raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
         self._verification.note(finish, body, self._reception.books.layout)
         return self._check_complete()
+
+    def _on_lend(self, lend: Lend, body: Buffer) -> list[ReceiverEvent]:
+        intake, connection = self._reception.books, self._reception.connection
+        if intake.image is None or connection is None:
+            raise MalformedMessage("LEND where no bytes were asked for")
+        lent = Lent.decode(body, intake.layout, lend.files)
+        return [FilesLent(lend.files, lent, intake.lend(lent, connection))]
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"

@@ -9,13 +9,16 @@ interrupts it.
 
 import asyncio
 import logging
+import os
 import time
+from functools import partial
 from typing import Final
 
 from shipd.images.slots import Slot, SlotPool
 from shipd.service.decoding import Decoding, Ground, Target
 from shipd.service.host import Host
 from shipd.service.lanes import Lanes
+from shipd.service.lending import Lending
 from shipd.service.models import Model, Version
 from shipd.service.rollout import Outcome, Rollout
 from shipd.service.settling import Settling
@@ -23,6 +26,7 @@ from shipd.service.vacancy import take_slot
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
+from shipd.transfer.unixpeer import UnixPeer
 from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.errors import AbortCode, TransferError
 from shipproto.layout import Layout
@@ -32,6 +36,7 @@ from shipproto.names import harmless
 from shipproto.outcomes import (
     ChunkHeld,
     CommitRequested,
+    FilesLent,
     ReadyToVerify,
     ReceiverEvent,
     RunToDecode,
@@ -77,6 +82,7 @@ class Incoming:
         self._decoding = Decoding(
             host.work, host.speeds, took=self._took, refused=self._not_decoded, hold_back=self._hold_back
         )
+        self._lending = Lending(host.config.stall, took=self._took, dropped=self._not_read, failed=self.fail)
         self._lanes = Lanes(self.receiver, self._on_event, self.flush, host.lane_ended, self._decoding.admit)
         self._verify = asyncio.Event()
         self._commit_requested = asyncio.Event()
@@ -165,6 +171,9 @@ class Incoming:
                 self._settling.arrived(outcome.encoded)
             elif isinstance(outcome, RunToDecode):
                 self._decoding.submit(outcome)
+            elif isinstance(outcome, FilesLent):
+                assert self._slot is not None and isinstance(self.peer, UnixPeer)
+                self._lending.begin(outcome, self.peer.take_fds(outcome.files), self._slot, self.receiver.digests)
             elif isinstance(outcome, ReadyToVerify):
                 self._verify.set()
             elif isinstance(outcome, CommitRequested):
@@ -180,6 +189,9 @@ class Incoming:
     def _not_decoded(self, run: RunToDecode) -> None:
         self.receiver.undecodable(run)
         self.flush()
+
+    def _not_read(self, run: RunToDecode) -> None:
+        self.receiver.undecodable(run)
 
     def _hold_back(self, much: bool) -> None:
         if self.peer is not None:
@@ -251,6 +263,7 @@ class Incoming:
         finally:
             reporter.cancel()
             await self._decoding.end()
+            await self._lending.end()
             self._clean_up()
 
     def _accept(self, pool: SlotPool, slot: Slot) -> None:
@@ -359,6 +372,7 @@ class Incoming:
         )
         spent = self._lanes.times()
         spent.add(self._times)
+        spent.add(self._lending.times)
         if self.peer is not None:
             spent.add(self.peer.times)
         self.receiver.committed(
@@ -410,7 +424,7 @@ class Incoming:
                 limit = _STANDSTILL * self._host.config.stall
                 if loop.time() - self._moved > limit:
                     self.fail(TransferError(AbortCode.STALLED, f"nothing but signs of life for {limit:.0f} s"))
-            arriving = self.peer is not None and self.peer.last_heard >= since
+            arriving = self._lending.reading or (self.peer is not None and self.peer.last_heard >= since)
             if arriving or self.receiver.state is not ReceiverState.RECEIVING:
                 self.receiver.report(self.receiver.state.name.lower())
                 self.flush()
@@ -442,6 +456,10 @@ class Incoming:
             pool = self._pool or self.model.pool
             assert pool is not None
             pool.discard(slot)
+            if self._lending.reading:
+                # What a thread that hangs still reads goes into memory that nobody is given again.
+                slot.readers.add(os.getpid())
+                self._lending.left = partial(self._host.images.left_by, self.model, slot, os.getpid())
             if self._rollout is not None:
                 self._rollout.cancel()
         if self._pool is not None:
