@@ -101,7 +101,8 @@ class Resident:
             model=name,
             socket=socket,
             mode=swapper.mode,
-            pinned=tensors.device.type == "cuda",
+            # Copies to the device, or maps pages, while the rest still arrives.
+            pinned=tensors.device.type == "cuda" or self.mode == "flip",
         )
         self._hooks: Hooks | None = None
         self._detaching = threading.Lock()
