@@ -42,16 +42,15 @@ class RunToDecode:
 
 @dataclass(frozen=True, slots=True)
 class FilesLent:
-    """The sender has lent so many open files, which hold the chunks of these runs as ``lent`` says.
+    """The sender has lent so many open files, which hold chunks as ``lent`` says.
 
-    The shell takes the descriptors, checks the files' sizes (``Lent.ends``), reads the chunks into the image, and says
-    ``decoded`` of each run that is there. Where one cannot be read the transfer is over, and ``undecodable`` says that
-    nothing reads into the image for it any more.
+    The shell takes the descriptors, has ``Receiver.lend`` say what is to be read, checks the files' sizes
+    (``Lent.ends``), reads the chunks into the image, and says ``decoded`` of each run that is there. Where one cannot be
+    read the transfer is over, and ``undecodable`` says that nothing reads into the image for it any more.
     """
 
     files: int
     lent: Lent
-    runs: list[RunToDecode]
 
 
 @dataclass(frozen=True, slots=True)

@@ -315,6 +315,12 @@ class Receiver:
         """The run is in the image, and what it consists of may have been added to ``digests``; what has not is now."""
         return self._took(run.chunks, len(run.payload)) if self._reception.books.decoded(run) else []
 
+    def lend(self, lent: Lent) -> list[RunToDecode]:
+        """This side reads what is missing from files that were lent: in these runs, in the files' order."""
+        if self._reception.connection is None:
+            raise LocalError("nobody is there who could have lent anything")
+        return self._reception.books.lend(lent, self._reception.connection)
+
     def undecodable(self, run: RunToDecode) -> None:
         """The run does not decode: its chunks are asked for again, and to come as they are.
 
@@ -416,11 +422,10 @@ class Receiver:
         return self._check_complete()
 
     def _on_lend(self, lend: Lend, body: Buffer) -> list[ReceiverEvent]:
-        intake, connection = self._reception.books, self._reception.connection
-        if intake.image is None or connection is None:
+        intake = self._reception.books
+        if intake.image is None:
             raise MalformedMessage("LEND where no bytes were asked for")
-        lent = Lent.decode(body, intake.layout, lend.files)
-        return [FilesLent(lend.files, lent, intake.lend(lent, connection))]
+        return [FilesLent(lend.files, Lent.decode(body, intake.layout, lend.files))]
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"

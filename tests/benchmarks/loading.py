@@ -220,7 +220,9 @@ def table(
     for cache in ("warm", "cold"):
         numbers = sorted({one.round for one in samples if one.cache == cache})
         best = {
-            number: min(seconds for (way, where, at), seconds in known.items() if (where, at) == (cache, number) and way in WAYS)
+            number: min(
+                seconds for (way, where, at), seconds in known.items() if (where, at) == (cache, number) and way in WAYS
+            )
             for number in numbers
         }
         for way in dict.fromkeys((*WAYS, *(one.way for one in samples))):
@@ -231,7 +233,9 @@ def table(
             taken = [known[way, cache, number] for number in numbers if (way, cache, number) in known]
             row = Row(name=name, value=median(taken), unit="s", spread=spread(taken), better="lower")
             if mode := _mode(way):
-                ratios = [known[way, cache, number] / best[number] for number in numbers if (way, cache, number) in known]
+                ratios = [
+                    known[way, cache, number] / best[number] for number in numbers if (way, cache, number) in known
+                ]
                 row.reference, row.ratio, row.spread = "the fastest way of loading", median(ratios), spread(ratios)
                 row.bounds = "ratio"
                 row.floor = MODES[mode] if bounded else None

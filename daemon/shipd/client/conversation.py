@@ -154,6 +154,7 @@ class Conversation:
         self._lend = False
         self._loan = Loan.of(self._sender, self._source, self._lane)
         if self._loan is not None:
+            self._account.bytes_lent += self._loan.bytes
             self._account.sending(self._offered_at)
             # At once: the daemon reads while this side does.
             self._take(self._lane.pump())

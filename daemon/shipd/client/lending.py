@@ -33,7 +33,10 @@ class Loan:
         self._source = source
         self._fds = tuple(fds)
         self._files = LentFiles(lent, self._fds)
-        self._undigested = iter(lent.chunks)
+        chunks = lent.chunks
+        self.bytes = sum(lent.layout.chunk(chunk)[1] for chunk in chunks)
+        """Of all chunks that are lent."""
+        self._undigested = iter(chunks)
         self._buffer = memoryview(bytearray(LEAF_SIZE))
 
     @classmethod

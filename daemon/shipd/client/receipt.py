@@ -32,6 +32,7 @@ class Receipt:
     bytes_total      bytes of those tensors
     bytes_sent       everything written to sockets, manifest, frames and what was sent again included
     bytes_unchanged  bytes of chunks that were left out, since the receiver's version had the same
+    bytes_lent       bytes of chunks that the receiver, on the same host, has read from the checkpoint's files itself
     frames_resent    frames that went again because they had arrived damaged
     resent_tensors   the tensors that those frames carried
     skipped          tensors of the checkpoint that the model keeps in non-persistent buffers; not sent
@@ -60,6 +61,7 @@ class Receipt:
     bytes_total: int
     bytes_sent: int
     bytes_unchanged: int
+    bytes_lent: int
     frames_resent: int
     resent_tensors: tuple[str, ...]
     skipped: tuple[str, ...]

@@ -23,6 +23,7 @@ from shipd.service.models import Model, Version
 from shipd.service.rollout import Outcome, Rollout
 from shipd.service.settling import Settling
 from shipd.service.vacancy import take_slot
+from shipd.transfer.lent_files import LentFiles
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
@@ -120,6 +121,8 @@ class Incoming:
         self.receiver.check_offer(offer)
         self._lanes.stop()
         self.receiver.connected(peer.connection, offer)
+        if isinstance(peer, UnixPeer):
+            peer.takes_fds = self._host.config.lending
         previous, self.peer = self.peer, peer
         self.peer_name = peer.name
         if previous is not None and previous is not peer:
@@ -172,8 +175,7 @@ class Incoming:
             elif isinstance(outcome, RunToDecode):
                 self._decoding.submit(outcome)
             elif isinstance(outcome, FilesLent):
-                assert self._slot is not None and isinstance(self.peer, UnixPeer)
-                self._lending.begin(outcome, self.peer.take_fds(outcome.files), self._slot, self.receiver.digests)
+                self._read_lent(outcome)
             elif isinstance(outcome, ReadyToVerify):
                 self._verify.set()
             elif isinstance(outcome, CommitRequested):
@@ -189,6 +191,11 @@ class Incoming:
     def _not_decoded(self, run: RunToDecode) -> None:
         self.receiver.undecodable(run)
         self.flush()
+
+    def _read_lent(self, outcome: FilesLent) -> None:
+        assert self._slot is not None and isinstance(self.peer, UnixPeer)
+        files = LentFiles(outcome.lent, self.peer.take_fds(outcome.files))
+        self._lending.begin(files, self.receiver.lend(outcome.lent), self._slot.memory.view, self.receiver.digests)
 
     def _not_read(self, run: RunToDecode) -> None:
         self.receiver.undecodable(run)
@@ -452,19 +459,22 @@ class Incoming:
     def _give_back(self) -> None:
         """Images and the model's place, whatever else went wrong."""
         slot, self._slot = self._slot, None
+        images, own = self._host.images, self._pool
+        self._pool = None
         if slot is not None:
-            pool = self._pool or self.model.pool
+            pool = own or self.model.pool
             assert pool is not None
             pool.discard(slot)
-            if self._lending.reading:
+            if self._lending.reading and own is None:
                 # What a thread that hangs still reads goes into memory that nobody is given again.
                 slot.readers.add(os.getpid())
-                self._lending.left = partial(self._host.images.left_by, self.model, slot, os.getpid())
+                self._lending.left = partial(images.left_by, self.model, slot, os.getpid())
             if self._rollout is not None:
                 self._rollout.cancel()
-        if self._pool is not None:
-            self._host.images.free_pool(self._pool)
-            self._pool = None
+        if own is not None and self._lending.reading:
+            self._lending.left = partial(images.free_pool, own)
+        elif own is not None:
+            images.free_pool(own)
         self.model.incoming = None
         self._host.finished(self)
 

@@ -16,13 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from shipd.images.slots import Slot
 from shipd.transfer.lent_files import CutShort, LentFiles
 from shipd.transfer.times import Times
 from shipproto.digests import LeafDigests
 from shipproto.errors import AbortCode, TransferError
-from shipproto.lent import Lent
-from shipproto.outcomes import FilesLent, RunToDecode
+from shipproto.outcomes import RunToDecode
 
 log = logging.getLogger("shipd.transfer")
 
@@ -70,11 +68,11 @@ class Lending:
         """Whether threads may be writing into the image."""
         return bool(self._jobs)
 
-    def begin(self, outcome: FilesLent, fds: tuple[int, ...], slot: Slot, digests: LeafDigests) -> None:
-        """Read what was lent into ``slot``. The descriptors are closed when that is done."""
-        job = _Job(outcome, fds, slot.memory.view, digests, self._on_loop)
+    def begin(self, files: LentFiles, runs: list[RunToDecode], image: memoryview, digests: LeafDigests) -> None:
+        """Read these runs of what was lent into ``image``. The descriptors are closed when that is done."""
+        job = _Job(files, runs, image, digests, self._on_loop)
         self._jobs.add(job)
-        self._runs.update(outcome.runs)
+        self._runs.update(runs)
         self._moved = self._loop.time()
         if self._watch is None:
             self._watch = self._loop.call_later(self._stall, self._look)
@@ -154,17 +152,17 @@ class _Job:
 
     def __init__(
         self,
-        outcome: FilesLent,
-        fds: tuple[int, ...],
+        files: LentFiles,
+        runs: list[RunToDecode],
         image: memoryview,
         digests: LeafDigests,
         tell: Callable[["_Job", Any], None],
     ) -> None:
         self.stopping = False
         self.times = Times()
-        self._lent: Lent = outcome.lent
-        self._files = LentFiles(outcome.lent, fds)
-        self._waiting = deque(outcome.runs)
+        self._files = files
+        self._lent = files.lent
+        self._waiting = deque(runs)
         self._image = image
         self._digests = digests
         self._tell = partial(tell, self)

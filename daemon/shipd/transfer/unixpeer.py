@@ -16,7 +16,7 @@ from typing import Final
 
 from shipd.transfer.times import Times
 from shipproto.connection import ChunkArrived, Connection, Event
-from shipproto.errors import LimitExceeded, LocalError, MalformedMessage, ProtocolError
+from shipproto.errors import LocalError, MalformedMessage, ProtocolError
 from shipproto.frame import Buffer
 from shipproto.limits import MAX_LENT_FILES
 from shipproto.messages import Message
@@ -75,8 +75,10 @@ class UnixPeer:
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self.backlog = 0
         """Bytes that the peer has not taken, beyond what the kernel keeps for it."""
-        self._fds: deque[int] = deque()
-        """Descriptors that the peer has sent and nobody has taken yet."""
+        self.takes_fds = False
+        """Whether descriptors from the peer may be of any use."""
+        self._fds: tuple[int, ...] = ()
+        """Those that came last, until somebody takes them."""
         self._writing = False
         self._paused = False
         self._held_back = False
@@ -140,7 +142,6 @@ class UnixPeer:
         self.last_heard = self._loop.time()
         try:
             for _ in range(_READS_PER_WAKE):
-                unclaimed = len(self._fds)
                 try:
                     asked = time.monotonic()
                     count = self._receive()
@@ -156,8 +157,6 @@ class UnixPeer:
                 self.times.check += checked - received
                 for event in self.connection.events():
                     self._on_event(self, event)
-                    # Those that were here before have come with another message than this one, which takes none.
-                    unclaimed = self._drop_fds(unclaimed)
                     if isinstance(event, ChunkArrived):
                         digested = time.monotonic()
                         self.times.digest += digested - checked
@@ -178,33 +177,32 @@ class UnixPeer:
             self._pause()
 
     def _receive(self) -> int:
-        """Bytes received into the connection's buffer. Raises LimitExceeded for a flood of descriptors."""
+        """Bytes received into the connection's buffer. Descriptors that nobody waits for are closed at once."""
         count, ancillary, _flags, _address = self._sock.recvmsg_into(
             [self.connection.get_buffer()], _ANCILLARY, socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                self._fds.extend(memoryview(data)[: len(data) // 4 * 4].cast("i"))
-        if len(self._fds) > MAX_LENT_FILES:
-            raise LimitExceeded(f"{len(self._fds)} descriptors; at most {MAX_LENT_FILES}")
+                # Those that are still here came with a message that takes none.
+                self._drop_fds()
+                self._fds = tuple(memoryview(data)[: len(data) // 4 * 4].cast("i"))
+                if not self.takes_fds:
+                    self._drop_fds()
         return count
 
     def take_fds(self, count: int) -> tuple[int, ...]:
         """The descriptors that came with the message that is being handled: the caller's from now on.
 
-        Raises MalformedMessage where they are not so many; those that are there are closed with the connection.
+        Raises MalformedMessage where they are not so many.
         """
         if len(self._fds) != count:
             raise MalformedMessage(f"{count} descriptors were announced and {len(self._fds)} have come")
-        taken = tuple(self._fds)
-        self._fds.clear()
+        taken, self._fds = self._fds, ()
         return taken
 
-    def _drop_fds(self, count: int) -> int:
-        """Close the first ``count`` of the descriptors that nobody has taken."""
-        for _ in range(min(count, len(self._fds))):
-            os.close(self._fds.popleft())
-        return 0
+    def _drop_fds(self) -> None:
+        fds, self._fds = self._fds, ()
+        _close_all(fds)
 
     def hold_back(self, much: bool) -> None:
         """Take nothing more from the peer for now, or go on."""
@@ -268,7 +266,7 @@ class UnixPeer:
         for _piece, fds in self._outgoing:
             _close_all(fds)
         self._outgoing.clear()
-        self._drop_fds(len(self._fds))
+        self._drop_fds()
         self.backlog = 0
         self._sock.close()
         self._on_lost(self)
