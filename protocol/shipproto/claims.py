@@ -79,6 +79,14 @@ class Claims:
         claim.stage = _Stage.DECODING
         return True
 
+    def take_run(self, chunks: range, connection: Connection) -> bool:
+        """Claim chunks that this side reads itself, as a run that is being decoded: all of them or none."""
+        claim = _Claim(connection, stage=_Stage.DECODING)
+        if any(chunk in self._claims for chunk in chunks):
+            return False
+        self._claims.update(dict.fromkeys(chunks, claim))
+        return True
+
     def hold_run(self, chunks: range) -> None:
         """The run that is being decoded is in its place."""
         self._claims[chunks.start].stage = _Stage.HELD

@@ -3,15 +3,24 @@
 Whom a chunk is taken from is in ``claims``; what is said to the sender about it, in ``receiver``.
 """
 
+from typing import Final
+
 from shipproto.claims import Claims
 from shipproto.connection import ChunkArrived, Connection, RunArrived
 from shipproto.digests import LeafDigests
 from shipproto.errors import LimitExceeded, LocalError, MalformedMessage
 from shipproto.layout import Layout
+from shipproto.lent import Lent, runs
 from shipproto.limits import MAX_RUN_BYTES
 from shipproto.messages import SAME, Coded
 from shipproto.outcomes import RunToDecode
 from shipproto.rangeset import RangeSet
+
+LENT: Final = 0
+"""In place of a codec: the chunks of the run are in files that were lent."""
+
+LENT_RUN: Final = 8
+"""Chunks of such a run: 4 MiB."""
 
 
 class Intake:
@@ -125,6 +134,18 @@ class Intake:
         if run.codec != SAME:
             self._touched[run.chunks.start : run.chunks.stop] = b"\1" * len(run.chunks)
         return run
+
+    def lend(self, lent: Lent, connection: Connection) -> list[RunToDecode]:
+        """What is lent and still missing is going to be read by this side. The runs to read, in the files' order."""
+        missing = self.missing()
+        found = []
+        for chunks in runs([chunk for chunk in lent.chunks if chunk in missing], LENT_RUN):
+            if self._claims.take_run(chunks, connection):
+                run = RunToDecode(chunks, LENT, memoryview(b""), connection, -1)
+                self._decoding.add(run)
+                self._touched[chunks.start : chunks.stop] = b"\1" * len(chunks)
+                found.append(run)
+        return found
 
     def decoded(self, run: RunToDecode) -> bool:
         """The run is in its place. False where the transfer is over."""

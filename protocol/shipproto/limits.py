@@ -47,6 +47,10 @@ MAX_STRUCTURE_BODY: Final = 64 * 1024 * 1024
 MAX_LANES: Final = 16
 """Connections of one transfer: more than fill any link that ordinary TCP is used on."""
 
+MAX_LENT_FILES: Final = 128
+"""Descriptors that come with one LEND; the kernel passes at most 253 with a message. Of a checkpoint in more files the
+rest travels as bytes."""
+
 MAX_RANGES: Final = 1 << 16
 """Ranges in one WANT. A receiver with a more ragged set asks for a superset: resending is harmless."""
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from shipproto.connection import Connection
 from shipproto.errors import TransferError
+from shipproto.lent import Lent
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,19 @@ class RunToDecode:
 
 
 @dataclass(frozen=True, slots=True)
+class FilesLent:
+    """The sender has lent so many open files, which hold chunks as ``lent`` says.
+
+    The shell takes the descriptors, has ``Receiver.lend`` say what is to be read, checks the files' sizes
+    (``Lent.ends``), reads the chunks into the image, and says ``decoded`` of each run that is there. Where one cannot be
+    read the transfer is over, and ``undecodable`` says that nothing reads into the image for it any more.
+    """
+
+    files: int
+    lent: Lent
+
+
+@dataclass(frozen=True, slots=True)
 class ReadyToVerify:
     """Everything is held and the sender's digests are known; the shell calls ``verify``, on any thread."""
 
@@ -56,4 +70,6 @@ class TransferAborted:
     error: TransferError
 
 
-ReceiverEvent = StructureArrived | ChunkHeld | RunToDecode | ReadyToVerify | CommitRequested | TransferAborted
+ReceiverEvent = (
+    StructureArrived | ChunkHeld | RunToDecode | FilesLent | ReadyToVerify | CommitRequested | TransferAborted
+)

@@ -43,12 +43,14 @@ from shipproto.errors import (
 from shipproto.frame import Buffer
 from shipproto.intake import Intake
 from shipproto.layout import Layout
+from shipproto.lent import Lent, check_table
 from shipproto.messages import (
     Abort,
     Commit,
     Committed,
     Finish,
     Join,
+    Lend,
     Message,
     Offer,
     Progress,
@@ -59,6 +61,7 @@ from shipproto.messages import (
 from shipproto.outcomes import (
     ChunkHeld,
     CommitRequested,
+    FilesLent,
     ReadyToVerify,
     ReceiverEvent,
     RunToDecode,
@@ -81,6 +84,7 @@ _Handler = str
 _TRANSITIONS: Final[Mapping[tuple[ReceiverState, type[Message]], tuple[_Handler, ReceiverState | None]]] = {
     (ReceiverState.STRUCTURE, StructureIs): ("_on_structure", ReceiverState.OFFERED),
     (ReceiverState.RECEIVING, Finish): ("_on_finish", None),
+    (ReceiverState.RECEIVING, Lend): ("_on_lend", None),
     (ReceiverState.STAGED, Commit): ("_on_commit", ReceiverState.COMMITTING),
     # A commit is never interrupted: the sender will be told how it ended.
     (ReceiverState.COMMITTING, Abort): ("_on_late_abort", None),
@@ -262,6 +266,8 @@ class Receiver:
             raise UnexpectedMessage(f"{type(message).__name__} in state {self.state.name}")
         if isinstance(message, Finish):
             check_size(size, self._reception.books.layout)
+        elif isinstance(message, Lend):
+            check_table(size, self._reception.books.layout)
         return True
 
     # --- what the shell decides ----------------------------------------------------------------------------
@@ -309,6 +315,12 @@ class Receiver:
     def decoded(self, run: RunToDecode) -> list[ReceiverEvent]:
         """The run is in the image, and what it consists of may have been added to ``digests``; what has not is now."""
         return self._took(run.chunks, len(run.payload)) if self._reception.books.decoded(run) else []
+
+    def lend(self, lent: Lent) -> list[RunToDecode]:
+        """This side reads what is missing from files that were lent: in these runs, in the files' order."""
+        if self._reception.connection is None:
+            raise LocalError("nobody is there who could have lent anything")
+        return self._reception.books.lend(lent, self._reception.connection)
 
     def undecodable(self, run: RunToDecode) -> None:
         """The run does not decode: its chunks are asked for again, and to come as they are.
@@ -409,6 +421,12 @@ class Receiver:
             raise MalformedMessage(f"FINISH is labelled {finish.label!r} where {self.offer.label!r} was offered")
         self._verification.note(finish, body, self._reception.books.layout)
         return self._check_complete()
+
+    def _on_lend(self, lend: Lend, body: Buffer) -> list[ReceiverEvent]:
+        intake = self._reception.books
+        if intake.image is None:
+            raise MalformedMessage("LEND where no bytes were asked for")
+        return [FilesLent(lend.files, Lent.decode(body, intake.layout, lend.files))]
 
     def _on_commit(self, _commit: Commit, _body: Buffer) -> list[ReceiverEvent]:
         self._stage = "committing"

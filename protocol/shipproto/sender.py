@@ -29,6 +29,7 @@ from shipproto.errors import AbortCode, LocalError, MalformedMessage, ProtocolEr
 from shipproto.frame import Buffer
 from shipproto.headers import decode_header, encode_header
 from shipproto.layout import Layout
+from shipproto.lent import Lent
 from shipproto.limits import DIGEST_SIZE, MAX_HEADER, MAX_VERIFY_ROUNDS
 from shipproto.messages import (
     Abort,
@@ -38,6 +39,7 @@ from shipproto.messages import (
     Held,
     Join,
     Joined,
+    Lend,
     Message,
     Offer,
     Progress,
@@ -304,6 +306,15 @@ class Sender:
     def sent(self, chunks: range) -> None:
         """Chunks that were handed out have been digested, and are queued on some connection. On any thread."""
         self._outgoing.sent(chunks)
+
+    def lend(self, lent: Lent, files: int) -> None:
+        """Have the receiver read what is wanted of these chunks from so many files, whose descriptors the shell sends
+        beside the message's first byte: they are not handed out any more, and have to be digested all the same."""
+        if self.state is not SenderState.SENDING:
+            raise LocalError(f"lend in state {self.state.name}")
+        for chunk in lent.chunks:
+            self._outgoing.wanted.discard(chunk)
+        self._require().send(Lend(files=files, transfer=self.transfer), lent.encode())
 
     def put_back(self, chunks: range) -> None:
         """Chunks that were handed out are not sent after all: they are handed out again."""

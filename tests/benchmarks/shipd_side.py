@@ -62,19 +62,19 @@ class Sender(Side):
 
 
 class Serving(Side):
-    """Holds models in mode copy, idle."""
+    """Holds models, idle."""
 
     def __init__(self) -> None:
         self.residents: dict[str, Any] = {}
 
-    def attach(self, socket: str, name: str, total: int, count: int = 0) -> None:
+    def attach(self, socket: str, name: str, total: int, count: int = 0, mode: str = "copy") -> None:
         """A model with tensors like the sender's."""
         import shipd
 
         state = payload.even(count, total) if count else payload.model(total)
         for tensor in state.values():
             payload.bits(tensor)[:] = 1
-        self.residents[name] = shipd.attach(module_of(state), name, socket=socket, mode="copy", timeout=CALL)
+        self.residents[name] = shipd.attach(module_of(state), name, socket=socket, mode=mode, timeout=CALL)
 
     def verify(self, name: str) -> str:
         """The digest of what is live."""
@@ -142,13 +142,20 @@ class Host:
         for worker in self.serving:
             worker.call("pin", cores=cores)
 
-    def serve(self, name: str, total: int, count: int = 0, kind: str = "tests.benchmarks.shipd_side:Serving") -> Worker:
-        """A process that serves a model."""
+    def serve(
+        self,
+        name: str,
+        total: int,
+        count: int = 0,
+        kind: str = "tests.benchmarks.shipd_side:Serving",
+        **options: Any,
+    ) -> Worker:
+        """A process that serves a model; ``options`` are of its ``attach``."""
         worker = Worker(kind)
         self.serving.append(worker)
         if self._cores:
             worker.call("pin", cores=self._cores)
-        worker.call("attach", socket=str(self.daemon.socket), name=name, total=total, count=count)
+        worker.call("attach", socket=str(self.daemon.socket), name=name, total=total, count=count, **options)
         return worker
 
     def dismiss(self) -> None:

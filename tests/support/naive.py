@@ -30,6 +30,7 @@ TYPES = {
     "Hello": 1, "Auth": 2, "Body": 3, "Nack": 4, "Ping": 5,
     "Offer": 16, "StructureWanted": 17, "StructureIs": 18, "Want": 19, "Data": 20, "Progress": 21, "Finish": 22,
     "Staged": 23, "Commit": 24, "Committed": 25, "Abort": 26, "Join": 27, "Joined": 28, "Coded": 29, "Held": 30,
+    "Lend": 31,
     "StatusRequest": 32, "StatusIs": 33, "VerifyRequest": 34, "VerifyIs": 35, "Describe": 36, "DescriptionIs": 37,
     "Attach": 48, "Attached": 49, "Images": 50, "Fill": 51, "Filled": 52, "Arriving": 53, "Stage": 54,
     "StageReady": 55, "Swap": 56, "Swapped": 57, "Unstage": 58, "Release": 59, "Evicted": 60, "DigestRequest": 61,

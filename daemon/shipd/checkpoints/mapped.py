@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from operator import add
 from typing import Protocol
 
+from shipd.checkpoints.extents import Extent
 from shipd.checkpoints.opened import OpenFile
 from shipd.checkpoints.source import MAX_READ, check_range, join, pick
 from shipd.checkpoints.wording import quoted
@@ -66,6 +67,10 @@ class MappedFile:
         if gaps is None and starts[1:] == stops[:-1]:
             return self._bytes[starts[0] : stops[-1]]
         return join(map(self._bytes.__getitem__, map(slice, starts, stops)), gaps)
+
+    def extent(self, row: int) -> Extent | None:
+        """See ``InFiles``."""
+        return None if row in self._others else Extent(self._file.descriptor, self._starts[row])
 
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``."""

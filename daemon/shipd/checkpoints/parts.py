@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from shipd.checkpoints import known
+from shipd.checkpoints.extents import Extent, InFiles
 from shipd.checkpoints.source import Source, join
 from shipd.checkpoints.wording import quoted
 from shipd.errors import CheckpointError
@@ -66,6 +67,11 @@ class Parts:
             after = gaps[end - 1] if gaps is not None and end < len(rows) else 0
             yield part, range(inside[0], inside[-1] + 1) if consecutive else inside, between, after
             at = end
+
+    def extent(self, row: int) -> Extent | None:
+        """See ``InFiles``."""
+        part, inside = self._places[row]
+        return part.extent(inside) if isinstance(part, InFiles) else None
 
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``."""

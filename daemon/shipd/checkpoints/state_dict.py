@@ -102,6 +102,10 @@ class StateDict:
         del storages
         return content
 
+    def place(self, row: int) -> tuple[int, int] | None:
+        """Address and size of the tensor's bytes in host memory; None where they do not lie there as they travel."""
+        return None if row in self._words else (self._pointers[row], self._sizes[row])
+
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``; whether it is a tensor's memory, see ``_view``."""
         return isinstance(content.obj, ctypes.Array)

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from shipd.checkpoints.extents import Extent, MappedRanges
 from shipd.checkpoints.nested import state_dict_in
 from shipd.checkpoints.opened import OpenFile
 from shipd.checkpoints.state_dict import StateDict
@@ -47,6 +48,7 @@ class TorchFile:
         self.origin = file.path
         self._file = file
         self._mapped = mapped
+        self._ranges: MappedRanges | None = None
         tensors = state_dict_in(_load(file, mapped=mapped), quoted(file.path), key)
         if what := file.changed():
             raise CheckpointError(f"{what} changed while it was being opened; push it when it is complete")
@@ -66,6 +68,16 @@ class TorchFile:
         if self._mapped:
             self._file.require_whole(self.structure.names[rows[0]])
         return self._tensors.read_packed(rows, gaps)
+
+    def extent(self, row: int) -> Extent | None:
+        """See ``InFiles``; of a mapped file, by where torch has mapped it."""
+        if not self._mapped:
+            return None
+        if self._ranges is None:
+            self._ranges = MappedRanges(self._file)
+        place = self._tensors.place(row)
+        offset = None if place is None else self._ranges.offset(*place)
+        return None if offset is None else Extent(self._file.descriptor, offset)
 
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``."""

@@ -40,7 +40,9 @@ def render_receipt(receipt: Receipt) -> str:
     if receipt.already:
         return f"{receipt.model} is at {receipt.label} already, digest {receipt.digest}: nothing to send"
     size = f"{format_bytes(receipt.bytes_sent)} for {receipt.tensors} tensors of {format_bytes(receipt.bytes_total)}"
-    if receipt.bytes_sent < receipt.bytes_total * 0.95:
+    if receipt.bytes_lent:
+        size += f", of which the daemon has read {format_bytes(receipt.bytes_lent)} from the file itself"
+    elif receipt.bytes_sent < receipt.bytes_total * 0.95:
         size += f" ({receipt.bytes_total / receipt.bytes_sent:.1f} times fewer)"
     times = f"wire {format_seconds(receipt.wire_seconds)}, stage {format_seconds(receipt.stage_seconds)}"
     lines = [
@@ -130,6 +132,8 @@ def plan_as_dict(plan: Plan | None, model: str) -> dict[str, Any]:
 def render_choices(receipt: Receipt) -> str:
     """How the chunks of a push were coded, and what that was decided by."""
     if not receipt.codecs:
+        if receipt.bytes_lent:
+            return "nothing was coded: the daemon, on this host, has read the file itself"
         return "everything was sent as it is, but for what the daemon had already: " + (
             "nothing is faster on this link"
             if receipt.base or receipt.choices
@@ -174,13 +178,14 @@ def render_profile(profile: Profile, receipt: Receipt) -> str:
         profile.commit,
     )
     lanes = "1 connection" if profile.lanes == 1 else f"{profile.lanes} connections"
-    rate = format_bytes(receipt.bytes_sent / profile.wire) + "/s" if profile.wire else "nothing sent"
+    moved = receipt.bytes_sent + receipt.bytes_lent
+    rate = format_bytes(moved / profile.wire) + "/s" if profile.wire else "nothing sent"
     stages = (
         ("open", profile.open, "the checkpoint"),
         ("plan", profile.plan, "what becomes of its tensors"),
         ("connect", profile.connect, "and shake hands"),
         ("agree", profile.agree, "on structure and chunks"),
-        ("wire", profile.wire, f"{rate} over {lanes}"),
+        ("wire", profile.wire, f"{rate} over {lanes}" + (", and from the file" if receipt.bytes_lent else "")),
         ("  sender", None, _split(profile, ("read", "encode", "digest", "check", "write", "wait"))),
         ("  receiver", None, _split(profile, _RECEIVER)),
         ("verify", profile.verify, "digests compared"),

@@ -32,6 +32,7 @@ class Account:
     connected_before: float = 0.0
     bytes_sent: int = 0
     bytes_unchanged: int = 0
+    bytes_lent: int = 0
     frames_resent: int = 0
     lanes: int = 1
     times: Times = field(default_factory=Times)
@@ -98,6 +99,7 @@ class Account:
             bytes_total=structure.total_bytes,
             bytes_sent=self.bytes_sent,
             bytes_unchanged=self.bytes_unchanged,
+            bytes_lent=self.bytes_lent,
             frames_resent=self.frames_resent,
             resent_tensors=tuple(resent),
             policy=outcome.rules.policy,

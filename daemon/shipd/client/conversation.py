@@ -11,6 +11,7 @@ from shipd.client.chunks import ChunkReader
 from shipd.client.coded import CodedRuns
 from shipd.client.incremental import Incremental
 from shipd.client.lanes import Outlets, Tuner, usable_cores
+from shipd.client.lending import Loan
 from shipd.client.options import Progress, PushOptions
 from shipd.client.sending import RUN, send_chunks
 from shipd.errors import PeerError, Stalled, TensorChanged
@@ -36,6 +37,7 @@ class Conversation:
     """One connection's worth of a push. Everything happens on the thread that calls ``run``.
 
     single      whether to do without further connections
+    lend        whether the source's files may be lent, to a daemon that takes them
     committing  called when COMMIT is about to leave: from then on nothing may interrupt
     """
 
@@ -50,6 +52,7 @@ class Conversation:
         incremental: Incremental,
         *,
         single: bool,
+        lend: bool,
         committing: Callable[[], None],
     ) -> None:
         self._sender = sender
@@ -59,6 +62,8 @@ class Conversation:
         self._options = options
         self._account = account
         self._single = single
+        self._lend = lend
+        self._loan: Loan | None = None
         self._committing = committing
         self._coded = CodedRuns(sender, source, lane, outlets, incremental, account, options.stall)
         self._offered_at = self._held_at = time.monotonic()
@@ -70,6 +75,8 @@ class Conversation:
             return self._run(deadline)
         finally:
             self._coded.stop()
+            if self._loan is not None:
+                self._loan.close()
 
     def _run(self, deadline: float) -> Committed:
         sender, lane, outlets = self._sender, self._lane, self._outlets
@@ -84,6 +91,8 @@ class Conversation:
                 reader = ChunkReader(sender, self._source)
                 reader.check_ties()
             outlets.check()
+            if self._lend and sender.sending:
+                self._offer_loan()
             if self._coded.active:
                 self._send_coded(deadline)
                 self._past(deadline)
@@ -96,7 +105,8 @@ class Conversation:
             if isinstance(step, SendChunk):
                 self._send_run(reader, step.chunk, deadline)
             elif isinstance(step, DigestChunk):
-                sender.digest_chunk(step.chunk, reader.read(step.chunk))
+                if self._loan is None or not self._loan.digest(lane):
+                    sender.digest_chunk(step.chunk, reader.read(step.chunk))
                 self._keep_alive()
                 self._take(lane.pump())
             else:
@@ -138,6 +148,16 @@ class Conversation:
                 return
             with outlets.lock:
                 chunks = self._sender.next_chunks(RUN)
+
+    def _offer_loan(self) -> None:
+        """WANT has come for the first time on this connection: what the daemon can read itself need not travel."""
+        self._lend = False
+        self._loan = Loan.of(self._sender, self._source, self._lane)
+        if self._loan is not None:
+            self._account.bytes_lent += self._loan.bytes
+            self._account.sending(self._offered_at)
+            # At once: the daemon reads while this side does.
+            self._take(self._lane.pump())
 
     def _send_coded(self, deadline: float) -> None:
         """Send the next coded run, or wait a moment for it."""

@@ -187,6 +187,8 @@ class Push:
                 single=isinstance(self._address, Path)
                 or self._breaks >= _SINGLE_AFTER
                 or self._options.limit is not None,
+                # What does not get through this way does as bytes.
+                lend=isinstance(self._address, Path) and not self._breaks,
                 committing=partial(self._commit_leaves, lane),
             ).run(deadline)
         except (TransferError, ShipError) as error:

@@ -34,6 +34,7 @@ class Receipt:
     bytes_total      bytes of those tensors
     bytes_sent       everything written to sockets, manifest, frames and what was sent again included
     bytes_unchanged  bytes of chunks that were left out, since the receiver's version had the same
+    bytes_lent       bytes of chunks that the receiver, on the same host, has read from the checkpoint's files itself
     frames_resent    frames that went again because they had arrived damaged
     resent_tensors   the tensors that those frames carried
     policy           "strict", "subset" or "partial": what was allowed to differ between the checkpoint and the model
@@ -68,6 +69,7 @@ class Receipt:
     bytes_total: int
     bytes_sent: int
     bytes_unchanged: int
+    bytes_lent: int
     frames_resent: int
     resent_tensors: tuple[str, ...]
     policy: str

@@ -35,6 +35,9 @@ POPULATE_SLICE: Final = 4 * 1024 * 1024
 """Bytes populated in one call: 2 to 12 ms of fresh pages. The kernel keeps the process's memory map locked meanwhile,
 so this is how long other threads may wait for a new mapping: with 64 MiB the event loop stood still for 80 ms."""
 
+_FAULT_AROUND: Final = 64 * 1024
+"""Bytes around an address that Linux maps when it is read and their pages are in memory (fault_around_bytes)."""
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 # CDLL releases the GIL during a call: populating takes seconds a gigabyte and must not stop other threads.
 _libc.mmap.restype = ctypes.c_void_p
@@ -207,6 +210,16 @@ class ImageMapping:
             if _libc.madvise(self.address + at, length, _MADV_POPULATE_WRITE):
                 error = ctypes.get_errno()
                 raise OSError(error, f"cannot copy {length} bytes of an image: {os.strerror(error)}")
+
+    def touch(self, start: int, stop: int) -> None:
+        """Map the pages of bytes [start, stop), which must be there: others share them already.
+
+        Half as long as ``populate``, 40 ms a gigabyte, which has the kernel look for every page by itself; here it maps
+        those around each that is read. Holds the GIL for 0.2 ms at a time.
+        """
+        view = self.raw
+        for first in range(start, stop, POPULATE_SLICE):
+            np.frombuffer(view[first : min(first + POPULATE_SLICE, stop)], dtype=np.uint8)[::_FAULT_AROUND].max()
 
     def close(self) -> None:
         """Let go of the memory. Views of it, and tensors made from them, stay valid: the last one unmaps it."""

@@ -43,6 +43,7 @@ RELOADABLE: Final = frozenset(
         "memory_limit",
         "max_lanes",
         "incremental",
+        "lending",
         "stall",
         "resume_window",
         "stage_timeout",
@@ -91,6 +92,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Connections on which one push may send at once, each received on a thread of its own."""
     incremental: bool = True
     """Whether senders may leave out what has not changed, and say the rest in fewer bytes."""
+    lending: bool = True
+    """Whether clients on this host may hand over the open files of a checkpoint, which the daemon then reads itself."""
     stall: _Seconds = 30.0
     """A sender that is silent for so long in the middle of a transfer is disconnected."""
     resume_window: _Seconds = 60.0

@@ -11,7 +11,9 @@ interrupts it.
 
 import asyncio
 import logging
+import os
 import time
+from functools import partial
 from typing import Final
 
 from shipd.images.slots import Slot, SlotPool
@@ -19,13 +21,16 @@ from shipd.service.composing import Composing, Part
 from shipd.service.decoding import Decoding, Ground, Target
 from shipd.service.host import Host
 from shipd.service.lanes import Lanes
+from shipd.service.lending import Lending
 from shipd.service.models import Model, Version
 from shipd.service.rollout import Outcome, Rollout
 from shipd.service.settling import Settling
 from shipd.service.vacancy import take_slot
+from shipd.transfer.lent_files import LentFiles
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.times import Times
+from shipd.transfer.unixpeer import UnixPeer
 from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests
 from shipproto.errors import AbortCode, TransferError
@@ -36,6 +41,7 @@ from shipproto.names import harmless
 from shipproto.outcomes import (
     ChunkHeld,
     CommitRequested,
+    FilesLent,
     ReadyToVerify,
     ReceiverEvent,
     RunToDecode,
@@ -83,6 +89,7 @@ class Incoming:
         self._decoding = Decoding(
             host.work, host.speeds, took=self._took, refused=self._not_decoded, hold_back=self._hold_back
         )
+        self._lending = Lending(host.config.stall, took=self._took, dropped=self._not_read, failed=self.fail)
         self._lanes = Lanes(self.receiver, self._on_event, self.flush, host.lane_ended, self._decoding.admit)
         self._verify = asyncio.Event()
         self._commit_requested = asyncio.Event()
@@ -120,6 +127,8 @@ class Incoming:
         self.receiver.check_offer(offer)
         self._lanes.stop()
         self.receiver.connected(peer.connection, offer)
+        if isinstance(peer, UnixPeer):
+            peer.takes_fds = self._host.config.lending
         previous, self.peer = self.peer, peer
         self.peer_name = peer.name
         if previous is not None and previous is not peer:
@@ -171,6 +180,8 @@ class Incoming:
                 self._settling.arrived(outcome.encoded)
             elif isinstance(outcome, RunToDecode):
                 self._decoding.submit(outcome)
+            elif isinstance(outcome, FilesLent):
+                self._read_lent(outcome)
             elif isinstance(outcome, ReadyToVerify):
                 self._verify.set()
             elif isinstance(outcome, CommitRequested):
@@ -186,6 +197,14 @@ class Incoming:
     def _not_decoded(self, run: RunToDecode) -> None:
         self.receiver.undecodable(run)
         self.flush()
+
+    def _read_lent(self, outcome: FilesLent) -> None:
+        assert self._slot is not None and isinstance(self.peer, UnixPeer)
+        files = LentFiles(outcome.lent, self.peer.take_fds(outcome.files))
+        self._lending.begin(files, self.receiver.lend(outcome.lent), self._slot.memory.view, self.receiver.digests)
+
+    def _not_read(self, run: RunToDecode) -> None:
+        self.receiver.undecodable(run)
 
     def _hold_back(self, much: bool) -> None:
         if self.peer is not None:
@@ -263,6 +282,7 @@ class Incoming:
         finally:
             reporter.cancel()
             await self._decoding.end()
+            await self._lending.end()
             await self._clean_up()
 
     def _accept(self, pool: SlotPool, slot: Slot) -> None:
@@ -394,6 +414,7 @@ class Incoming:
         )
         spent = self._lanes.times()
         spent.add(self._times)
+        spent.add(self._lending.times)
         if self.peer is not None:
             spent.add(self.peer.times)
         self.receiver.committed(
@@ -446,7 +467,7 @@ class Incoming:
                 limit = _STANDSTILL * self._host.config.stall
                 if loop.time() - self._moved > limit:
                     self.fail(TransferError(AbortCode.STALLED, f"nothing but signs of life for {limit:.0f} s"))
-            arriving = self.peer is not None and self.peer.last_heard >= since
+            arriving = self._lending.reading or (self.peer is not None and self.peer.last_heard >= since)
             if arriving or self.receiver.state is not ReceiverState.RECEIVING:
                 self.receiver.report(self.receiver.state.name.lower())
                 self.flush()
@@ -476,15 +497,22 @@ class Incoming:
     def _give_back(self) -> None:
         """Images and the model's place, whatever else went wrong."""
         slot, self._slot = self._slot, None
+        images, own = self._host.images, self._pool
+        self._pool = None
         if slot is not None:
-            pool = self._pool or self.model.pool
+            pool = own or self.model.pool
             assert pool is not None
             pool.discard(slot)
+            if self._lending.reading and own is None:
+                # What a thread that hangs still reads goes into memory that nobody is given again.
+                slot.readers.add(os.getpid())
+                self._lending.left = partial(images.left_by, self.model, slot, os.getpid())
             if self._rollout is not None:
                 self._rollout.cancel()
-        if self._pool is not None:
-            self._host.images.free_pool(self._pool)
-            self._pool = None
+        if own is not None and self._lending.reading:
+            self._lending.left = partial(images.free_pool, own)
+        elif own is not None:
+            images.free_pool(own)
         self.model.incoming = None
         self._host.finished(self)
 

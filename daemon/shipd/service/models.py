@@ -185,6 +185,11 @@ class ImageStore:
                 memory.close()
         model.abandoned = kept
 
+    def left_by(self, model: Model, slot: Slot, pid: int) -> None:
+        """Process ``pid`` uses neither ``slot`` nor what it was given in place of it any more."""
+        slot.readers.discard(pid)
+        self.reclaim(model, pid)
+
     def close(self, model: Model) -> None:
         """Free everything of a model."""
         if model.pool is not None:

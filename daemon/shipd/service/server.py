@@ -29,6 +29,7 @@ from shipd.service.socketfile import SocketFile
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
+from shipproto import lent
 from shipproto.aborts import send_abort
 from shipproto.capabilities import DESCRIBE, PARTIAL
 from shipproto.connection import ChunkArrived, Connection, Established, Event, MessageArrived
@@ -48,6 +49,7 @@ from shipproto.messages import (
     Filled,
     Finish,
     Join,
+    Lend,
     Message,
     Nack,
     Offer,
@@ -74,8 +76,9 @@ FROM_SENDERS: Final = (
     *(Body, Nack, Ping, Offer, StructureIs, Data, Coded, Finish, Commit, Abort, Join),
     *(StatusRequest, VerifyRequest, Describe),
 )
+FROM_LOCAL_SENDERS: Final = (Lend,)
 FROM_PROCESSES: Final = (Attach, Filled, StageReady, Swapped, Release, DigestIs, Detach)
-"""What the daemon takes, and from whom: serving processes are only ever on the Unix socket."""
+"""What the daemon takes, and from whom: senders that lend files and serving processes are on the Unix socket alone."""
 
 _T = TypeVar("_T")
 
@@ -235,13 +238,15 @@ class Server:
 
     # --- connections ---------------------------------------------------------------------------------------
 
-    def _connection(self, token: bytes | None, accepts: tuple[type[Message], ...]) -> Connection:
+    def _connection(
+        self, token: bytes | None, accepts: tuple[type[Message], ...], *, capabilities: tuple[str, ...] = ()
+    ) -> Connection:
         connection = Connection(
             initiator=False,
             nonce=os.urandom(NONCE_SIZE),
             agent=AGENT,
             token=token,
-            capabilities=(DESCRIBE, PARTIAL),
+            capabilities=(DESCRIBE, PARTIAL, *capabilities),
             environment=environment(),
         )
         connection.accepts = accepts
@@ -265,7 +270,10 @@ class Server:
                 loop.remove_reader(self._unix.socket.fileno())
                 loop.call_later(_SWEEP_SECONDS, self._listen_again)
             return
-        connection = self._connection(None, FROM_SENDERS + FROM_PROCESSES)
+        local = FROM_LOCAL_SENDERS if self.config.lending else ()
+        connection = self._connection(
+            None, FROM_SENDERS + local + FROM_PROCESSES, capabilities=(lent.CAPABILITY,) if local else ()
+        )
         peer = UnixPeer(sock, connection, self._on_event, self._on_lost)
         connection.awaited = functools.partial(self._awaits, peer)
         if not self._unix.admits(peer.uid, peer.groups):

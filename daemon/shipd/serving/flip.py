@@ -22,6 +22,7 @@ from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image
 from shipd.serving.tensors import ModelTensors
 from shipd.serving.turns import short_turns
 from shipproto.layout import Layout
+from shipproto.rangeset import RangeSet
 
 _set_data: Final[Callable[[Tensor, Tensor], None]] = vars(torch._C.TensorBase)["data"].__set__  # noqa: SLF001
 """``tensor.data = value`` as a function."""
@@ -91,6 +92,8 @@ class FlipSwap:
         self.tensors = tensors
         self.layout = layout
         self._staged: tuple[ImageMapping, Bindings, weakref.ref[memoryview]] | None = None
+        self._ahead: tuple[ImageMapping, RangeSet] | None = None
+        """The mapping whose version is arriving, and the chunks whose pages are mapped."""
         self._current: tuple[ImageMapping, weakref.ref[memoryview]] | None = None
         self._retired: list[tuple[ImageMapping, weakref.ref[memoryview]]] = []
         # What live tensors were bound to before: freeing it takes 0.1 s a gigabyte, so not inside the gate.
@@ -111,14 +114,22 @@ class FlipSwap:
         """See Swapper. The tensors that are replaced are the undo; an image of them is not needed."""
 
     def arrived(self, mapping: ImageMapping, chunks: Iterable[tuple[int, int]]) -> None:
-        """See Swapper. The image is where the bytes are needed."""
+        """See Swapper. The image is where the bytes are needed; their pages are mapped, while others still arrive."""
+        if self._ahead is None or self._ahead[0] is not mapping:
+            self._ahead = mapping, RangeSet()
+        for first, stop in chunks:
+            start, end = self.layout.span(range(first, stop))
+            mapping.touch(start, end)
+            self._ahead[1].add(first, stop)
 
     def stage(self, mapping: ImageMapping) -> None:
         """See Swapper."""
         self._remember()
         check_stage(mapping, self.layout, self.access, self.tensors)
         # Else the first forward after the swap would find its pages one by one.
-        mapping.populate()
+        ahead = self._ahead[1] if self._ahead is not None and self._ahead[0] is mapping else RangeSet()
+        self.arrived(mapping, list(ahead.missing(self.layout.chunks).ranges()))
+        self._ahead = None
         # Every tensor gets a storage of its own, as in any model, and each storage refers to this memoryview and to
         # nothing else of the mapping: when it is gone, nothing can read the image any more.
         anchor = mapping.raw
@@ -138,7 +149,7 @@ class FlipSwap:
 
     def discard(self) -> None:
         """See Swapper."""
-        self._staged = None
+        self._staged = self._ahead = None
 
     def approach(self) -> None:
         """See Swapper."""
@@ -202,6 +213,8 @@ class FlipSwap:
         self._retired = [(other, anchor) for other, anchor in self._retired if other is not mapping]
         if self._staged is not None and self._staged[0] is mapping:
             self._staged = None
+        if self._ahead is not None and self._ahead[0] is mapping:
+            self._ahead = None
 
     def digest(self) -> bytes:
         """See Swapper. What the model itself has written since counts."""
@@ -210,7 +223,7 @@ class FlipSwap:
 
     def close(self) -> None:
         """See Swapper."""
-        self._staged = self._replaced = None
+        self._staged = self._ahead = self._replaced = None
         self._current = None
         self._retired = []
 

@@ -136,7 +136,8 @@ class Resident:
             model_class=_class_name(model),
             socket=socket,
             mode=self.mode,
-            pinned=pinned,
+            # Copies to the device, or maps pages, while the rest still arrives.
+            pinned=pinned or self.mode == "flip",
         )
         self._hooks: Hooks | None = None
         self._detaching = threading.Lock()

@@ -5,6 +5,7 @@ daemon, for the further connections of a transfer.
 CRC, digest and sendmsg happen inline on this thread; every wait has a deadline.
 """
 
+import array
 import errno
 import itertools
 import math
@@ -14,7 +15,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,6 +113,8 @@ class Lane:
         self._pages = PageSender(sock.fileno())
         self._lent: memoryview | None = None
         """The piece of ``_outgoing`` whose pages are sent as they are."""
+        self._beside: tuple[Buffer, array.array[int]] | None = None
+        """A piece of ``_outgoing``, and the descriptors that go with its first byte."""
         sock.settimeout(0)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -248,10 +251,25 @@ class Lane:
         self._wrote(sent)
         return False
 
+    def send_with_fds(self, fds: Sequence[int]) -> None:
+        """Queue what the connection has queued since the last write, ``fds`` beside its first byte.
+
+        Over a Unix socket. They are the caller's until everything is written.
+        """
+        pieces = self.connection.take_output()
+        self._outgoing.extend(pieces)
+        self._beside = pieces[0], array.array("i", fds)
+
     def _send(self) -> int:
         """Send from the front of the queue; how many bytes were taken."""
         pieces: list[Buffer] = []
         for piece in itertools.islice(self._outgoing, 64):
+            if self._beside is not None and piece is self._beside[0]:
+                if pieces:
+                    break
+                sent = self._sock.sendmsg([piece], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, self._beside[1])])
+                self._beside = None
+                return sent
             if piece is self._lent:
                 if sum(map(len, pieces)) <= MOST_BEFORE:
                     if sent := self._pages.send(pieces, self._lent):

@@ -16,8 +16,9 @@ from typing import Final
 
 from shipd.transfer.times import Times
 from shipproto.connection import ChunkArrived, Connection, Event
-from shipproto.errors import LocalError, ProtocolError
+from shipproto.errors import LocalError, MalformedMessage, ProtocolError
 from shipproto.frame import Buffer
+from shipproto.limits import MAX_LENT_FILES
 from shipproto.messages import Message
 
 log = logging.getLogger("shipd.transfer")
@@ -31,6 +32,8 @@ _READS_PER_WAKE = 8
 _HIGH_WATER: Final = 256 * 1024
 """Bytes that wait for a peer to read them, beyond which it is not listened to either."""
 
+
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_LENT_FILES)
 
 _SO_PEERGROUPS: Final = 59
 """Linux 4.13; not in Python's socket module. Supplementary groups of whoever connected."""
@@ -72,6 +75,10 @@ class UnixPeer:
         self._outgoing: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self.backlog = 0
         """Bytes that the peer has not taken, beyond what the kernel keeps for it."""
+        self.takes_fds = False
+        """Whether descriptors from the peer may be of any use."""
+        self._fds: tuple[int, ...] = ()
+        """Those that came last, until somebody takes them."""
         self._writing = False
         self._paused = False
         self._held_back = False
@@ -137,7 +144,7 @@ class UnixPeer:
             for _ in range(_READS_PER_WAKE):
                 try:
                     asked = time.monotonic()
-                    count = self._sock.recv_into(self.connection.get_buffer())
+                    count = self._receive()
                 except (BlockingIOError, InterruptedError):
                     break
                 if not count:
@@ -168,6 +175,34 @@ class UnixPeer:
         else:
             self.flush()
             self._pause()
+
+    def _receive(self) -> int:
+        """Bytes received into the connection's buffer. Descriptors that nobody waits for are closed at once."""
+        count, ancillary, _flags, _address = self._sock.recvmsg_into(
+            [self.connection.get_buffer()], _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                # Those that are still here came with a message that takes none.
+                self._drop_fds()
+                self._fds = tuple(memoryview(data)[: len(data) // 4 * 4].cast("i"))
+                if not self.takes_fds:
+                    self._drop_fds()
+        return count
+
+    def take_fds(self, count: int) -> tuple[int, ...]:
+        """The descriptors that came with the message that is being handled: the caller's from now on.
+
+        Raises MalformedMessage where they are not so many.
+        """
+        if len(self._fds) != count:
+            raise MalformedMessage(f"{count} descriptors were announced and {len(self._fds)} have come")
+        taken, self._fds = self._fds, ()
+        return taken
+
+    def _drop_fds(self) -> None:
+        fds, self._fds = self._fds, ()
+        _close_all(fds)
 
     def hold_back(self, much: bool) -> None:
         """Take nothing more from the peer for now, or go on."""
@@ -231,6 +266,7 @@ class UnixPeer:
         for _piece, fds in self._outgoing:
             _close_all(fds)
         self._outgoing.clear()
+        self._drop_fds()
         self.backlog = 0
         self._sock.close()
         self._on_lost(self)

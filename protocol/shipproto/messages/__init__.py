@@ -2,7 +2,7 @@
 
     fields       what they are made of
     connection   types 1 to 5: on any connection
-    transfer     types 16 to 30: a version on its way
+    transfer     types 16 to 31: a version on its way
     questions    types 32 to 37: to a daemon
     session      types 48 to 64: between a daemon and a serving process
 
@@ -45,6 +45,7 @@ from shipproto.messages.transfer import (
     Held,
     Join,
     Joined,
+    Lend,
     Offer,
     Progress,
     Staged,
@@ -56,15 +57,15 @@ from shipproto.messages.transfer import (
 __all__ = [
     "BY_TYPE", "MESSAGES", "SAME", "Abort", "Arriving", "Attach", "Attached", "Auth", "Body", "Coded", "Commit",
     "Committed", "Data", "Describe", "DescriptionIs", "Detach", "DigestIs", "DigestRequest", "Evicted", "Fill",
-    "Filled", "Finish", "Held", "Hello", "ImageSlot", "Images", "Join", "Joined", "LaidOut", "Message", "Nack", "Offer",
-    "Ping", "Progress", "Release", "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs",
+    "Filled", "Finish", "Held", "Hello", "ImageSlot", "Images", "Join", "Joined", "LaidOut", "Lend", "Message", "Nack",
+    "Offer", "Ping", "Progress", "Release", "Stage", "StageReady", "Staged", "StatusIs", "StatusRequest", "StructureIs",
     "StructureWanted", "Swap", "Swapped", "Unstage", "VerifyIs", "VerifyRequest", "Want",
 ]  # fmt: skip
 
 MESSAGES: Final[tuple[type[Message], ...]] = (
     *(Hello, Auth, Body, Nack, Ping),
     *(Offer, StructureWanted, StructureIs, Want, Data, Progress, Finish, Staged, Commit, Committed, Abort),
-    *(Join, Joined, Coded, Held),
+    *(Join, Joined, Coded, Held, Lend),
     *(StatusRequest, StatusIs, VerifyRequest, VerifyIs, Describe, DescriptionIs),
     *(Attach, Attached, Images, Fill, Filled, Arriving, Stage, StageReady, Swap, Swapped, Unstage),
     *(Release, Evicted, DigestRequest, DigestIs, Detach, LaidOut),

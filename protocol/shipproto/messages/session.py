@@ -42,7 +42,7 @@ class Attach(Message, frozen=True, kw_only=True):
     model_class: ClassName = ""
     """Qualified name of the resident model's class, for people."""
     pinned: bool = False
-    """It copies to a device, and ahead of time where it is told what has arrived."""
+    """It copies to a device, or maps pages, ahead of time, where it is told what has arrived."""
 
     def flaw(self) -> str:
         return sixteen_or_none("digest", self.digest)

@@ -12,6 +12,7 @@ from shipproto.limits import (
     MAX_DIGESTS_BODY,
     MAX_IMAGE_BYTES,
     MAX_LANES,
+    MAX_LENT_FILES,
     MAX_NAME,
     MAX_PROCESSES,
     MAX_RANGES,
@@ -244,4 +245,17 @@ class Held(Message, frozen=True, kw_only=True):
     MAX_BODY = MAX_DIGESTS_BODY
     body_id: U32 = 0
     body_size: U63 = 0
+    transfer: TransferId
+
+
+class Lend(Message, frozen=True, kw_only=True):
+    """So many open files, whose descriptors come with this message's first byte, and where in them the version's bytes
+    lie: the receiver reads them itself. Only over a Unix socket, to who says "lend" in HELLO. The body is a
+    ``lent.Lent``."""
+
+    TYPE = 31
+    MAX_BODY = MAX_TENSORS * 9
+    body_id: U32 = 0
+    body_size: U63 = 0
+    files: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENT_FILES)]
     transfer: TransferId

@@ -34,6 +34,7 @@ MESSAGES: Final[Sequence[tuple[str, dict[str, Any], bytes]]] = (
     ),
     ("Want", {"codecs": [2], "speeds": [1], "structure": DIGEST, **T}, b""),
     ("Held", T, DIGEST * 3),
+    ("Lend", {"files": 128, **T}, b"a table"),
     ("Join", {"lane": 1, **T}, b""),
     ("Joined", {"lane": 15, **T}, b""),
     ("Progress", {"held": 4_294_967_295, "stage": "receiving", **T}, b""),
