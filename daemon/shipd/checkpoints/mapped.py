@@ -70,7 +70,10 @@ class MappedFile:
 
     def extent(self, row: int) -> Extent | None:
         """See ``InFiles``."""
-        return None if row in self._others else Extent(self._file.descriptor, self._starts[row])
+        if row in self._others or not self._file.local:
+            # What is still being fetched has holes, which nobody who reads the descriptor itself could wait for.
+            return None
+        return Extent(self._file.descriptor, self._starts[row])
 
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``."""

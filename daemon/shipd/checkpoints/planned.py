@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from shipd.checkpoints.extents import Extent, InFiles
 from shipd.checkpoints.source import MAX_READ, Source, check_range, join, pick
 from shipd.checkpoints.wording import quoted
 from shipd.errors import CastError, TensorMismatch
@@ -160,6 +161,12 @@ class PlannedSource:
                 raise self._refusal(rows[of], self._rows[rows[of]], element, misfit.value) from None
             start = stop
         return out
+
+    def extent(self, row: int) -> Extent | None:
+        """See ``InFiles``; where its bytes travel as they are in the file, and need not be compared with others."""
+        if row in self._special or not isinstance(self._source, InFiles):
+            return None
+        return self._source.extent(self._rows[row])
 
     def lends(self, content: memoryview) -> bool:
         """See ``Source.lends``; what was cast is not lent."""

@@ -71,7 +71,7 @@ class TorchFile:
 
     def extent(self, row: int) -> Extent | None:
         """See ``InFiles``; of a mapped file, by where torch has mapped it."""
-        if not self._mapped:
+        if not self._mapped or not self._file.local:
             return None
         if self._ranges is None:
             self._ranges = MappedRanges(self._file)
