@@ -10,8 +10,8 @@ import torch
 
 import shipd
 from shipd.images.memory import ImageMapping
-from shipd.serving.model_follower import ModelFollower
 from shipd.serving.copy_swap import CopySwap
+from shipd.serving.model_follower import ModelFollower
 from tests.conftest import StartDaemon
 from tests.support.exact import Exact, ask, right_answer, state
 from tests.support.processes import Background, address_of, push
