@@ -20,7 +20,6 @@ def daemon(old_daemon: shipd.Daemon) -> shipd.Daemon:
 def impatient(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> shipd.Daemon:
     """A daemon that waits for nobody longer than half a second."""
     monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 0.3)
-    monkeypatch.setattr("shipd.service.attaching.SWAP_GRACE", 0.3)
     return start_daemon(models={}, stage_timeout=0.5, commit_timeout=0.3)
 
 

@@ -34,6 +34,7 @@ from torch import nn
 
 import shipd
 from shipd.service.session import Session
+from shipd.serving.deliver import LoadsWeights
 from tests.support.exact import right_answer
 from tests.support.processes import DEADLINE, Process, address_of, status
 
@@ -208,7 +209,9 @@ def attach() -> Iterator[Attach]:
     """``attach(model, daemon, name="model", **options)`` in this process; detached at the end."""
     attached: list[shipd.Resident] = []
 
-    def start(model: nn.Module, daemon: "shipd.Daemon", name: str = "model", **options: Any) -> "shipd.Resident":
+    def start(
+        model: "nn.Module | LoadsWeights", daemon: "shipd.Daemon", name: str = "model", **options: Any
+    ) -> "shipd.Resident":
         resident = shipd.attach(model, name, socket=daemon.config.socket, **options)
         attached.append(resident)
         return resident

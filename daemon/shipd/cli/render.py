@@ -17,7 +17,7 @@ from shipd.matching.diagnosis import explain, summary
 from shipd.matching.plan import Plan
 from shipd.units import format_bytes, format_seconds
 from shipproto.names import harmless
-from shipproto.status import ModelStatus, Status, Verification
+from shipproto.status import ModelStatus, ProcessStatus, Status, Verification
 
 _SHOWN: Final = 3
 """Names that are listed where there may be very many."""
@@ -262,10 +262,14 @@ def print_status(status: Status, address: str) -> None:
 
 
 def _processes(model: ModelStatus) -> Text:
-    text = Text(", ".join(f"{process.pid} {process.state}" for process in model.processes) or "none")
+    text = Text(", ".join(f"{process.pid} {process.state}{_mode(process)}" for process in model.processes) or "none")
     if any(process.state == "stale" for process in model.processes):
         text.stylize("red")
     return text
+
+
+def _mode(process: ProcessStatus) -> str:
+    return f" ({harmless(process.mode)})" if process.mode else ""
 
 
 def _when(model: ModelStatus) -> str:

@@ -43,8 +43,8 @@ def attach(
 
     model     a module: also one that is or contains what torch.compile, DataParallel, DistributedDataParallel or
               activation checkpointing have wrapped, or a ScriptModule. A wrapper adds nothing to the names, so that a
-              plain, a compiled and a DataParallel process can share one ``name``. Or anything that has vLLM's
-              ``load_weights(weights)``, see below
+              plain, a compiled and a DataParallel process can share one ``name``; but to a ScriptModule its
+              non-persistent buffers are persistent. Or anything that has vLLM's ``load_weights(weights)``, see below
     mode      "copy" overwrites the live tensors, whose addresses stay; "direct" does so as well, but on CUDA without a
               shadow of the weights on the device: from host to device while nothing is served, which takes longer;
               "flip" (on the CPU) binds them to the next version's memory instead, which takes no time but moves them;
@@ -277,12 +277,12 @@ def _loading(model: nn.Module | LoadsWeights, mode: str) -> LoadsWeights:
     """``model`` as what has load_weights. Raises AttachError."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module) and mode in MODES and mode != "auto":
-        raise AttachError(f"mode {mode!r} is for modules, and a {kind} is none; leave it out")
+        raise AttachError(f"mode {mode!r} is for modules, and this {kind} is none; leave it out")
     if not callable(getattr(model, "load_weights", None)):
         raise AttachError(
             f"mode 'load_weights' needs a method of that name, and {kind} has none"
             if isinstance(model, nn.Module)
-            else f"a {kind} cannot be attached: it is neither a torch.nn.Module nor has it load_weights(weights)"
+            else f"a {kind} is no torch.nn.Module, and has no load_weights(weights) either: it cannot be attached"
         )
     return cast("LoadsWeights", model)
 

@@ -69,8 +69,8 @@ MESSAGES: Final[Sequence[tuple[str, dict[str, Any], bytes]]] = (
     ("Attach", {"mode": "auto", "model": "minilm"}, b""),
     ("Attach", {"mode": "flip", "model": "minilm", "model_class": "a.b.<locals>.C d" + "x" * 240}, b""),
     ("Attach", {"delivered": True, "mode": "load_weights", "model": "minilm"}, b"a resident without tensors"),
-    ("Attached", {"digest": b"", "generation": 0, "label": "", "slot": 0}, b""),
     ("Attached", {"digest": DIGEST, "generation": (1 << 63) - 1, "label": "v1", "slot": 15}, b""),
+    ("Attached", {"digest": b"", "generation": 0, "label": "", "slot": 0}, b""),
     (
         "Images",
         {"slots": [{"size": 4096, "slot": 0}, {"size": 1 << 44, "slot": 1, "writable": True}]},
