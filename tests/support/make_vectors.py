@@ -17,6 +17,7 @@ from tests.support.golden.coded import accept_coded, reject_coded
 from tests.support.golden.connections import accept_connections
 from tests.support.golden.contents import accept_bodies, accept_structures
 from tests.support.golden.dense_codecs import accept_dense_codecs, reject_dense_codecs
+from tests.support.golden.lending import accept_lending, reject_lending
 from tests.support.golden.messages import accept_messages
 from tests.support.golden.pushes import accept_conversations, reject_conversations
 from tests.support.golden.sparse_codecs import accept_sparse_codecs, reject_sparse_codecs
@@ -29,6 +30,7 @@ CHAPTERS: Final = (
     accept_bodies,
     accept_conversations,
     accept_coded,
+    accept_lending,
     accept_dense_codecs,
     accept_sparse_codecs,
     reject_frames,
@@ -39,6 +41,7 @@ CHAPTERS: Final = (
     reject_other_bodies,
     reject_conversations,
     reject_coded,
+    reject_lending,
     reject_dense_codecs,
     reject_sparse_codecs,
 )
