@@ -29,6 +29,7 @@ TORCHFT := torchft opentelemetry-api opentelemetry-exporter-http-transport opent
 MOONCAKE := mooncake-transfer-engine-non-cuda
 # Built from source: it needs a C compiler.
 ZIPNN := zipnn
+FASTSAFETENSORS := fastsafetensors
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -95,6 +96,6 @@ $(LINT): $(TEST)
 # --no-deps: no rival may bring another torch. Where one cannot be installed, its rows say so.
 $(BENCH): $(DEMO)
 	@$(EDITABLE) '.[bench]'
-	@for rival in '$(TORCHFT)' '$(MOONCAKE)' '$(ZIPNN)'; do \
+	@for rival in '$(TORCHFT)' '$(MOONCAKE)' '$(ZIPNN)' '$(FASTSAFETENSORS)'; do \
 		$(INSTALL) --no-deps $$rival || echo "Not here: $$rival. The benchmarks go on without."; done
 	@touch $@

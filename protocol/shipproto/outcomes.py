@@ -45,8 +45,8 @@ class FilesLent:
     """The sender has lent so many open files, which hold chunks as ``lent`` says.
 
     The shell takes the descriptors, has ``Receiver.lend`` say what is to be read, checks the files' sizes
-    (``Lent.ends``), reads the chunks into the image, and says ``decoded`` of each run that is there. Where one cannot be
-    read the transfer is over, and ``undecodable`` says that nothing reads into the image for it any more.
+    (``Lent.ends``), reads the chunks into the image, and says ``decoded`` of each run that is there. Where one cannot
+    be read the transfer is over, and ``undecodable`` says that nothing reads into the image for it any more.
     """
 
     files: int

@@ -2,9 +2,9 @@
 
 Every way is measured in a process of its own, made for one measurement, that has built its model beforehand; a push is
 made by a process with nothing in it, through the daemon's Unix socket, into a model that is resident in a third. The
-clock runs from the call until the weights are live: connecting counts, importing does not. No process is pinned: loading
-uses as many cores as it can, and so does a push. In each round all ways read files of the same content, in turns, once
-from the page cache and once from the disk. Memory is taken in a round of its own, which is not timed.
+clock runs from the call until the weights are live: connecting counts, importing does not. No process is pinned:
+loading uses as many cores as it can, and so does a push. In each round all ways read files of the same content, in
+turns, once from the page cache and once from the disk. Memory is taken in a round of its own, which is not timed.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def _measure(rounds: int, say: Callable[[str], None], total: int, count: int, *,
             host.serve(mode, total, count, mode=mode)
         bench = _Bench(host, total, count, failed)
         # Every image is written to once before anything counts.
-        for number in range(3):
+        for _ in range(3):
             maker.call("write", path=str(bench.base))
             for mode in MODES:
                 bench.push(mode, "safetensors")
@@ -130,7 +130,7 @@ class _Bench:
         return None if run is None else run[0]
 
     def grown(self, way: str) -> tuple[int, int] | None:
-        """Bytes by which the process grew meanwhile at most: RssAnon and RssShmem, sampled; and all that is resident."""
+        """Bytes by which the process grew at most: RssAnon and RssShmem, sampled; and all that is resident."""
         run = self._run(way, lambda: page_cache.warm(self.file(_kind(way))), watched=True)
         return None if run is None else run[1]
 

@@ -74,7 +74,7 @@ WAYS: Final[dict[str, tuple[str, Callable[[str], payload.State], str]]] = {
     "safetensors load_file": ("safetensors", _safetensors, "safetensors.torch"),
     "fastsafetensors": ("safetensors", _fastsafetensors, "fastsafetensors"),
 }
-"""Each way of loading: the format that it reads, what reads it into a state dict, and the module that has to be there."""
+"""Each way of loading: the format, what reads a file of it into a state dict, and the module that has to be there."""
 
 
 class Loader(Side):

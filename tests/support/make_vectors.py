@@ -17,6 +17,7 @@ from tests.support.golden.coded import accept_coded, reject_coded
 from tests.support.golden.connections import accept_connections
 from tests.support.golden.contents import accept_bodies, accept_structures
 from tests.support.golden.dense_codecs import accept_dense_codecs, reject_dense_codecs
+from tests.support.golden.lending import accept_lending, reject_lending
 from tests.support.golden.messages import accept_messages
 from tests.support.golden.parts import accept_parts, reject_parts
 from tests.support.golden.pushes import accept_conversations, reject_conversations
@@ -31,6 +32,7 @@ CHAPTERS: Final = (
     accept_conversations,
     accept_parts,
     accept_coded,
+    accept_lending,
     accept_dense_codecs,
     accept_sparse_codecs,
     reject_frames,
@@ -42,6 +44,7 @@ CHAPTERS: Final = (
     reject_conversations,
     reject_parts,
     reject_coded,
+    reject_lending,
     reject_dense_codecs,
     reject_sparse_codecs,
 )

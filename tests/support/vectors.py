@@ -29,6 +29,7 @@ from shipproto.description import decode_description
 from shipproto.digests import digest_image
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.layout import Layout
+from shipproto.lent import Lent
 from shipproto.messages import Abort, Coded, Data, Message
 from shipproto.rangeset import RangeSet
 from shipproto.resident import Resident
@@ -299,6 +300,21 @@ def _structure(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.
     found["version_digest"] = digest_image(layout, memoryview(image)).version_digest().hex()
 
 
+def _lent(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
+    layout = Layout(Structure.decode(read(vector["structure"])))
+    lent = Lent.decode(read(vector["input"]), layout, vector["files"])
+    found["ends"] = lent.ends(vector["files"])
+    found["chunks"] = []
+    for chunk in sorted(lent.chunks):
+        parts = []
+        for file, offset, places in lent.reads(chunk):
+            at = offset
+            for place in places:
+                parts.append([file, at, place.start, place.stop - place.start])
+                at += place.stop - place.start
+        found["chunks"].append([chunk, parts])
+
+
 def _ranges(vector: Vector, found: dict[str, Any], _chop: Chop, _rng: random.Random) -> None:
     body = read(vector["input"])
     decoded = RangeSet.decode(body, vector["total"])
@@ -361,6 +377,7 @@ _KINDS: Final = {
     "receiver": _receiver,
     "sender": _sender,
     "structure": _structure,
+    "lent": _lent,
     "ranges": _ranges,
     "resident": _resident,
     "status": _status,
