@@ -20,6 +20,7 @@ from shipd.images.memory import ImageMapping
 from shipd.serving.deliver import DeliverSwap
 from shipproto.status import ProcessStatus
 from tests.conftest import StartDaemon
+from tests.support.offers import offer
 from tests.support.processes import address_of, push, status
 from tests.support.proxy import until
 from tests.support.serving_process import Attach
@@ -365,8 +366,10 @@ def test_other_tensors_are_refused_while_it_is_attached(start_daemon: StartDaemo
         r"1 missing\. Its processes \(\d+\) were given 'v1' through load_weights, .* stop those processes or have them"
     )
     with pytest.raises(shipd.TensorMismatch, match=told) as caught:
-        push(address_of(daemon), other, label="v2")
+        offer(address_of(daemon), other, label="v2")
     assert caught.value.problems == ("missing: norm.bias (float32 [16])",)
+    with pytest.raises(shipd.TensorMismatch, match="1 missing"):
+        push(address_of(daemon), other, label="v2")
     resident.detach()
     until(lambda: not processes(daemon), "the session ends")
     assert push(address_of(daemon), other, label="v2").swapped == 0
