@@ -44,9 +44,9 @@ def saved_names(names: Sequence[str], adapter: str) -> list[str]:
     for pattern, replacement in (
         (rf"(?m)\.modules_to_save\.{name}\.", "."),
         (rf"(?m)(^|\.)prompt_encoder\.{name}\.embedding\.weight$", r"\1prompt_embeddings"),
-        (rf"(?m)\.lora_magnitude_vector\.{name}\.weight$", ".lora_magnitude_vector"),
+        (rf"(?m)(\.lora_magnitude_vector\.{name})\.weight$", r"\1"),
         (rf"(?m)(\.peanut_(?:encoders|decoders))\.{name}\.", r"\1."),
-        (rf"(?m)\.{name}(?=(?:\.[^.\n]+)?$)", ""),
+        (rf"(?m)\.{name}((?:\.[^.\n]+)?)$", r"\1"),
     ):
         text = re.sub(pattern, replacement, text)
     return text.split("\n") if names else []

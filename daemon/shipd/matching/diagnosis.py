@@ -3,7 +3,6 @@
 Plain text in lines. Names come from files and other machines: nothing in them reaches a terminal as a command to it.
 """
 
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -54,7 +53,10 @@ def explain(plan: Plan, *, model: str, origin: str, model_class: str = "") -> st
 
     origin       where the tensors come from, as a source says
     model_class  of the resident model, where that is known
+    Raises ValueError for a plan that can be pushed.
     """
+    if not plan.problems:
+        raise ValueError("nothing stands in the way of this plan")
     kinds = {problem.kind for problem in plan.problems}
     caused = bool(kinds & {*_CAUSES})
     suggestion = suggest(plan) if not caused and kinds & {*_NAMED} else None
@@ -246,7 +248,7 @@ def _help_to_choose(plan: Plan) -> str:
 
 
 def _options(rules: Iterable[Rule]) -> str:
-    return " ".join(f"--map {shlex.quote(str(rule))}" for rule in rules)
+    return " ".join(rule.option for rule in rules)
 
 
 def _help_to_fit(plan: Plan, suggestion: Suggestion | None) -> str:

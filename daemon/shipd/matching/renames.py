@@ -9,6 +9,7 @@ content. What it names no rule changes.
 import json
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from shipd.errors import MappingError
 from shipproto.limits import MAX_NAME, MAX_TENSORS
-from shipproto.names import CONTROL
+from shipproto.names import CONTROL, harmless
 
 MAX_FILE: Final = 64 * 1024 * 1024
 """Bytes of a mapping file: the names of MAX_TENSORS tensors on both sides, of ordinary length."""
@@ -37,6 +38,11 @@ class Rule:
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.replacement}"
+
+    @property
+    def option(self) -> str:
+        """What says so on a command line."""
+        return f"--map {shlex.quote(str(self))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +232,7 @@ def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _check_entry(name: str, target: object, file: str, kind: str) -> None:
     if not isinstance(target, str):
-        raise MappingError(f"{file} maps {_quoted(name)} to {_quoted(str(target))}. {_FORM.format(kind=kind)}")
+        raise MappingError(f"{file} maps {_quoted(name)} to what is no text. {_FORM.format(kind=kind)}")
     for text in (name, target):
         if not 0 < len(text) <= MAX_NAME or CONTROL.search(text):
             raise MappingError(
@@ -236,5 +242,5 @@ def _check_entry(name: str, target: object, file: str, kind: str) -> None:
 
 
 def _quoted(text: str) -> str:
-    """``text`` as a Python literal, so without control characters, cut short where it is long."""
-    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
+    """``text`` as it was typed, but for control characters, cut short where it is long."""
+    return f"'{harmless(text, _SHOWN)}'" + ("…" if len(text) > _SHOWN else "")

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -49,12 +49,14 @@ class Suggestion:
 
 
 class _Change(NamedTuple):
-    """Components of a name that are others in the model, and whether the name begins and ends with them."""
+    """Components of a name that are others in the model; whether the name begins and ends with them, and whether a
+    number stands before them."""
 
     old: tuple[str, ...]
     new: tuple[str, ...]
     first: bool
     last: bool
+    numbered: bool = False
 
 
 def suggest(plan: Plan) -> Suggestion | None:
@@ -62,7 +64,7 @@ def suggest(plan: Plan) -> Suggestion | None:
     if not len(plan.left) or not len(plan.lacking):
         return None
     trial = _Trial(plan)
-    likely = [change for change, _ in trial.changes().most_common(_CHANGES)]
+    likely = trial.changes()
     rules: tuple[Rule, ...] = ()
     gained = 0
     while len(rules) < _RULES and gained < trial.size:
@@ -74,7 +76,7 @@ def suggest(plan: Plan) -> Suggestion | None:
         gained, rules = most, (*rules, next(rule for gain, rule in tried if gain == most))
     if not rules:
         # Names that differ in several places have nothing of one rule alone.
-        options = [next(_rules(change)) for change in likely[:_RULES]]
+        options = [rule for change in likely[:_RULES] for rule in islice(_rules(change), 1)]
         sets = [tuple(chosen) for count in range(2, len(options) + 1) for chosen in combinations(options, count)]
         rules = max(sets, key=trial.gain, default=())
         if not rules or not trial.gain(rules):
@@ -109,24 +111,33 @@ class _Trial:
         self._shapes = [plan.offered.shape(row) for row in left.tolist()]
         _, its = views.keys(plan.reading, (), [plan.resident.names[row] for row in plan.lacking.tolist()])
         self._lacking = dict(zip(its, map(plan.resident.shape, plan.lacking.tolist()), strict=True))
+        placed = np.setdiff1d(np.arange(len(plan.offered)), plan.left)
+        self._placed = [plan.called[row] for row in placed[:: -(-len(placed) // _TRIED_ON) or 1].tolist()]
 
     def gain(self, rules: Sequence[Rule]) -> int:
-        """How many of the tensors left over have a name and shape that the model lacks, after these rules."""
+        """How many of the tensors left over have a name and shape that the model lacks, after these rules; none where
+        the rules touch others that have a place."""
+        if apply_renames(self._placed, rules).touched:
+            return 0
         own, _ = views.keys(self._plan.reading, apply_renames(self._left, rules).names, ())
         pairs = {key for key, shape in zip(own, self._shapes, strict=True) if self._lacking.get(key) == shape}
         return len(pairs)
 
-    def changes(self) -> "Counter[_Change]":
-        """How often which components differ between tensors and their likeliest counterparts."""
+    def changes(self) -> list[_Change]:
+        """What differs between the names of tensors and of their likeliest counterparts, the most frequent first."""
         own, _ = views.keys(self._plan.reading, self._left, ())
         found: Counter[_Change] = Counter()
+        whole: Counter[_Change] = Counter()
         buckets = self._buckets()
         step = -(-len(own) // _PAIRED)
         for key, shape in list(zip(own, self._shapes, strict=True))[::step]:
             candidates = buckets.get((shape, _numbers(key))) or buckets.get((shape, ()), [])
             if counterpart := closest(key, candidates[:_CANDIDATES]):
                 found.update(_differences(key.split("."), counterpart.split(".")))
-        return found
+                if len(self._plan.left) <= _RULES:
+                    # Of a few tensors each can have a rule to itself, where no part of their names can.
+                    whole[_Change(tuple(key.split(".")), tuple(counterpart.split(".")), first=True, last=True)] += 1
+        return [*(change for change, _ in found.most_common(_CHANGES)), *whole]
 
     def _buckets(self) -> dict[tuple[tuple[int, ...], tuple[str, ...]], list[str]]:
         """What the model lacks, by shape and numbers in the name, and by shape alone."""
@@ -164,8 +175,10 @@ def _differences(own: list[str], its: list[str]) -> Iterator[_Change]:
         # What is inserted is told by what is beside it, where that is no number.
         before = start == stop and start > 0 and not own[start - 1].isdecimal()
         after = start == stop and not before and stop < len(own) and not own[stop].isdecimal()
-        old, new = own[start - before : stop + after], its[begin - before : end + after]
-        yield _Change(tuple(old), tuple(new), start - before == 0, stop + after == len(own))
+        first = start - before
+        old, new = own[first : stop + after], its[begin - before : end + after]
+        numbered = first > 0 and own[first - 1].isdecimal()
+        yield _Change(tuple(old), tuple(new), first == 0, stop + after == len(own), numbered)
 
 
 def _rules(change: _Change) -> Iterator[Rule]:
@@ -186,6 +199,9 @@ def _rules(change: _Change) -> Iterator[Rule]:
     else:
         yield Rule(rf"\.{old}$", "")
     yield Rule(rf"\b{old}{tail}", inner)
+    if change.numbered:
+        kept = r"\1." if inner else r"\1"
+        yield Rule(rf"(\.\d+)\.{old}{tail}", f"{kept}{inner}")
 
 
 # --- which of several ways -------------------------------------------------------------------------------------------
@@ -216,27 +232,28 @@ def rules_for(plan: Plan, choice: Alternative) -> tuple[Rule, ...]:
 
 def _adapter_rules(targets: Sequence[str], adapter: str) -> Iterator[Rule]:
     """What puts the adapter's name back into names from which peft has taken it, so that they are ``targets``."""
-    markers: dict[str, None] = {}
-    modules: dict[str, None] = {}
+    markers: set[str] = set()
+    modules: set[str] = set()
     magnitude = prompt = False
     for target in targets:
-        head, found, tail = f".{target}".rpartition(f".{adapter}")
-        if not found or (tail and not tail.startswith(".")):
+        parts = target.split(".")
+        places = [at for at, part in enumerate(parts) if part == adapter and at]
+        if not places:
             continue
-        *outer, parent = head.split(".")
-        if parent == "modules_to_save":
-            modules[outer[-1]] = None
+        parent, tail = parts[places[-1] - 1], parts[places[-1] + 1 :]
+        if parent == "modules_to_save" and places[-1] > 1:
+            modules.add(parts[places[-1] - 2])
         elif parent == "prompt_encoder":
             prompt = True
-        elif parent == "lora_magnitude_vector" and tail == ".weight":
+        elif parent == "lora_magnitude_vector" and tail == ["weight"]:
             magnitude = True
         else:
-            markers[parent] = None
+            markers.add(parent)
     if markers:
-        yield Rule(rf"\b({'|'.join(map(re.escape, markers))})\b", rf"\1.{adapter}")
+        yield Rule(rf"\b({'|'.join(map(re.escape, sorted(markers)))})\b", rf"\1.{adapter}")
     if magnitude:
         yield Rule("lora_magnitude_vector$", f"lora_magnitude_vector.{adapter}.weight")
     if modules:
-        yield Rule(rf"\b({'|'.join(map(re.escape, modules))})\.", rf"\1.modules_to_save.{adapter}.")
+        yield Rule(rf"\b({'|'.join(map(re.escape, sorted(modules)))})\.", rf"\1.modules_to_save.{adapter}.")
     if prompt:
         yield Rule("prompt_embeddings$", f"prompt_encoder.{adapter}.embedding.weight")

@@ -141,7 +141,7 @@ def choose(names: Names) -> Choice:
         if whole:
             return Choice(whole[0], (), tuple(collisions))
         loose += fitting
-        views = [view for view in views if view.placed > best.placed and _is_most(names, view)]
+        views = [view for view in views if view.placed > best.placed and (stage.single or _is_most(names, view))]
         if views:
             most = max(view.placed for view in views)
             best = next(view for view in views if view.placed == most)
@@ -200,8 +200,11 @@ def _prefixed(names: Names, reading: Reading, keys: _Keys) -> Iterator[View | Co
     own, its = frozenset(keys.own), frozenset(keys.resident)
     pairs = [(prefix, "") for prefix in likely_prefixes(keys.own, its, _CANDIDATES)]
     pairs += [("", prefix) for prefix in likely_prefixes(keys.resident, own, _CANDIDATES)]
-    kept = [key for row, key in enumerate(keys.own) if row not in names.dropped]
-    pairs.append((common_prefix(kept), common_prefix(keys.resident)))
+    apart = names.dropped | names.pinned.keys()
+    pinned = frozenset(names.pinned.values())
+    left = [key for row, key in enumerate(keys.own) if row not in apart] if apart else keys.own
+    open_names = [key for row, key in enumerate(keys.resident) if row not in pinned] if pinned else keys.resident
+    pairs.append((common_prefix(left), common_prefix(open_names)))
     for own_prefix, its_prefix in dict.fromkeys(pairs):
         if own_prefix == its_prefix:
             continue
