@@ -6,6 +6,7 @@ waiting for one leaves its thread behind, until fsspec itself gives up.
 
 import posixpath
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from shipd.checkpoints.remote import location
@@ -174,7 +175,10 @@ class FilesystemLine:
 
 
 def _version(found: Mapping[str, Any]) -> Mapping[str, str]:
-    told = {name.lower(): str(value) for name, value in found.items()}
+    # A time comes as a datetime from some questions, and as seconds from others.
+    told = {
+        name.lower(): str(value.timestamp() if isinstance(value, datetime) else value) for name, value in found.items()
+    }
     return {name: told[name] for name in ("size", *_CHECKSUMS, *_TIMES) if name in told}
 
 
