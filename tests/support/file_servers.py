@@ -8,11 +8,16 @@ import http.server
 import re
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
+
+from shipd.checkpoints.remote.fetching import Fetching
+from tests.support.checkpoints import Content, write_safetensors
 
 _PIECE = 64 * 1024
 
@@ -221,3 +226,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if files.dies_at is not None and start <= files.dies_at < end:
             return files.dies_at
         return None
+
+
+def quick(**options: Any) -> Fetching:
+    """Deadlines and pauses for tests."""
+    return Fetching(**{"pauses": (0.01, 0.01), "stall": 20.0, **options})
+
+
+def file_of(version: Content) -> bytes:
+    """The safetensors file of a version."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_safetensors(Path(folder) / "w", version).read_bytes()

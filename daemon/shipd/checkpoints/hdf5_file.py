@@ -53,7 +53,8 @@ class Hdf5File(MappedFile):
     def __init__(self, file: OpenFile, key: str | None = None) -> None:
         library = _import(file)
         try:
-            opened = library.File(file.stable_path, "r", rdcc_nbytes=_CACHE)
+            # The library insists on the name of a file that has one.
+            opened = library.File(file.stable_path if file.local else file.stream(), "r", rdcc_nbytes=_CACHE)
         except _DAMAGE as error:
             raise _damaged(file, error) from error
         try:

@@ -70,8 +70,11 @@ class Download:
         self.wants.append((start, stop))
         self.cursor = start
 
-    def next_part(self, piece: int) -> Part | None:
-        """What to fetch next, in parts of at most ``piece`` bytes; None where all of it is there or under way."""
+    def next_part(self, piece: int, *, ahead: bool = True) -> Part | None:
+        """What to fetch next, in parts of at most ``piece`` bytes; None where all of it is there or under way.
+
+        ahead  whether that may be what nobody waits for
+        """
         if self.failure is not None or self.closed or self.complete:
             return None
         if not self.described:
@@ -90,7 +93,7 @@ class Download:
                 end = next(_gaps(taken, gap[0], self.size))[1]
                 most = piece if self.everything else max(_LEAST, min(stop - gap[0], piece))
                 return self._part(gap[0], min(end, gap[0] + most))
-        if self.everything:
+        if self.everything and ahead:
             gap = _gap(taken, self.cursor, self.size) or _gap(taken, 0, self.cursor)
             if gap is not None:
                 return self._part(gap[0], min(gap[1], gap[0] + piece))

@@ -22,7 +22,7 @@ from shipproto.limits import MAX_IMAGE_BYTES
 log = logging.getLogger("shipd.checkpoints")
 
 _CONNECTIONS: Final = 4
-"""Parts that are fetched at once: browsers have six connections to a host, and objections are raised against more."""
+"""Parts that are fetched at once, fewer than the six of browsers. One connection is left to what a reader waits for."""
 
 _BUFFER: Final = 64 * 1024
 """Bytes that a thread reads at once. A server that takes the whole stall deadline for so few is as good as silent."""
@@ -265,7 +265,8 @@ class Fetching:
     def _employ(self) -> None:
         """Have one more thread, where there is something for it to do, and those look that wait out a pause."""
         self._lock.notify_all()
-        if len(self._threads) < _CONNECTIONS and self._take_next(take=False) is not None:
+        # Also for what is left alone for now: it waits for that.
+        if len(self._threads) < _CONNECTIONS and self._take_next(float("inf"), take=False) is not None:
             thread = threading.Thread(target=self._work, name="shipd fetching", daemon=True)
             self._threads.add(thread)
             try:
@@ -289,22 +290,23 @@ class Fetching:
     def _next_job(self) -> tuple[Download, Part] | None:
         """What to fetch now, after waiting out a pause; None where there is nothing."""
         while not self._cancelled:
-            job = self._take_next(take=True)
+            now = time.monotonic()
+            job = self._take_next(now, take=True)
             if job is not None:
                 return job
             # Those of which something is left, but that are left alone for now.
-            pauses = [one.resume_at for one in self._downloads if one.next_part(1) is not None]
+            pauses = [one.resume_at for one in self._downloads if one.resume_at > now and one.next_part(1) is not None]
             if not pauses:
                 return None
-            self._lock.wait(max(0.0, min(pauses) - time.monotonic()))
+            self._lock.wait(min(pauses) - now)
         return None
 
-    def _take_next(self, *, take: bool) -> tuple[Download, Part] | None:
+    def _take_next(self, now: float, *, take: bool) -> tuple[Download, Part] | None:
         """Of the files of which something is wanted by a reader, and then of all others, the first in order."""
-        now = time.monotonic()
         ready = [download for download in self._downloads if download.resume_at <= now]
+        ahead = sum(len(download.flying) for download in self._downloads) < _CONNECTIONS - 1
         for download in sorted(ready, key=lambda one: one.described and not one.wants):
-            part = download.next_part(self._piece)
+            part = download.next_part(self._piece, ahead=ahead)
             if part is not None:
                 if take:
                     download.flying.append(part)
@@ -359,7 +361,7 @@ class Fetching:
             raise _Closed
 
     def _learn_rate(self, count: int, seconds: float) -> None:
-        if count >= _SMALLEST // 4:
+        if count >= _SMALLEST:
             self._piece = min(_LARGEST, max(_SMALLEST, int(count / max(seconds, 1e-3))))
 
     def _learn(self, download: Download, part: Part, answer: Answer) -> None:

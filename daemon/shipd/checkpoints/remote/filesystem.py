@@ -6,30 +6,19 @@ waiting for one leaves its thread behind, until fsspec itself gives up.
 
 import posixpath
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from shipd.checkpoints.remote import location
 from shipd.checkpoints.remote.server import Answer, Broken, Refusal, changed
 from shipd.checkpoints.wording import quoted
 
-_MOST: Final = 2 << 20
+_MOST: Final = 4 << 20
 """Bytes of one call: it returns them all at once, and as many threads as fetch have one under way."""
 
-_TELLING: Final = (
-    "etag",
-    "md5hash",
-    "md5",
-    "crc32c",
-    "checksum",
-    "generation",
-    "versionid",
-    "lastmodified",
-    "last_modified",
-    "mtime",
-    "modified",
-    "updated",
-    "created",
-)
+_CHECKSUMS: Final = ("etag", "md5hash", "md5", "crc32c", "checksum", "generation")
+
+_TIMES: Final = ("lastmodified", "last_modified", "mtime", "modified", "updated", "created")
 """What filesystems tell of a file that is another for another version of it, in lower case."""
 
 
@@ -98,8 +87,9 @@ class FilesystemFile:
             raise changed(self.shown, "it is gone") from error
         except Exception as error:  # As above.
             raise Broken(f"what it is now cannot be found out ({_text(error, self._url)})") from error
-        if now != self.found:
-            raise changed(self.shown, "its size, checksum or time is another")
+        assert self.found is not None
+        if what := _difference(self.found, now):
+            raise changed(self.shown, what)
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop). Raises Broken and Refusal."""
@@ -185,8 +175,23 @@ class FilesystemLine:
 
 
 def _version(found: Mapping[str, Any]) -> Mapping[str, str]:
-    told = {name.lower(): str(value) for name, value in found.items()}
-    return {name: told[name] for name in ("size", *_TELLING) if name in told}
+    # A time comes as a datetime from some questions, and as seconds from others.
+    told = {
+        name.lower(): str(value.timestamp() if isinstance(value, datetime) else value) for name, value in found.items()
+    }
+    return {name: told[name] for name in ("size", *_CHECKSUMS, *_TIMES) if name in told}
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What tells that they are of two versions; empty where nothing does. Not everything is told every time, and times
+    are not always written alike: they count where there are no checksums."""
+    names = ["size", *(name for name in _CHECKSUMS if name in before and name in now)]
+    if len(names) == 1:
+        names += (name for name in _TIMES if name in before and name in now)
+    for name in names:
+        if before[name] != now[name]:
+            return f"its {name} was {quoted(before[name])}, and now is {quoted(now[name])}"
+    return ""
 
 
 def _text(error: Exception, url: str) -> str:

@@ -89,7 +89,7 @@ class WebLine:
     def _follow(self, headers: dict[str, str]) -> http.client.HTTPResponse:
         """The answer at the end of all redirections."""
         file = self._file
-        target = file.target
+        target = begun = file.target
         for _ in range(_REDIRECTS + 1):
             more = {"Authorization": target.authorization} if target.authorization else {}
             response = self._request(target, headers | more)
@@ -98,7 +98,7 @@ class WebLine:
                 self.close()
                 target = target.redirected(place, file.shown)
                 continue
-            if response.status >= 400 and file.target != file.original and response.status != 416:
+            if response.status >= 400 and begun != file.original and response.status != 416:
                 # A signed link that redirections had led to, and that has expired: they lead to a new one.
                 file.target = file.original
                 raise Broken(f"it answers {response.status}")
