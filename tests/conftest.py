@@ -34,7 +34,7 @@ settings.load_profile("shipd")
 
 
 def pytest_configure() -> None:
-    """What tests start has to hear of Ctrl-C, which jobs in the background of a shell ignore, and their children."""
+    """What tests start has to hear of Ctrl-C. A shell's background jobs ignore it, and so do their children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -23,6 +23,8 @@ from tests.support.swapping import MODES, Everything, encoder, perturbed, proper
 pytest_plugins = ["tests.support.swapping"]
 
 DEADLINE = 60.0
+PACE = 0.0003
+"""Seconds that readers leave to others between two answers."""
 
 
 # Bits ---------------------------------------------------------------------------------------------------------------
@@ -258,7 +260,8 @@ def test_a_thousand_swaps_under_eight_readers_and_none_sees_a_mix(mode, how, rig
 
     def read(index):
         with torch.inference_mode():
-            while not stop.is_set():
+            # Without a pause, flip mode has to wait for a hundred answers between two swaps, and nothing is seen by it.
+            while not stop.wait(PACE):
                 # Without a hold of one's own one does not learn which version answered, only that it was one.
                 with gate.hold() if how == "hold" else contextlib.nullcontext() as version:
                     answer = model(ids)

@@ -138,7 +138,7 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
 BOUNDS_CHECKED = """
 import numpy as np
 from numba import types
-from shipd.codecs import compiled, egr
+from shipd.codecs import compiled, egr, egr_compiled as engine
 from shipd.codecs.codec import CodecError
 from shipd.codecs.compiled_lanes import array
 from tests.fuzz.mutator import Mutator
@@ -155,8 +155,7 @@ except IndexError:
 else:
     raise AssertionError("bounds are not checked")
 
-compiled.warm_up()
-engine = compiled.kernels().egr
+engine.warm_up()
 seeds = []
 for size, share, step in ((1, 1.0, 1), (200, 0.2, 300), (2049, 0.01, 1), (6000, 1.0, 3), (3000, 0.5, 40_000)):
     content, base = weights(size, share, step=step)
