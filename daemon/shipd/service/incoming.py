@@ -17,9 +17,10 @@ from functools import partial
 from typing import Final
 
 from shipd.images.slots import Slot, SlotPool
-from shipd.service.composing import Composing, Part
+from shipd.service.composing import Composing
 from shipd.service.decoding import Decoding, Ground, Target
 from shipd.service.host import Host
+from shipd.service.labels import Labelled, live_digest
 from shipd.service.lanes import Lanes
 from shipd.service.lending import Lending
 from shipd.service.models import Model, Version
@@ -34,7 +35,6 @@ from shipd.transfer.unixpeer import UnixPeer
 from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.digests import LeafDigests
 from shipproto.errors import AbortCode, TransferError
-from shipproto.layout import Layout
 from shipproto.limits import MAX_TEXT
 from shipproto.messages import Committed, Join, Offer
 from shipproto.names import harmless
@@ -86,6 +86,7 @@ class Incoming:
         self._composing: Composing | None = None
         """Of a partial push, once it has been found to fit."""
         self._settling = Settling(host, model, self.receiver, self.flush)
+        self._labelled = Labelled(host, model, self.receiver, self.flush)
         self._decoding = Decoding(
             host.work, host.speeds, took=self._took, refused=self._not_decoded, hold_back=self._hold_back
         )
@@ -246,7 +247,7 @@ class Incoming:
             layout = part.offered if part is not None else await self._settling.layout(offer)
             version = self.model.version
             if version is not None and offer.label == version.label:
-                await self._compare(layout, version, part)
+                await self._labelled.compare(layout, version, part, self._verify)
                 return
             if part is not None:
                 self._composing = Composing(self._host, self.model, part)
@@ -259,7 +260,7 @@ class Incoming:
             self._accept(pool, slot)
             await self._receive()
             digests, digest = await self._made()
-            self._refuse_conflict(digest)
+            self._labelled.decide(digest)
             if self.receiver.ended:
                 return
             if self._composing is not None and version is not None:
@@ -328,59 +329,6 @@ class Incoming:
         assert version is not None and version.slot.digests is not None
         return await self._composing.digests(version.slot.digests, self.receiver.digests)
 
-    async def _compare(self, layout: Layout, version: Version, part: Part | None) -> None:
-        """The label is the current version's: only the digests decide whether the content is, too."""
-        digests = version.slot.digests
-        assert digests is not None
-        if part is not None:
-            digests = await self._host.work(part.current, digests)
-        if digests is None or digests.layout.structure.digest != layout.structure.digest:
-            raise self._conflict(version.digest)
-        self.receiver.compare(digests)
-        self.flush()
-        await self._verify.wait()
-        if await self._host.work(self.receiver.verify):
-            raise self._conflict(version.digest)
-        self.receiver.verified(())
-        self._already(version)
-
-    def _refuse_conflict(self, digest: bytes) -> None:
-        """The label may have come only with FINISH, and may be that of an earlier version."""
-        known = self.model.labels.get(self.receiver.label)
-        if known is not None and known != digest:
-            raise self._conflict(known)
-        version = self.model.version
-        if version is None or version.label != self.receiver.label:
-            return
-        if version.digest != digest:
-            raise self._conflict(version.digest)
-        self._already(version)
-
-    def _conflict(self, digest: bytes) -> TransferError:
-        return TransferError(
-            AbortCode.LABEL_CONFLICT,
-            f"model {self.model.name!r} already has had a version {self.receiver.label!r} with other content (digest "
-            f"{digest.hex()}): choose another label",
-        )
-
-    def _already(self, version: Version) -> None:
-        self.model.failed = None
-        log.info("the version is current already", extra={**self._context(), "label": version.label})
-        self.receiver.committed(
-            Committed(
-                already=True,
-                digest=self.receiver.digest,
-                label=version.label,
-                live=self._live(version),
-                transfer=self.receiver.transfer,
-            )
-        )
-        self.flush()
-
-    def _live(self, version: Version) -> bytes:
-        """What COMMITTED says beside the digest of what was sent."""
-        return version.digest if self.receiver.offer.partial else b""
-
     # --- the commit ----------------------------------------------------------------------------------------
 
     async def _await_commit(self) -> None:
@@ -425,7 +373,7 @@ class Incoming:
                 digest=self.receiver.digest,
                 digest_seconds=spent.digest,
                 label=version.label,
-                live=self._live(version),
+                live=live_digest(self.receiver, version),
                 pause_seconds=outcome.pause_seconds,
                 receive_seconds=spent.receive,
                 stale=stale,
