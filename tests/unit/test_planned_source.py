@@ -13,6 +13,8 @@ from shipd.checkpoints.planned import PlannedSource, planned
 from shipd.checkpoints.source import MAX_READ, Source, open_source
 from shipd.errors import CastError, TensorMismatch
 from shipd.matching.plan import Rules, make_plan
+from shipd.transfer.faults import as_transfer_error
+from shipproto.errors import AbortCode
 from shipproto.structure import Structure, TensorSpec
 
 NOTHING = Structure.build(())
@@ -132,6 +134,8 @@ def test_what_a_refused_value_is_called() -> None:
         "which float16 cannot hold (-65504 to 65504): serve the model in float32, or bring the value into range where "
         "the checkpoint is made"
     )
+    told = as_transfer_error(caught.value)
+    assert (told.code, told.tensor) == (AbortCode.UNSUPPORTED, "head.weight")
     with pytest.raises(CastError, match=r"has the value 300, which uint8 cannot hold \(0 to 255\)"):
         through({"n": torch.tensor(300)}, as_model({"n": torch.tensor(300)}, "uint8")).read(0, 0, 1)
 
@@ -319,6 +323,8 @@ import sys
 from shipd.checkpoints.planned import planned
 from shipd.checkpoints.source import open_source
 from shipd.matching.plan import make_plan
+from shipd.transfer.faults import as_transfer_error
+from shipproto.errors import AbortCode
 from shipproto.structure import Structure, TensorSpec
 source = open_source({str(tmp_path / "w")!r})
 plan = make_plan(source.structure, Structure.build([TensorSpec("w", "float32", (2,))]), Structure.build(()))

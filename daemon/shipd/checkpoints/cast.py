@@ -41,6 +41,10 @@ _NANS: Final = {
 _INFINITE: Final = ("float64", "float32", "bfloat16", "float16", "float8_e5m2")
 """Dtypes that have infinity."""
 
+_BLOCK: Final = 32768
+"""Elements that are cast at once: with as many torch stays on the calling thread, more it shares with others,
+for which the threads of a push would wait. They are also still in the cache when they are looked at twice."""
+
 _REAL: Final = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 """Dtypes of the parts of complex numbers, which are cast each for itself."""
 
@@ -104,19 +108,26 @@ def _cast_floats(content: memoryview, given: str, wanted: str, out: bytearray, a
     numbers = _tensor(content, given)
     place = torch.frombuffer(out, dtype=getattr(torch, wanted), count=numbers.numel(), offset=at)
     with torch.no_grad():
-        if given.startswith("float8"):
-            # Exact, and has all the operations that are needed here.
-            numbers = numbers.to(torch.float32)
-        elif given == "float64" and wanted != "float32":
-            # As torch does it; a number that only becomes too large here must be seen by what follows.
-            narrow = numbers.to(torch.float32)
-            _check(numbers, "float32")
-            numbers = narrow
-        ordinary = _check(numbers, wanted)
-        place.copy_(numbers)
-        if not ordinary:
-            integer, bits = _NANS[wanted]
-            place.view(integer)[numbers.isnan()] = bits
+        for start in range(0, numbers.numel(), _BLOCK):
+            try:
+                _cast_block(numbers[start : start + _BLOCK], given, wanted, place[start : start + _BLOCK])
+            except Misfit as misfit:
+                raise Misfit(start + misfit.element, misfit.value) from None
+
+
+def _cast_block(numbers: Tensor, given: str, wanted: str, place: Tensor) -> None:
+    if given.startswith("float8"):
+        # Exact, and has all the operations that are needed here.
+        numbers = numbers.to(torch.float32)
+    elif given == "float64" and wanted != "float32":
+        # As torch does it; a number that only becomes too large here must be seen by what follows.
+        _check(numbers, "float32")
+        numbers = numbers.to(torch.float32)
+    ordinary = _check(numbers, wanted)
+    place.copy_(numbers)
+    if not ordinary:
+        integer, bits = _NANS[wanted]
+        place.view(integer)[numbers.isnan()] = bits
 
 
 def _check(numbers: Tensor, wanted: str) -> bool:

@@ -11,11 +11,14 @@ from itertools import combinations, islice
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from shipd.matching import views
 from shipd.matching.names import unwrap
 from shipd.matching.plan import Alternative, Plan, make_plan
 from shipd.matching.renames import Rule, apply_renames
+
+_Rows = npt.NDArray[np.int64]
 
 _PAIRED: Final = 128
 """Tensors whose counterparts are looked for, spread over all that are left."""
@@ -105,14 +108,14 @@ class _Trial:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        left = plan.left[:: -(-len(plan.left) // _TRIED_ON)]
+        left = _sample(plan.left, _TRIED_ON)
         self.size = len(left)
         self._left = [plan.called[row] for row in left.tolist()]
         self._shapes = [plan.offered.shape(row) for row in left.tolist()]
         _, its = views.keys(plan.reading, (), [plan.resident.names[row] for row in plan.lacking.tolist()])
         self._lacking = dict(zip(its, map(plan.resident.shape, plan.lacking.tolist()), strict=True))
         placed = np.setdiff1d(np.arange(len(plan.offered)), plan.left)
-        self._placed = [plan.called[row] for row in placed[:: -(-len(placed) // _TRIED_ON) or 1].tolist()]
+        self._placed = [plan.called[row] for row in _sample(placed, _TRIED_ON).tolist()]
 
     def gain(self, rules: Sequence[Rule]) -> int:
         """How many of the tensors left over have a name and shape that the model lacks, after these rules; none where
@@ -129,8 +132,8 @@ class _Trial:
         found: Counter[_Change] = Counter()
         whole: Counter[_Change] = Counter()
         buckets = self._buckets()
-        step = -(-len(own) // _PAIRED)
-        for key, shape in list(zip(own, self._shapes, strict=True))[::step]:
+        for row in _sample(np.arange(len(own)), _PAIRED).tolist():
+            key, shape = own[row], self._shapes[row]
             candidates = buckets.get((shape, _numbers(key))) or buckets.get((shape, ()), [])
             if counterpart := closest(key, candidates[:_CANDIDATES]):
                 found.update(_differences(key.split("."), counterpart.split(".")))
@@ -148,6 +151,14 @@ class _Trial:
             if numbers:
                 buckets[shape, ()].append(key)
         return buckets
+
+
+def _sample(rows: _Rows, most: int) -> _Rows:
+    """At most that many of ``rows``, in their order and the same ones each time; not every other one, since names come
+    in turns as well."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))]
 
 
 def _numbers(name: str) -> tuple[str, ...]:

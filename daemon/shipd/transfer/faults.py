@@ -3,7 +3,7 @@
 Core errors know nothing of hosts or models; here they get the peer's name and the advice that goes with it.
 """
 
-from shipd.errors import BY_CODE, AuthError, PeerError, ShipError, TensorMismatch, TransferFailed
+from shipd.errors import BY_CODE, AuthError, CastError, PeerError, ShipError, TensorMismatch, TransferFailed
 from shipproto.errors import AbortCode, AuthFailed, ForeignPeer, ProtocolError, TransferError, VersionMismatch
 
 _CODES: dict[type[ShipError], AbortCode] = {
@@ -11,6 +11,7 @@ _CODES: dict[type[ShipError], AbortCode] = {
     # Several codes are raised as these; this is what a side says of its own accord.
     PeerError: AbortCode.PROTOCOL,
     TransferFailed: AbortCode.INTERNAL,
+    CastError: AbortCode.UNSUPPORTED,
 }
 
 
