@@ -3,7 +3,8 @@
 This is the whole public surface, imported only when it is used: a sender of safetensors files never loads
 torch, and nothing here starts a thread at import.
 
-    connect, Client, Receipt, Progress        the sending side; Status, Verification: what it is told
+    connect, Client, Receipt, Progress        the sending side; Status, Verification, Description: what it is told
+    Plan                                      what becomes of a checkpoint's tensors in a model
     kept_versions                             what it keeps so that the next push sends only what has changed
     attach, Resident, Version                 the serving side
     Daemon, Config                            a daemon inside a process
@@ -47,12 +48,14 @@ if TYPE_CHECKING:
     from shipd.errors import TransferFailed as TransferFailed
     from shipd.errors import UnknownModel as UnknownModel
     from shipd.errors import UnsupportedTensor as UnsupportedTensor
+    from shipd.matching.plan import Plan as Plan
     from shipd.service.config import Config as Config
     from shipd.service.config import ModelConfig as ModelConfig
     from shipd.service.embedded import Daemon as Daemon
     from shipd.serving.resident import Resident as Resident
     from shipd.serving.resident import attach as attach
     from shipd.serving.version import Version as Version
+    from shipproto.description import Description as Description
     from shipproto.status import Status as Status
     from shipproto.status import Verification as Verification
 
@@ -69,10 +72,12 @@ _HOMES = {
         *("PeerError", "Refused", "ShipError", "StageFailed", "Stalled", "Superseded", "SwapFailed", "TensorChanged"),
         *("TensorMismatch", "TransferFailed", "UnknownModel", "UnsupportedTensor"),
     ),
+    "shipd.matching.plan": ("Plan",),
     "shipd.service.config": ("Config", "ModelConfig"),
     "shipd.service.embedded": ("Daemon",),
     "shipd.serving.resident": ("Resident", "attach"),
     "shipd.serving.version": ("Version",),
+    "shipproto.description": ("Description",),
     "shipproto.status": ("Status", "Verification"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
