@@ -207,9 +207,9 @@ class Client:
 
         def cancel() -> None:
             cancelled.set()
-            fetching.cancel()
             if running:
                 running[0].cancel()
+            fetching.cancel()
 
         return await _in_thread(run, cancel, finished_counts=True)
 
