@@ -55,7 +55,7 @@ def refused(url: str, kind: type[Exception] = CheckpointError) -> str:
 
 def sharded(put: Put, folder: str, whole: Content) -> str:
     """Its index; the last shard is put first."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for at in (2, 1, 0):
         part = Content(whole.rows[at::3], whole.data)
         put(f"{folder}/part-{at}.safetensors", file_of(part))

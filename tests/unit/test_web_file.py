@@ -154,7 +154,7 @@ def test_what_is_read_whole_reports_how_it_gets_on(tmp_path):
 
 
 def sharded(server: FileServer, folder: str, whole: Content, count: int = 3) -> str:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for at in range(count):
         part = Content(whole.rows[at::count], whole.data)
         server.serve(f"{folder}/part-{at}.safetensors", file_of(part))

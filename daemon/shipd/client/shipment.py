@@ -76,10 +76,11 @@ class Shipment:
     def cancel(self) -> None:
         """End it, unless its commit is already under way."""
         self._cancelled.set()
-        self._fetching.cancel()
         self._waker.wake()
         if self._push is not None:
+            # First: what fails for want of what is fetched must be known to be interrupted.
             self._push.cancel()
+        self._fetching.cancel()
 
     def run(self) -> Receipt:
         """Ship. Raises ValueError for what cannot be offered, and ShipError."""
