@@ -355,6 +355,24 @@ def test_tensors_that_were_kept_stay_what_they_were(start_daemon: StartDaemon, a
     gc.collect()
 
 
+def test_a_forked_child_serves_only_what_is_its_own(start_daemon: StartDaemon, attach: Attach) -> None:
+    """The daemon knows of the parent only, and writes into images that a child may still refer to."""
+
+    class Bound:
+        def load_weights(self, weights: Weights) -> None:
+            self.weights = dict(weights)
+
+    daemon = start_daemon(models={})
+    copying, bound = attach(Engine(), daemon), attach(Bound(), daemon)
+    push(address_of(daemon), version(1), label="v1")
+    # What a fork calls in the child, but for the session: that is the parent's, and goes on here.
+    copying._follower.abandon_after_fork()
+    bound._follower.abandon_after_fork()
+    assert copying.stale is None
+    with pytest.raises(shipd.Fenced, match="forked from one whose load_weights keeps the tensors"), bound.hold():
+        pass
+
+
 def test_other_tensors_are_refused_while_it_is_attached(start_daemon: StartDaemon, attach: Attach) -> None:
     daemon = start_daemon(models={})
     engine = Engine()

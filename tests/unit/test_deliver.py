@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from shipd.errors import AttachError, NotReadBack, StageFailed, SwapFailed
 from shipd.images.memory import ImageMapping, create_memfd
 from shipd.serving.deliver import DeliverSwap, Image
+from shipd.serving.gate import Gate
+from shipd.serving.model_follower import ModelFollower, resident_of
 from shipd.serving.staging import Torn, fill_image
+from shipd.serving.swap import make_swapper
 from shipd.serving.tensors import ModelTensors
+from shipd.serving.version import Version
+from shipproto.errors import MalformedMessage
 from shipproto.layout import Layout
 from shipproto.structure import Structure, TensorSpec
 from tests.support.swapping import Everything, encoder, perturbed, raw
@@ -363,3 +368,14 @@ def test_an_image_is_let_go_of_with_its_last_tensor(images: Images) -> None:
     swapper.let_go()
     gc.collect()
     assert image() is None
+
+
+def test_only_who_takes_any_tensors_is_told_which() -> None:
+    """A daemon that says such things to a process with a model of its own breaks the protocol."""
+    tensors = ModelTensors(encoder())
+    swapper = make_swapper(tensors, Layout(tensors.structure))
+    follower = ModelFollower(Gate(Version("", "")), swapper, resident_of(tensors), 1.0, [])
+    with pytest.raises(MalformedMessage, match="has said itself how its images are laid out"):
+        follower.lay_out(tensors.structure)
+    with pytest.raises(MalformedMessage, match="a process that could have brought one"):
+        follower.wait_for_version()

@@ -234,7 +234,8 @@ class DeliverSwap:
         kept = []
         for handout in self._lent:
             if handout.image is current:
-                kept.append(handout)
+                if handout.is_referred_to():
+                    kept.append(handout)
                 continue
             try:
                 handout.part()
