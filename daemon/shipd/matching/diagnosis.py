@@ -3,7 +3,6 @@
 Plain text in lines. Names come from files and other machines: nothing in them reaches a terminal as a command to it.
 """
 
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -246,7 +245,7 @@ def _help_to_choose(plan: Plan) -> str:
 
 
 def _options(rules: Iterable[Rule]) -> str:
-    return " ".join(f"--map {shlex.quote(str(rule))}" for rule in rules)
+    return " ".join(rule.option for rule in rules)
 
 
 def _help_to_fit(plan: Plan, suggestion: Suggestion | None) -> str:

@@ -243,7 +243,7 @@ def _rename_problems(renamed: Renamed, rules: Rules, offered: Structure, residen
     for rename, count in zip(rules.renames, renamed.counts, strict=True):
         if isinstance(rename, Rule):
             if not count:
-                text = f"rename: the rule {str(rename)!r} matches none of the checkpoint's {len(offered)} names"
+                text = f"rename: the rule '{rename}' matches none of the checkpoint's {len(offered)} names"
                 problems.append(Problem("rename", "", text))
             continue
         for name, target in rename.entries:
@@ -259,7 +259,7 @@ def _rename_problems(renamed: Renamed, rules: Rules, offered: Structure, residen
 def _said(renamed: Renamed, rules: Rules) -> list[str]:
     """What the user's rules did."""
     return [
-        f"{f'--map {str(rename)!r}' if isinstance(rename, Rule) else rename.origin} ({views.tensors(count)})"
+        f"{rename.option if isinstance(rename, Rule) else rename.origin} ({views.tensors(count)})"
         for rename, count in zip(rules.renames, renamed.counts, strict=True)
         if count
     ]

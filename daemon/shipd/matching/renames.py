@@ -9,6 +9,7 @@ content. What it names no rule changes.
 import json
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ class Rule:
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.replacement}"
+
+    @property
+    def option(self) -> str:
+        """What says so on a command line."""
+        return f"--map {shlex.quote(str(self))}"
 
 
 @dataclass(frozen=True, slots=True)
