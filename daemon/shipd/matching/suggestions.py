@@ -92,11 +92,15 @@ def _verified(plan: Plan, rules: tuple[Rule, ...]) -> Suggestion | None:
     with_rules = replace(plan.rules, renames=(*plan.rules.renames, *rules))
     tried = make_plan(plan.offered, plan.resident, plan.transient, with_rules)
     placed = len(plan.left) - len(tried.left)
-    broken = any(problem.kind in ("collision", "rename", "ambiguous") for problem in tried.problems)
     worse = _wrong_shapes(tried) > _wrong_shapes(plan)
-    if broken or worse or placed <= 0 or len(tried.lacking) >= len(plan.lacking):
+    if _is_broken(tried) or worse or placed <= 0 or len(tried.lacking) >= len(plan.lacking):
         return None
     return Suggestion(rules, placed, tried)
+
+
+def _is_broken(tried: Plan) -> bool:
+    """Whether rules make names that are no use."""
+    return any(problem.kind in ("collision", "rename", "ambiguous") for problem in tried.problems)
 
 
 def _wrong_shapes(plan: Plan) -> int:
@@ -236,7 +240,8 @@ def rules_for(plan: Plan, choice: Alternative) -> tuple[Rule, ...]:
     # A prefix is found without a rule where the adapter was all that was in question.
     for chosen in (tuple(rules[:-1]), tuple(rules)):
         with_rules = replace(plan.rules, renames=(*plan.rules.renames, *chosen))
-        if chosen and set(make_plan(plan.offered, plan.resident, plan.transient, with_rules).renamed) == meant:
+        tried = make_plan(plan.offered, plan.resident, plan.transient, with_rules)
+        if chosen and not _is_broken(tried) and set(tried.renamed) == meant:
             return chosen
     return ()
 

@@ -2,11 +2,12 @@
 
 A view is a pair of columns of keys, made of the names of both sides: tensors with equal keys are one. Views are tried
 from the plainest on, and the first that fits is taken: one that leaves nothing over that may not be left over. Of two
-of a kind that both fit neither is taken, since only the user can know.
+of a kind that both fit neither is taken, since only the user can know: no encoder's tensors may become a decoder's.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -62,6 +63,11 @@ class Reading(NamedTuple):
     own_prefix: str = ""
     its_prefix: str = ""
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether one prefix is put in place of another."""
+        return bool(self.own_prefix and self.its_prefix)
+
 
 PLAIN: Final = Reading()
 """Names as they are."""
@@ -90,13 +96,18 @@ class View:
 
 @dataclass(frozen=True)
 class Collision:
-    """Two names of one side that become one key."""
+    """Two names of one side that become one key.
+
+    rival  what the prefix would mean for the names that begin with it alone: it is not taken, but another view of the
+           kind is not either where this may be what is meant
+    """
 
     reading: Reading
     side: str
     one: str
     other: str
     key: str
+    rival: View | None = None
 
 
 @dataclass(frozen=True)
@@ -128,30 +139,61 @@ def choose(names: Names) -> Choice:
         if best.placed >= at_most:
             break
         views: list[View] = []
+        rivals: list[View] = []
         for view in stage.views:
             if isinstance(view, Collision):
                 collisions.append(view)
+                if view.rival is not None and _fits(names, view.rival):
+                    rivals.append(view.rival)
             elif not any(np.array_equal(view.found, other.found) for other in views):
                 views.append(view)
         fitting = [view for view in views if _fits(names, view)]
         # What fits only since tensors are shared may place fewer of them than a later view, and the wrong ones.
         whole = [view for view in fitting if not view.shared.any() or stage.single]
-        if len(whole) > 1:
-            return Choice(best, tuple(whole), tuple(collisions))
         if whole:
-            return Choice(whole[0], (), tuple(collisions))
+            whole += [rival for rival in rivals if _contradict(names, rival, whole[0])]
+            return (
+                Choice(best, tuple(whole), tuple(collisions))
+                if len(whole) > 1
+                else Choice(whole[0], (), tuple(collisions))
+            )
         loose += fitting
         views = [view for view in views if view.placed > best.placed and (stage.single or _is_most(names, view))]
         if views:
-            most = max(view.placed for view in views)
-            best = next(view for view in views if view.placed == most)
+            views.sort(key=lambda view: -view.placed)
+            if names.policy == "partial" and (ways := _ways(names, views)):
+                return Choice(best, ways, tuple(collisions))
+            best = views[0]
     if loose:
-        best = max(loose, key=lambda view: view.placed)
+        loose.sort(key=lambda view: -view.placed)
+        best = loose[0]
+        return Choice(best, _ways(names, loose), tuple(collisions))
     return Choice(best, (), tuple(collisions))
 
 
+def _ways(names: Names, views: Sequence[View]) -> tuple[View, ...]:
+    """The first of ``views`` and those that it cannot be reconciled with; empty where there are none."""
+    others = tuple(view for view in views[1:] if _contradict(names, view, views[0]))
+    return (views[0], *others) if others else ()
+
+
+def _contradict(names: Names, one: View, other: View) -> bool:
+    """Whether the two would give a tensor of the model other bytes each, or send one to two places."""
+    bytes_of, place_of = names.offered.primary, names.resident.primary
+    both = np.flatnonzero((one.found >= 0) & (other.found >= 0))
+    if bool((place_of[one.found[both]] != place_of[other.found[both]]).any()):
+        return True
+    given = np.full((2, len(names.resident)), -1, dtype=np.int64)
+    for at, view in enumerate((one, other)):
+        rows = np.flatnonzero(view.found >= 0)
+        given[at, view.found[rows]] = bytes_of[rows]
+    return bool(((given[0] != given[1]) & (given >= 0).all(axis=0)).any())
+
+
 def _fits(names: Names, view: View) -> bool:
-    if names.policy == "strict":
+    # One prefix for another says that two modules are one. Of a part of the model that is a guess: decoder.layers.* are
+    # not encoder.layers.*, though each of them has a place there.
+    if names.policy == "strict" or view.reading.exchanges:
         return not len(view.left) and not view.lacking
     if names.policy == "subset":
         return not len(view.left) and bool((view.found >= 0).any())
@@ -160,6 +202,8 @@ def _fits(names: Names, view: View) -> bool:
 
 def _is_most(names: Names, view: View) -> bool:
     """Whether it places more than half of the smaller side: a few names that agree say nothing."""
+    if view.reading.exchanges and names.policy != "strict":
+        return False
     return 2 * view.placed > min(len(names.offered) - len(names.dropped), len(names.resident))
 
 
@@ -213,7 +257,22 @@ def _prefixed(names: Names, reading: Reading, keys: _Keys) -> Iterator[View | Co
             without_prefix(keys.resident, its_prefix) if its_prefix else keys.resident,
             without_prefix(keys.transient, its_prefix) if its_prefix else keys.transient,
         )
-        yield _view(names, reading._replace(own_prefix=own_prefix, its_prefix=its_prefix), cut)
+        prefixed = reading._replace(own_prefix=own_prefix, its_prefix=its_prefix)
+        view = _view(names, prefixed, cut)
+        if isinstance(view, Collision):
+            inner = _Keys(
+                _beginning(keys.own, own_prefix, "own"),
+                _beginning(keys.resident, its_prefix, "resident"),
+                _beginning(keys.transient, its_prefix, "transient"),
+            )
+            rival = _view(names, prefixed, inner)
+            view = replace(view, rival=rival if isinstance(rival, View) else None)
+        yield view
+
+
+def _beginning(keys: Sequence[str], prefix: str, side: str) -> list[str]:
+    """``keys`` without ``prefix``, and something that is none, and on no other side, in place of all others."""
+    return [key.removeprefix(prefix) if key.startswith(prefix) else f"\n{side} {row}" for row, key in enumerate(keys)]
 
 
 def _adapted(
@@ -298,8 +357,15 @@ def describe(view: View, own: Sequence[str], resident: Sequence[str]) -> list[st
     if reading.wrappers:
         given = wrapping([name for name, _ in pairs], reading.wrappers)
         wanted = wrapping([target for _, target in pairs], reading.wrappers)
-        lines += [f"{_taken(part, '*')} ({tensors(count)})" for part, count in (given - wanted).items()]
-        lines += [f"{_put(part, '*')} ({tensors(count)})" for part, count in (wanted - given).items()]
+        if given & wanted:
+            # Taken off one name and put before another: pair by pair, or the one would hide the other.
+            given, wanted = Counter(), Counter()
+            for name, target in pairs:
+                one, other = wrapping([name], reading.wrappers), wrapping([target], reading.wrappers)
+                given.update(one - other)
+                wanted.update(other - one)
+        lines += [f"{_taken(part, '*')} ({tensors(count)})" for part, count in given.items()]
+        lines += [f"{_put(part, '*')} ({tensors(count)})" for part, count in wanted.items()]
     if reading.own_prefix or reading.its_prefix:
         count = sum(
             without.startswith(reading.own_prefix) and target.startswith(reading.its_prefix)
