@@ -26,8 +26,8 @@ from shipproto.messages import (
 from shipproto.outcomes import StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
 from shipproto.receiver import Receiver
-from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import SendChunk
 from shipproto.structure import Structure
 from tests.support import naive
 from tests.support.golden.messages import MESSAGES as GOLDEN
