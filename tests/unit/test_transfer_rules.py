@@ -15,6 +15,7 @@ from shipproto.messages import (
     Committed,
     Finish,
     Held,
+    Lend,
     Message,
     Offer,
     Progress,
@@ -148,7 +149,7 @@ TO_SENDER: dict[SenderState, set[type[Message]]] = {
 TO_RECEIVER: dict[ReceiverState, set[type[Message]]] = {
     ReceiverState.OFFERED: {Abort},
     ReceiverState.STRUCTURE: {StructureIs, Abort},
-    ReceiverState.RECEIVING: {Finish, Abort},
+    ReceiverState.RECEIVING: {Finish, Lend, Abort},
     ReceiverState.VERIFYING: {Abort},
     ReceiverState.STAGING: {Abort},
     ReceiverState.STAGED: {Commit, Abort},
