@@ -179,6 +179,15 @@ class Planner:
         except ProtocolError as error:
             raise peer_error(error, self._where) from error
         if resident is None:
+            if self._wishes.any:
+                # Without a model names would stay as they are, and a part would be taken for a whole.
+                raise Refused(
+                    f"nothing is known yet of what model {self._model!r} consists of, so that there is nothing to "
+                    "match names with, cast to or keep: attach the process that serves it first, or push a whole "
+                    "version without a policy, casts and renames",
+                    model=self._model,
+                    peer=self._where,
+                )
             return Outcome(description=description)
         plan = before
         if plan is None or (resident, transient.digest, rules) != (plan.resident, plan.transient.digest, plan.rules):
