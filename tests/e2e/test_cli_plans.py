@@ -20,7 +20,7 @@ from tests.support.hostile import Peer
 from tests.support.processes import Finished, address_of, push
 from tests.support.serving_process import Attach
 
-pytest_plugins = ["tests.support.serving_process", "tests.support.bitwise"]
+pytest_plugins = ["tests.support.serving_process", "tests.support.bitwise", "tests.support.older"]
 
 
 class Net(nn.Module):
@@ -294,11 +294,8 @@ def test_the_doctor_of_a_part_for_which_there_is_no_room(start_daemon: StartDaem
     assert (refused.code, refused.answer["error"]) == (12, "MemoryLimit")
 
 
-def test_the_doctor_of_a_daemon_that_cannot_tell(served: Served, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shipd.service import server
-
-    made = server.Connection
-    monkeypatch.setattr(server, "Connection", lambda **fields: made(**{**fields, "capabilities": ()}))
+@pytest.mark.usefixtures("older_daemons")
+def test_the_doctor_of_a_daemon_that_cannot_tell(served: Served, save: Save) -> None:
     finished = shipctl("doctor", address_of(served[0]), save(weights()), "--model", "model")
     assert finished.code == 0, finished
     assert "  warning  its release cannot tell what its models consist of" in finished.out

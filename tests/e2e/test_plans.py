@@ -26,7 +26,7 @@ from tests.support.processes import Background, address_of, push
 from tests.support.proxy import Proxy
 from tests.support.serving_process import Attach
 
-pytest_plugins = ["tests.support.serving_process", "tests.support.bitwise"]
+pytest_plugins = ["tests.support.serving_process", "tests.support.bitwise", "tests.support.older"]
 
 
 class Net(nn.Module):
@@ -326,18 +326,9 @@ def test_nothing_is_wished_for_of_a_model_that_is_not_known(daemon: shipd.Daemon
 # --- older daemons, and worse ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def old(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
-    """The daemon says in HELLO what one of before these abilities says."""
-    from shipd.service import server
-
-    made = server.Connection
-    monkeypatch.setattr(server, "Connection", lambda **fields: made(**{**fields, "capabilities": ()}))
-    return served
-
-
-def test_a_daemon_that_cannot_tell(old: Served, proxy: Proxy) -> None:
-    daemon, model, _resident = old
+@pytest.mark.usefixtures("older_daemons")
+def test_a_daemon_that_cannot_tell(served: Served, proxy: Proxy) -> None:
+    daemon, model, _resident = served
     receipt = push(proxy.address, weights(1))
     assert (receipt.policy, receipt.renamed, receipt.profile.plan < 1) == ("strict", (), True)
     assert same(model.state_dict(), weights(1))
@@ -367,7 +358,8 @@ def test_a_path_that_breaks_and_damages_while_it_is_asked(served: Served, proxy:
 def test_a_daemon_that_never_answers(served: Served, proxy: Proxy) -> None:
     _daemon, model, _resident = served
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    proxy.hold(kind=DESCRIPTION_IS, nth=None, way=Way.TO_SENDER)
+    for answer in range(2):
+        proxy.hold(kind=DESCRIPTION_IS, nth=answer, way=Way.TO_SENDER)
     with pytest.raises(shipd.Stalled, match=r"did not say in time what model 'model' consists of") as silent:
         push(proxy.address, weights(1), stall=0.2)
     assert (silent.value.model, silent.value.peer) == ("model", proxy.address)
@@ -383,7 +375,7 @@ def test_the_timeout_is_that_of_the_whole_push(served: Served, proxy: Proxy) -> 
     async def converse() -> None:
         async with shipd.connect(proxy.address) as client:
             await client.push(weights(1), model="model")
-            proxy.hold(kind=HELLO, nth=None, way=Way.TO_SENDER)
+            proxy.hold(kind=HELLO, nth=1, way=Way.TO_SENDER)
             with pytest.raises(shipd.Stalled, match=r"longer than its timeout of 0.2 s"):
                 await client.push(weights(1, "module."), model="model", timeout=0.2)
 
@@ -395,7 +387,7 @@ def test_the_timeout_is_that_of_the_whole_push(served: Served, proxy: Proxy) -> 
 def test_cancelling_while_it_is_asked(served: Served, proxy: Proxy) -> None:
     daemon, _model, resident = served
     digest = resident.digest
-    held = proxy.hold(kind=DESCRIPTION_IS, nth=None, way=Way.TO_SENDER)
+    held = proxy.hold(kind=DESCRIPTION_IS, nth=0, way=Way.TO_SENDER)
 
     async def converse() -> None:
         async with shipd.connect(proxy.address) as client:
