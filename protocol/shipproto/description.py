@@ -3,12 +3,14 @@
 Fields are only ever added, with defaults, so that an older reader understands a newer daemon.
 """
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from shipproto.errors import MalformedMessage
 from shipproto.frame import Buffer
+from shipproto.limits import MAX_PROCESSES
+from shipproto.messages.fields import U32, U63, ClassName, Environment, Label, OptionalDigest, OptionalLabel, Word
 from shipproto.structure import Structure
 
 ENVIRONMENT: Final = ("cuda", "platform", "python", "shipd", "torch")
@@ -23,10 +25,10 @@ keep their values; and it may have tensors that the model lacks, which are left 
 class ProcessDescription(msgspec.Struct, frozen=True, kw_only=True):
     """One serving process. ``model_class`` is the qualified name of the resident model's class."""
 
-    pid: int
-    mode: str = ""
-    model_class: str = ""
-    environment: dict[str, str] = {}
+    pid: U32
+    mode: Word = ""
+    model_class: ClassName = ""
+    environment: Environment = {}
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,21 +43,21 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     limit             bytes that a version may have; 0 where nothing is set
     """
 
-    model: str
+    model: Label
     structure: bytes = b""
-    structure_digest: bytes = b""
+    structure_digest: OptionalDigest = b""
     transient: bytes = b""
     delivered: bool = False
     version: bool = False
-    label: str = ""
-    digest: bytes = b""
-    policy: str = ""
+    label: OptionalLabel = ""
+    digest: OptionalDigest = b""
+    policy: Word = ""
     cast: bool | None = None
-    limit: int = 0
-    memory_limit: int = 0
-    memory_used: int = 0
-    environment: dict[str, str] = {}
-    processes: list[ProcessDescription] = []
+    limit: U63 = 0
+    memory_limit: U63 = 0
+    memory_used: U63 = 0
+    environment: Environment = {}
+    processes: Annotated[list[ProcessDescription], msgspec.Meta(max_length=MAX_PROCESSES)] = []
 
     def resident(self, known: Structure | None = None) -> Structure | None:
         """What a version must consist of; ``known`` is what the asker named. None where nothing is known of it yet.

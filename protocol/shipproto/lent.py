@@ -9,6 +9,7 @@ A tensor's bytes lie there one after the other as they travel. A chunk is lent w
 of is; the others travel as DATA.
 """
 
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Final, NamedTuple
@@ -76,7 +77,7 @@ class Lent:
         """The body."""
         return self.files.tobytes() + self.offsets.astype("<u8").tobytes()
 
-    @property
+    @cached_property
     def chunks(self) -> list[int]:
         """The chunks that are lent, in the order in which they lie in the files."""
         layout = self.layout
@@ -85,13 +86,13 @@ class Lent:
         lent += [
             chunk for chunk in range(layout.large_chunks, layout.chunks) if usable[layout.chunk_tensors(chunk)].all()
         ]
-        return sorted(lent, key=self._position)
-
-    def _position(self, chunk: int) -> tuple[int, int]:
-        if chunk < self.layout.large_chunks:
-            return self._large_files[chunk], self._large_offsets[chunk]
-        first = self.reads(chunk)[0]
-        return first.file, first.offset
+        places = list(zip(self._large_files, self._large_offsets, strict=True))
+        for chunk in lent:
+            if chunk >= layout.large_chunks:
+                first = self.reads(chunk)[0]
+                places += [(NOT_LENT, 0)] * (chunk - len(places))
+                places.append((first.file, first.offset))
+        return sorted(lent, key=places.__getitem__)
 
     def ends(self, files: int) -> list[int]:
         """For each of so many files the end of the last tensor in it: what its size must reach."""

@@ -15,7 +15,7 @@ the chunk and hands it to ``send_chunk``.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import xxhash
@@ -52,20 +52,8 @@ from shipproto.outgoing import Outgoing
 from shipproto.rangeset import RangeSet
 from shipproto.sources import sources
 from shipproto.states import SENDER_ENDED, SenderState
+from shipproto.steps import DigestChunk, SendChunk
 from shipproto.structure import Structure, rows_in
-
-
-class SendChunk(NamedTuple):
-    """Read this chunk and pass it to ``send_chunk``."""
-
-    chunk: int
-
-
-class DigestChunk(NamedTuple):
-    """The receiver holds this chunk already: read it and pass it to ``digest_chunk`` only."""
-
-    chunk: int
-
 
 _Handler = str
 _TRANSITIONS: Final[Mapping[tuple[SenderState, type[Message]], tuple[_Handler, SenderState | None]]] = {

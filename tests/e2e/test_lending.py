@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from shipd.errors import IntegrityError, Stalled, TensorChanged
+from shipd.transfer.lane import Lane
 from shipd.transfer.lent_files import LentFiles
 from shipd.transfer.unixpeer import UnixPeer
+from shipproto.frame import MAGIC
+from shipproto.messages import Ping
 from tests.e2e.test_push import _push_and_watch
 from tests.support import checkpoints, hostile
-from tests.support.checkpoints import MIB, assert_installed, medium, write_safetensors
+from tests.support.checkpoints import MIB, Content, assert_installed, medium, write_safetensors
 from tests.support.containers import CONTAINERS
 from tests.support.hostile import TRANSFER, attacker
+from tests.support.link import handshaken
 from tests.support.naive import LEAF, Tensor, encode_structure
 from tests.support.processes import Helper, push, shipctl, status
 from tests.support.proxy import until
@@ -177,6 +181,80 @@ def test_a_file_system_that_does_not_answer(start_daemon, tmp_path, monkeypatch,
     assert_installed(daemon, medium(2), label="second")
 
 
+@pytest.fixture
+def hanging(monkeypatch):
+    """Has the daemon's first read of each push to come hang until the event of that number is set."""
+    read, events, hung = LentFiles.read, [threading.Event() for _ in range(2)], []
+    lock = threading.Lock()
+
+    def reading(self, chunk, into):
+        wait = lambda: None  # noqa: E731
+        if threading.current_thread().name == "shipd-lent":
+            with lock:
+                if len(hung) < len(events) and self not in hung:
+                    wait = functools.partial(events[len(hung)].wait, 30)
+                    hung.append(self)
+        wait()
+        read(self, chunk, into)
+
+    monkeypatch.setattr(LentFiles, "read", reading)
+    yield events
+    for event in events:
+        event.set()
+
+
+def is_over(daemon):
+    """The daemon has given up waiting for the read as well, a moment after the sender has heard of it."""
+    until(lambda: daemon.server.models["model"].incoming is None, "the push is over")
+
+
+def test_what_hangs_is_told_apart(start_daemon, tmp_path, hanging):
+    """When one read ends the memory of another that still hangs is not given to anybody either."""
+    daemon = start_daemon(models={"model": "1GiB"}, stall=0.2)
+    budget = daemon.server.images.budget
+    push(f"127.0.0.1:{daemon.port}", write_safetensors(tmp_path / "before", medium(0)), label="before")
+    usual = budget.used
+    for number in (1, 2):
+        with pytest.raises(Stalled):
+            push(local(daemon), write_safetensors(tmp_path / f"hangs {number}", medium(number)), label=f"{number}")
+        is_over(daemon)
+    both = budget.used
+    hanging[0].set()
+    until(lambda: budget.used < both, "the memory of the first read has been given back")
+    push(local(daemon), write_safetensors(tmp_path / "after", medium(3)), label="after")
+    hanging[1].set()
+    until(lambda: not any(thread.name == "shipd-lent" for thread in threading.enumerate()), "the second has ended")
+    assert_installed(daemon, medium(3), label="after")
+    until(lambda: budget.used == usual, "the memory of the second read has been given back")
+
+
+def half(version):
+    rows = version.rows[1::2]
+    return Content(rows, {row.name: version.data[row.name] for row in rows})
+
+
+def test_a_part_of_a_model_is_lent_as_well(daemon, tmp_path):
+    before, part = medium(0), half(medium(1))
+    push(local(daemon), write_safetensors(tmp_path / "before", before), label="before")
+    receipt = push(local(daemon), write_safetensors(tmp_path / "part", part), label="after", policy="partial")
+    assert receipt.bytes_lent == receipt.bytes_total > 0
+    assert_installed(daemon, Content(before.rows, {**before.data, **part.data}), label="after")
+
+
+def test_the_memory_of_a_part_is_counted_while_a_read_into_it_hangs(start_daemon, tmp_path, hanging):
+    daemon = start_daemon(models={"model": "1GiB"}, stall=0.2)
+    budget = daemon.server.images.budget
+    push(f"127.0.0.1:{daemon.port}", write_safetensors(tmp_path / "before", medium(0)), label="before")
+    usual = budget.used
+    with pytest.raises(Stalled):
+        push(local(daemon), write_safetensors(tmp_path / "part", half(medium(1))), label="part", policy="partial")
+    is_over(daemon)
+    assert budget.used > usual
+    hanging[0].set()
+    until(lambda: budget.used == usual, "the memory of the read that hung has been given back")
+    assert_installed(daemon, medium(0), label="before")
+
+
 # --- who lends what --------------------------------------------------------------------------------------------------
 
 ROWS = (Tensor("large", "uint8", (2 * LEAF,)),)
@@ -295,6 +373,26 @@ def test_lend_is_for_local_transfers_that_want_bytes(daemon, file):
         peer.send("Ping", {"reply": True})
         peer.expect("Ping")
     nothing_came_of_it(daemon)
+
+
+def test_descriptors_leave_with_the_first_byte_of_their_own_message(file):
+    """Whatever is still to be written before it."""
+    here, there = socket.socketpair()
+    connection, _ = handshaken()
+    lane = Lane(here, "a daemon", connection=connection)
+    connection.send(Ping())
+    lane.send_with_fds(lambda: connection.send(Ping(reply=True)), [file])
+    lane.pump()
+    with here, there:
+        received, at = b"", []
+        for _ in range(lane.bytes_sent):
+            byte, fds, *_ = socket.recv_fds(there, 1, 1)
+            at += [len(received)] * len(fds)
+            received += byte
+            for fd in fds:
+                os.close(fd)
+    assert received.count(MAGIC) == 2
+    assert at == [received.rindex(MAGIC)]
 
 
 def test_a_daemon_that_takes_no_files_gets_bytes_when_the_first_way_breaks(daemon, medium, monkeypatch):

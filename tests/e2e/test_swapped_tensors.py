@@ -246,7 +246,8 @@ def test_what_the_model_writes_itself_is_found_and_replaced(
     daemon = start_daemon(models={})
     model = nn.BatchNorm1d(8).train()
     resident = attach(model, daemon, mode=mode)
-    for step in range(1, 4):
+    # So many that every image is used again.
+    for step in range(1, 8):
         version = nn.BatchNorm1d(8)
         nn.init.constant_(version.running_mean, float(step))  # type: ignore[arg-type]  # a buffer that is there
         receipt = push(address_of(daemon), version, label=f"v{step}")
@@ -256,6 +257,21 @@ def test_what_the_model_writes_itself_is_found_and_replaced(
         assert model.training
         with pytest.raises(shipd.IntegrityError):
             resident.verify()
+
+
+def test_flip_maps_each_image_once(start_daemon: StartDaemon, attach: Attach) -> None:
+    """As long as the model writes nothing itself: the pages of a gigabyte take tens of milliseconds."""
+    daemon = start_daemon(models={})
+    model = nn.Linear(8, 8)
+    resident = attach(model, daemon, mode="flip")
+    places = []
+    for step in range(12):
+        version = nn.Linear(8, 8)
+        receipt = push(address_of(daemon), version, label=f"v{step}")
+        assert resident.verify() == receipt.digest
+        assert torch.equal(model.weight, version.weight)
+        places.append(model.weight.data_ptr())
+    assert len(set(places)) <= 3
 
 
 # --- mismatches ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import time
 import pytest
 
 import shipd
-import shipd.client.client
 import shipd.client.push
 from shipd.checkpoints import source
+from shipd.client import shipment
 from shipd.transfer.lane import Lane
 from tests.support.checkpoints import assert_installed
 from tests.support.frames import COMMIT, COMMITTED, Way
@@ -133,12 +133,12 @@ def test_cancelling_while_the_checkpoint_is_opened(daemon, new, monkeypatch):
         assert go_on.wait(20)
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(shipd.client.client, "open_source", slowly)
+    monkeypatch.setattr(shipment, "open_source", slowly)
 
     async def main():
         async with shipd.connect(f"127.0.0.1:{daemon.port}") as client:
             pushing = asyncio.create_task(client.push(new, model="model", label="new"))
-            await asyncio.to_thread(opening.wait)
+            assert await asyncio.to_thread(opening.wait, 20)
             pushing.cancel()
             await asyncio.sleep(0)
             go_on.set()

@@ -46,7 +46,7 @@ def test_a_stall_while_nothing_is_sent(daemon, proxy, new, kind):
 
 
 def test_a_stalled_handshake_ends_in_time(proxy, new, monkeypatch):
-    monkeypatch.setattr(shipd.client.client, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(shipd.client.client, "CONNECT_SECONDS", 0.3)
     proxy.stall(kind=HELLO, way=Way.TO_SENDER)
     with pytest.raises(shipd.Stalled, match="not answered in time"):
         push(proxy.address, new)

@@ -6,8 +6,9 @@ from shipproto.connection import Connection, Event, MessageArrived
 from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer
 from shipproto.receiver import Receiver
-from shipproto.sender import SendChunk, Sender
+from shipproto.sender import Sender
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import SendChunk
 from tests.support import naive
 from tests.support.link import handshaken, output_of
 from tests.support.models import SMALL, build, contents, make_image, rows_of

@@ -18,8 +18,9 @@ from shipproto.layout import Layout
 from shipproto.messages import SAME, Committed, Offer
 from shipproto.outcomes import CommitRequested, ReadyToVerify, ReceiverEvent, RunToDecode, StructureArrived
 from shipproto.receiver import Receiver
-from shipproto.sender import DigestChunk, SendChunk, Sender
+from shipproto.sender import Sender
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import DigestChunk, SendChunk
 from shipproto.structure import Structure
 from tests.support.coding import DIFF, PLAIN, Undecodable, ability, decode_into, encode
 from tests.support.models import make_image, read_image

@@ -7,8 +7,8 @@ from shipproto.errors import AbortCode, LocalError, TransferError
 from shipproto.messages import Abort, Join
 from shipproto.outcomes import ChunkHeld, RunToDecode
 from shipproto.receiver import Receiver
-from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import SendChunk
 from tests.support.coded_pair import CodedPair
 from tests.support.coding import DIFF
 from tests.support.link import handshaken, output_of

@@ -11,10 +11,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from shipd.checkpoints.content import Kind, identify
 from shipd.checkpoints.remote.opening import open_url
 from shipd.checkpoints.source import open_source
 from shipd.errors import CheckpointError, Interrupted, Stalled, TensorChanged
-from tests.support.checkpoints import Content, medium, tiny
+from tests.support.checkpoints import MIB, Content, medium, tiny
 from tests.support.containers import CONTAINERS
 from tests.support.file_servers import file_of, quick
 from tests.support.processes import Background, Helper
@@ -89,7 +90,6 @@ def test_an_index_leads_to_the_files_beside_it(memory):
 
 
 def test_of_a_directory_the_checkpoint_is_taken(put, tmp_path):
-    """And of an archive that is not it only the table of contents is fetched, which is at its end."""
     put("run/config.json", b"{}")
     put("run/optimizer.pt", CONTAINERS["torch.save"](tmp_path / "w", medium(1)).read_bytes())
     put("run/deeper/other.safetensors", file_of(tiny()))
@@ -98,6 +98,24 @@ def test_of_a_directory_the_checkpoint_is_taken(put, tmp_path):
     assert source.origin == index
     assert digest_of(source) == medium().digest
     source.close()
+
+
+def test_of_an_archive_that_is_looked_at_only_the_ends_are_fetched(memory, tmp_path, monkeypatch):
+    fetched: list[range] = []
+    read = MemoryFileSystem.cat_file
+
+    def cat_file(self: MemoryFileSystem, path: str, start: int, end: int) -> bytes:
+        fetched.append(range(start, end))
+        content: bytes = read(self, path, start, end)
+        return content
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    raw = CONTAINERS["torch.save"](tmp_path / "w", medium()).read_bytes()
+    file = open_url(memory("run/optimizer.pt", raw), quick())
+    assert identify(file) is Kind.TORCH_ZIP
+    file.close()
+    assert sum(map(len, fetched)) < MIB < 12 * MIB < len(raw)
+    assert max(part.stop for part in fetched) == len(raw)
 
 
 def test_every_kind_of_file_is_read(memory, tmp_path):

@@ -177,6 +177,22 @@ def test_populating_maps_every_page_and_changes_none(kernel, access, fds, monkey
     mapping.close()
 
 
+def test_a_private_mapping_is_the_image_until_it_is_written_to(fds, monkeypatch):
+    monkeypatch.setattr(memory, "_PAGEMAP_SLICE", 10)
+    daemon, private = ImageMapping.shared(fds[0], SIZE), ImageMapping.private(fds[1], SIZE)
+    daemon.view[:] = bytes(range(256)) * (SIZE // 256)
+    assert private.unwritten()
+    private.touch(5, SIZE - 5000)
+    assert private.unwritten()
+    daemon.view[9 * 4096] = 77
+    assert private.unwritten()
+    assert private.view[9 * 4096] == 77
+    private.view[SIZE - 1] = 1
+    assert not private.unwritten()
+    daemon.close()
+    private.close()
+
+
 def test_populating_allocates_the_pages_of_a_fresh_image(fds):
     fd, _ = fds
     assert os.fstat(fd).st_blocks == 0

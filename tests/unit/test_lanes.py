@@ -5,8 +5,8 @@ import pytest
 from shipproto.connection import ChunkArrived, Connection, Event, MessageArrived
 from shipproto.errors import AbortCode, TransferError, UnexpectedMessage
 from shipproto.messages import Abort, Data, Join, Joined, Ping, Progress
-from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState
+from shipproto.steps import SendChunk
 from tests.support.link import handshaken, output_of
 from tests.support.models import leaves_of
 from tests.support.pair import OTHER, TRANSFER, Pair, flow

@@ -15,8 +15,8 @@ from shipproto.layout import Layout
 from shipproto.messages import Committed, Offer, Staged, StructureIs
 from shipproto.outcomes import ChunkHeld, CommitRequested, ReadyToVerify, StructureArrived
 from shipproto.receiver import Receiver
-from shipproto.sender import DigestChunk
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import DigestChunk
 from tests.support import naive
 from tests.support.link import Fault, Receiving, Sending, check_committed, feed, handshaken, output_of, simple_push
 from tests.support.models import SMALL, build, contents, floats, leaves_of, make_image

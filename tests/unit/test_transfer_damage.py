@@ -12,8 +12,8 @@ from shipproto.messages import (
 )
 from shipproto.outcomes import ReadyToVerify
 from shipproto.rangeset import RangeSet
-from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import SendChunk
 from tests.support.link import Fault, check_committed, output_of, simple_push
 from tests.support.models import SMALL, build, leaves_of
 from tests.support.naive import Tensor

@@ -9,8 +9,8 @@ from shipproto.errors import AbortCode, LocalError, TransferError
 from shipproto.messages import Abort, Committed, Want
 from shipproto.outcomes import ChunkHeld, StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
-from shipproto.sender import DigestChunk, SendChunk
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import DigestChunk, SendChunk
 from tests.support import naive
 from tests.support.link import feed, handshaken, output_of
 from tests.support.models import SMALL, leaves_of

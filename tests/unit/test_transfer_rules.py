@@ -15,6 +15,7 @@ from shipproto.messages import (
     Committed,
     Finish,
     Held,
+    Lend,
     Message,
     Offer,
     Progress,
@@ -26,8 +27,8 @@ from shipproto.messages import (
 from shipproto.outcomes import StructureArrived, TransferAborted
 from shipproto.rangeset import RangeSet
 from shipproto.receiver import Receiver
-from shipproto.sender import SendChunk
 from shipproto.states import ReceiverState, SenderState
+from shipproto.steps import SendChunk
 from shipproto.structure import Structure
 from tests.support import naive
 from tests.support.golden.messages import MESSAGES as GOLDEN
@@ -148,7 +149,7 @@ TO_SENDER: dict[SenderState, set[type[Message]]] = {
 TO_RECEIVER: dict[ReceiverState, set[type[Message]]] = {
     ReceiverState.OFFERED: {Abort},
     ReceiverState.STRUCTURE: {StructureIs, Abort},
-    ReceiverState.RECEIVING: {Finish, Abort},
+    ReceiverState.RECEIVING: {Finish, Lend, Abort},
     ReceiverState.VERIFYING: {Abort},
     ReceiverState.STAGING: {Abort},
     ReceiverState.STAGED: {Commit, Abort},

@@ -9,13 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shipd.checkpoints.remote.location import is_url, shown
 from shipd.client.choice import Choice
-from shipd.client.doctor import Finding
+from shipd.client.doctor import Finding, why_as_it_is
+from shipd.client.planning import model_class
 from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
 from shipd.matching.diagnosis import explain, summary
 from shipd.matching.plan import Plan
 from shipd.units import format_bytes, format_seconds
+from shipproto.description import Description
 from shipproto.names import harmless
 from shipproto.status import ModelStatus, ProcessStatus, Status, Verification
 
@@ -77,15 +80,13 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
 
 
-def render_plan(plan: Plan | None, model: str, checkpoint: str) -> str:
-    """What a push would do, or what stands in its way."""
+def render_plan(plan: Plan | None, description: Description | None, model: str, checkpoint: str) -> str:
+    """What a push would do, or what stands in its way. ``description`` is what the daemon says of the model."""
+    checkpoint = shown(checkpoint) if is_url(checkpoint) else checkpoint
     if plan is None:
-        return (
-            f"nothing is known yet of what model {model} consists of, or the daemon's release cannot tell: the tensors "
-            "would be taken as they are"
-        )
+        return f"{checkpoint} would be taken as it is: {why_as_it_is(description)}"
     if plan.problems:
-        return explain(plan, model=model, origin=checkpoint)
+        return explain(plan, model=model, origin=checkpoint, model_class=model_class(description))
     return "\n".join((f"{checkpoint} fits model {model}", *(f"  {line}" for line in summary(plan))))
 
 
@@ -105,14 +106,18 @@ def render_findings(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def plan_as_dict(plan: Plan | None, model: str) -> dict[str, Any]:
-    """For ``--json``."""
+def plan_as_dict(plan: Plan | None, description: Description | None, model: str, checkpoint: str) -> dict[str, Any]:
+    """For ``--json``; ``message`` is what people are told."""
+    message = render_plan(plan, description, model, checkpoint)
     if plan is None:
-        return {"model": model, "known": False}
+        return {"model": model, "known": False, "message": message}
     return {
         "model": model,
         "known": True,
         "fits": not plan.problems,
+        "message": message,
+        "policy": plan.rules.policy,
+        "cast": plan.rules.cast,
         "tensors": len(plan.structure),
         "bytes": plan.structure.total_bytes,
         "partial": plan.partial,
@@ -122,10 +127,16 @@ def plan_as_dict(plan: Plan | None, model: str) -> dict[str, Any]:
             {"from": given, "to": wanted, "tensors": cast.tensors, "bytes": cast.nbytes}
             for (given, wanted), cast in plan.casts.items()
         ],
+        "tied": [list(pair) for pair in plan.tied],
         "skipped": list(plan.skipped),
+        "shared": list(plan.shared),
         "ignored": list(plan.ignored),
         "kept": list(plan.kept),
-        "problems": [{"kind": problem.kind, "text": problem.text} for problem in plan.problems],
+        "notes": list(plan.notes),
+        "problems": [
+            {"kind": problem.kind, "tensor": problem.tensor, "text": problem.text, "notes": list(problem.notes)}
+            for problem in plan.problems
+        ],
     }
 
 

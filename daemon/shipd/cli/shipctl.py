@@ -21,7 +21,9 @@ from shipproto.limits import MAX_LANES
 if TYPE_CHECKING:
     from shipd.bases.base import Keeper
     from shipd.client.client import Client
+    from shipd.matching.plan import Plan
     from shipd.matching.renames import Rename
+    from shipproto.description import Description
 
 Policy = Literal["strict", "subset", "partial"]
 
@@ -70,10 +72,19 @@ _map = click.option(
 _map_file = click.option(
     "--map-file",
     type=click.Path(path_type=Path),
+    multiple=True,
+    callback=lambda context, _option, files: _only_one(context, files),
     metavar="FILE",
     help='JSON or TOML with "name in CHECKPOINT" = "name in the model".',
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, each with a type.")
+
+
+def _only_one(context: click.Context, files: tuple[Path, ...]) -> Path | None:
+    """Of several the last one would count, and nobody would be told."""
+    if len(files) > 1:
+        raise click.UsageError("--map-file is given twice: one file has all names", context)
+    return files[0] if files else None
 
 
 def _check_rate(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
@@ -181,6 +192,8 @@ def push(
         raise click.UsageError("--whole sends everything as it is: there is no use for --base")
     if base_key is not None and base is None:
         raise click.UsageError("--base-key says where in --base to look: there is no --base")
+    if dry_run and (explain or profile):
+        raise click.UsageError(f"--dry-run sends nothing: there is no {'--explain' if explain else '--profile'} of it")
     renames = _renames(rules, map_file, as_json)
     if dry_run:
         _dry_run(checkpoint, address, model, key, policy, cast, renames, token_file, as_json)
@@ -255,16 +268,16 @@ def _dry_run(
     """Print the plan of a push. Exits with 12 where the checkpoint does not fit."""
     from shipd.cli.render import plan_as_dict, render_plan
 
-    plan = _run(
-        lambda client: client.plan(checkpoint, model=model, key=key, policy=policy, cast=cast, renames=renames),
-        address,
-        token_file,
-        as_json,
-    )
+    async def ask(client: "Client") -> "tuple[Plan | None, Description | None]":
+        plan = await client.plan(checkpoint, model=model, key=key, policy=policy, cast=cast, renames=renames)
+        # Of a plan that can be pushed nothing else is to be told.
+        return plan, await client.describe(model) if plan is None or plan.problems else None
+
+    plan, description = _run(ask, address, token_file, as_json)
     if as_json:
-        _emit("plan", plan_as_dict(plan, model))
+        _emit("plan", plan_as_dict(plan, description, model, checkpoint))
     else:
-        click.echo(render_plan(plan, model, checkpoint))
+        click.echo(render_plan(plan, description, model, checkpoint))
     if plan is not None and plan.problems:
         sys.exit(TensorMismatch.exit_code)
 
@@ -338,8 +351,12 @@ def doctor(
     Compares releases and environments, looks at its models and the processes that serve them, and at whether
     CHECKPOINT would fit. Exits with 1 where something would not work.
     """
+    if checkpoint is None and Path(address).is_file():
+        raise click.UsageError(f"{address} is a file: the daemon comes first, as in: shipctl doctor HOST {address}")
     if checkpoint is not None and model is None:
         raise click.UsageError("CHECKPOINT is looked at for a model: name it with --model")
+    if checkpoint is None and (key or policy or cast is not None or rules or map_file):
+        raise click.UsageError("--key, --policy, --cast, --map and --map-file are of a CHECKPOINT: there is none")
     renames = _renames(rules, map_file, as_json)
     from shipd.client.doctor import examine, worst
 

@@ -179,9 +179,10 @@ class Client:
     ) -> Plan | None:
         """What a push with these arguments would do with each tensor. Nothing is offered, and nothing changes.
 
-        Where something does not fit, ``Plan.problems`` says what, and nothing is raised. None where the daemon cannot
-        tell what the model consists of: nothing has been attached or pushed under its name yet, or its release is too
-        old. Raises what ``push`` raises before it offers anything.
+        Where something does not fit, ``Plan.problems`` says what, and nothing is raised. None where tensors would be
+        offered as they are: the daemon cannot tell what the model consists of, since nothing has been attached or
+        pushed under its name yet, or its release is too old; or nothing serves the model, so that a checkpoint that
+        does not fit would take its place. Raises what ``push`` raises before it offers anything.
         """
         wishes = _wishes(policy, cast, renames)
         check_label("model name", model)

@@ -20,8 +20,9 @@ from shipproto.connection import Event
 from shipproto.errors import ProtocolError
 from shipproto.limits import MAX_LANES
 from shipproto.messages import Committed, Ping
-from shipproto.sender import DigestChunk, SendChunk, Sender
+from shipproto.sender import Sender
 from shipproto.states import SenderState
+from shipproto.steps import DigestChunk, SendChunk
 
 _PING_SECONDS: Final = 1.0
 _LOOK_SECONDS: Final = 0.02

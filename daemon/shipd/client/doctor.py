@@ -4,15 +4,17 @@
 """
 
 import importlib.util
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from shipd.checkpoints.remote.location import is_url, shown
 from shipd.client.client import Client
-from shipd.client.planning import Policy, Renames
+from shipd.client.planning import Policy, Renames, model_class
 from shipd.environment import environment
-from shipd.errors import ShipError
+from shipd.errors import ShipError, UnknownModel
 from shipd.matching.diagnosis import explain, summary
 from shipd.release import AGENT
 from shipd.units import format_bytes, format_seconds
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from shipd.checkpoints.source import Checkpoint
 
 Level = Literal["ok", "note", "warning", "error"]
-
-_IMAGES: Final = 2
-"""Images of a version that the daemon keeps at least: the one that serves and the one that arrives."""
 
 _EXTRAS: Final = (("h5py", "hdf5", "HDF5 files"), ("fsspec", "fsspec", "s3:// and other URLs of fsspec"))
 """Packages that are optional: what each is installed by, and what for."""
@@ -67,23 +66,29 @@ async def examine(
     names = [each.name for each in status.models]
     described: dict[str, Description | None] = {}
     for name in names if model is None else [model] if model in names else []:
-        described[name] = await client.describe(name)
+        try:
+            described[name] = await client.describe(name)
+        except UnknownModel:
+            if model is not None:
+                raise
+            # It was detached from meanwhile, and is no model any more.
+            status.models[:] = [each for each in status.models if each.name != name]
     findings += _daemon(status, trip, described)
     if model is not None and model not in names:
-        known = f"there are {', '.join(names)}" if names else "there are none"
+        known = f"there are {', '.join(map(harmless, names))}" if names else "there are none"
         findings.append(
             Finding(
                 "error",
                 model,
                 f"the daemon has no model of that name; {known}",
                 f"attach it in the serving process: shipd.attach(model, {model!r}); or declare it in the daemon's "
-                f"configuration: [models.{model}]",
+                f'configuration: [models."{model}"]',
             )
         )
         return findings
     for each in status.models:
         if each.name in described:
-            findings += _model(each, described[each.name], status)
+            findings += _model(each, described[each.name])
     if checkpoint is not None and model is not None:
         findings += await _checkpoint(client, checkpoint, model, described[model], key, policy, cast, renames)
     return findings
@@ -130,14 +135,14 @@ def _daemon(status: Status, trip: float, described: Mapping[str, Description | N
         )
 
 
-def _model(model: ModelStatus, description: Description | None, status: Status) -> Iterator[Finding]:
+def _model(model: ModelStatus, description: Description | None) -> Iterator[Finding]:
     name = model.name
     if model.label:
         yield Finding(
             "ok",
             name,
             f"at {harmless(model.label)}: {model.tensors:,} tensors of {format_bytes(model.bytes)}, digest "
-            f"{model.digest}",
+            f"{harmless(model.digest)}",
         )
     else:
         yield Finding("note", name, "no version yet: the first push decides what it consists of")
@@ -155,19 +160,12 @@ def _model(model: ModelStatus, description: Description | None, status: Status) 
                 name,
                 f"process {process.pid} is fenced: it could not follow a commit, and serves nothing until it has "
                 "caught up",
+                "it comes back by itself; restart it where it does not",
             )
     if model.failed is not None:
         yield Finding("note", name, f"the last push ended without effect: {harmless(model.failed.reason)}")
     if description is not None:
         yield from _described(name, description)
-    if not model.image_bytes and model.bytes * _IMAGES > status.memory_limit - status.memory_used:
-        yield Finding(
-            "error",
-            name,
-            f"its {_IMAGES} images need {format_bytes(model.bytes * _IMAGES)}, and "
-            f"{format_bytes(max(0, status.memory_limit - status.memory_used))} of the daemon's memory_limit are left",
-            "raise memory_limit in the daemon's configuration",
-        )
 
 
 def _described(name: str, description: Description) -> Iterator[Finding]:
@@ -217,11 +215,45 @@ async def _checkpoint(
     except ShipError as error:
         return [Finding("error", "checkpoint", str(error))]
     if plan is None:
-        return [Finding("note", "checkpoint", "it can be read; the daemon cannot tell whether it fits")]
+        return [
+            Finding("note", "checkpoint", f"it can be read, and would be taken as it is: {why_as_it_is(description)}")
+        ]
     if plan.problems:
-        served = next((p.model_class for p in description.processes if p.model_class), "") if description else ""
-        return [Finding("error", "checkpoint", explain(plan, model=model, origin=str(checkpoint), model_class=served))]
-    return [Finding("ok", "checkpoint", line) for line in summary(plan)]
+        text = explain(plan, model=model, origin=_origin(checkpoint), model_class=model_class(description))
+        return [Finding("error", "checkpoint", text)]
+    findings = [Finding("ok", "checkpoint", line) for line in summary(plan)]
+    if plan.partial and description is not None:
+        room = max(0, description.memory_limit - description.memory_used)
+        if plan.nbytes > room:
+            findings.append(
+                Finding(
+                    "error",
+                    "checkpoint",
+                    f"what is sent of a part is received beside the model's images: that takes "
+                    f"{format_bytes(plan.nbytes)}, and of the daemon's memory_limit {format_bytes(room)} are left",
+                    "raise memory_limit in the daemon's configuration, and reload it",
+                )
+            )
+    return findings
+
+
+def why_as_it_is(description: Description | None) -> str:
+    """Why there is no plan: what a daemon says of the model, None where its release says nothing."""
+    if description is None:
+        return "the daemon's release cannot tell what its models consist of"
+    if not description.structure_digest:
+        return f"nothing is known yet of what model {harmless(description.model)} consists of"
+    return (
+        f"nothing serves model {harmless(description.model)}, whose version {harmless(description.label)} consists of "
+        "other tensors, and it would be replaced"
+    )
+
+
+def _origin(checkpoint: "Checkpoint") -> str:
+    """What a finding calls the checkpoint."""
+    if isinstance(checkpoint, str) and is_url(checkpoint):
+        return shown(checkpoint)
+    return str(checkpoint) if isinstance(checkpoint, str | os.PathLike) else "state dict"
 
 
 def worst(findings: Iterable[Finding]) -> Level:

@@ -59,8 +59,7 @@ class Loan:
                 os.close(fd)
             return None
         loan = cls(sender, source, lent, fds)
-        sender.lend(lent, len(fds))
-        lane.send_with_fds(fds)
+        lane.send_with_fds(lambda: sender.lend(lent, len(fds)), fds)
         return loan
 
     def digest(self, lane: Lane) -> bool:

@@ -1,6 +1,8 @@
 """How a push comes by its plan: the daemon is asked what the model consists of, before anything is offered to it.
 
-A plan that led to a commit is remembered, so that whoever pushes a model again and again asks once.
+A plan that led to a commit is remembered, so that whoever pushes a model again and again asks once. Where it leaves
+tensors out, on either side, the daemon is asked all the same whether the model is still that one, which is a short
+question with a short answer: what was left out may have a place by now, and nothing else would tell.
 """
 
 import threading
@@ -12,10 +14,10 @@ from typing import Final, Literal, NamedTuple
 from shipd.checkpoints.planned import planned
 from shipd.checkpoints.source import Source
 from shipd.client.questions import Questioner
-from shipd.errors import PeerError, Refused, ShipError
+from shipd.errors import MappingError, PeerError, Refused, ShipError, Stalled
 from shipd.matching.diagnosis import refusal
 from shipd.matching.plan import Plan, Rules, make_plan
-from shipd.matching.renames import Rename, Table, parse_rename
+from shipd.matching.renames import Rename, Rule, Table, parse_rename, table_of
 from shipd.transfer.faults import peer_error
 from shipproto.capabilities import DESCRIBE
 from shipproto.description import POLICIES, Description, decode_description
@@ -25,8 +27,8 @@ from shipproto.structure import Structure
 
 Policy = Literal["strict", "subset", "partial"]
 
-Renames = Sequence[str | Rename] | Mapping[str, str]
-"""Rules "regex=replacement", or names of the model by names of the checkpoint."""
+Renames = str | Sequence[str | Rename] | Mapping[str, str]
+"""A rule "regex=replacement" or several, or names of the model by names of the checkpoint."""
 
 _MOST: Final = 16
 """Plans that are remembered: of as many models and daemons that are pushed to in turns."""
@@ -53,15 +55,17 @@ class Wishes:
             raise PeerError(f"model {description.model!r} has the policy {allowed!r}, which this release does not know")
         if POLICIES.index(policy) > POLICIES.index(allowed):
             raise Refused(
-                f"model {description.model!r} takes pushes of policy {allowed!r} at most (models.{description.model}."
-                f"policy in the daemon's configuration), and this one is {policy!r}",
+                f"model {description.model!r} takes pushes of policy {allowed!r} at most, and this one is {policy!r}: "
+                f"push with that policy, or have another put into {_table(description.model)} of the daemon's "
+                "configuration and the daemon reloaded",
                 model=description.model,
             )
         cast = bool(description.cast) if self.cast is None else self.cast
         if cast and description.cast is False:
             raise Refused(
-                f"model {description.model!r} takes no casts (models.{description.model}.cast in the daemon's "
-                "configuration): push a checkpoint of the model's own dtypes",
+                f"model {description.model!r} takes no casts: push a checkpoint of the model's own dtypes, or have "
+                f"cast = true put into {_table(description.model)} of the daemon's configuration and the daemon "
+                "reloaded",
                 model=description.model,
             )
         return Rules(policy=policy, cast=cast, renames=self.renames)
@@ -90,6 +94,11 @@ class Outcome:
     def partial(self) -> bool:
         """Whether tensors of the model keep their values."""
         return self.plan is not None and self.plan.partial
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there are tensors, of either side, that nothing becomes of."""
+        return self.plan is not None and bool(self.plan.kept or self.plan.ignored)
 
     def applied_to(self, source: Source) -> Source:
         """``source`` as it is to be offered. Another one than was planned for, a base, gets a plan of its own; where
@@ -128,9 +137,9 @@ class Planner:
         """The plan for ``source``. Raises ShipError; TensorMismatch where it does not fit the model."""
         with _lock:
             known = _remembered.get(self._key(source))
-        if known is not None:
+        if known is not None and not known.leaves_out:
             return known
-        outcome = self.look(source)
+        outcome = self.look(source, known)
         plan = outcome.plan
         if plan is not None and plan.problems:
             served = model_class(outcome.description)
@@ -139,18 +148,23 @@ class Planner:
             raise error
         return outcome
 
-    def look(self, source: Source) -> Outcome:
-        """As ``plan``, but from the daemon in any case, and problems are the plan's. Raises ShipError."""
+    def look(self, source: Source, known: Outcome | None = None) -> Outcome:
+        """As ``plan``, but from the daemon in any case, and problems are the plan's. Raises ShipError.
+
+        ``known`` is what planning for that source came to before.
+        """
         began, sent, opening = time.monotonic(), self._questioner.bytes_sent, self._questioner.open_seconds
-        outcome = self._look(source)
+        outcome = self._look(source, known)
         return replace(
             outcome,
             seconds=time.monotonic() - began - (self._questioner.open_seconds - opening),
             bytes_sent=self._questioner.bytes_sent - sent,
         )
 
-    def _look(self, source: Source) -> Outcome:
-        description = self.describe(source.structure)
+    def _look(self, source: Source, known: Outcome | None) -> Outcome:
+        before = known.plan if known is not None else None
+        likely = source.structure if before is None else before.resident
+        description = self.describe(likely)
         if description is None:
             if self._wishes.any:
                 raise PeerError(
@@ -161,12 +175,23 @@ class Planner:
             return Outcome()
         rules = self._wishes.rules(description)
         try:
-            resident, transient = description.resident(source.structure), description.transients()
+            resident, transient = description.resident(likely), description.transients()
         except ProtocolError as error:
             raise peer_error(error, self._where) from error
         if resident is None:
+            if self._wishes.any:
+                # Without a model names would stay as they are, and a part would be taken for a whole.
+                raise Refused(
+                    f"nothing is known yet of what model {self._model!r} consists of, so that there is nothing to "
+                    "match names with, cast to or keep: attach the process that serves it first, or push a whole "
+                    "version without a policy, casts and renames",
+                    model=self._model,
+                    peer=self._where,
+                )
             return Outcome(description=description)
-        plan = make_plan(source.structure, resident, transient, rules)
+        plan = before
+        if plan is None or (resident, transient.digest, rules) != (plan.resident, plan.transient.digest, plan.rules):
+            plan = make_plan(source.structure, resident, transient, rules)
         if plan.problems and not description.processes and not self._wishes.any:
             # Nothing serves it, so that a version of another structure may take the place of the one there is.
             return Outcome(description=description)
@@ -189,6 +214,12 @@ class Planner:
         question = Describe(model=self._model, structure=b"" if known is None else known.digest)
         try:
             body = self._questioner.ask(question, DescriptionIs, self._seconds)
+        except Stalled as error:
+            raise Stalled(
+                f"{self._where} did not say in time what model {self._model!r} consists of ({error})",
+                peer=self._where,
+                model=self._model,
+            ) from error
         except ShipError as error:
             error.model = self._model
             raise
@@ -220,8 +251,23 @@ class Planner:
 def as_renames(renames: Renames | None) -> tuple[Rename, ...]:
     """``renames`` as a user gives them, parsed. Raises MappingError."""
     if isinstance(renames, Mapping):
-        return (Table("renames", tuple(renames.items())),) if renames else ()
-    return tuple(parse_rename(rename) if isinstance(rename, str) else rename for rename in renames or ())
+        return (table_of(renames, "renames"),) if renames else ()
+    if isinstance(renames, str):
+        return (parse_rename(renames),)
+    found: list[Rename] = []
+    for rename in renames or ():
+        if not isinstance(rename, str | Rule | Table):
+            raise MappingError(
+                f"renames has {rename!r:.100}, which is no rule: rules are texts such as '^model\\.=', and names that "
+                "are mapped one by one are a dict"
+            )
+        found.append(parse_rename(rename) if isinstance(rename, str) else rename)
+    return tuple(found)
+
+
+def _table(model: str) -> str:
+    """Where the configuration says something of the model. In quotes, since names may have dots."""
+    return f'[models."{model}"]'
 
 
 def model_class(description: Description | None) -> str:

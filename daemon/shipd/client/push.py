@@ -242,12 +242,8 @@ class Push:
 
     def _raise_if_over(self, error: ShipError, deadline: float) -> None:
         if time.monotonic() >= deadline:
-            late = Stalled(
-                f"the push took longer than its timeout of {self._options.timeout:g} s",
-                peer=str(self._address),
-                model=self._options.model,
-                transfer_id=self.transfer.hex(),
-            )
+            late = too_late(self._options, self._address)
+            late.transfer_id = self.transfer.hex()
             raise self._outcome(late) from error
 
     def _gave_up(self, error: ShipError, breaks: int) -> ShipError:
@@ -278,6 +274,13 @@ class Push:
     def _failure(self, error: TransferError) -> ShipError:
         known = remote_error(error, str(self._address), model=self._options.model, transfer_id=self.transfer.hex())
         return self._outcome(known) if self._uncertain and error.code is not AbortCode.SWAP_FAILED else known
+
+
+def too_late(options: PushOptions, address: Address | Path) -> Stalled:
+    """The push has taken longer than it may."""
+    return Stalled(
+        f"the push took longer than its timeout of {options.timeout:g} s", peer=str(address), model=options.model
+    )
 
 
 def default_label(what: bytes) -> str:

@@ -1,6 +1,7 @@
 """Questions to a daemon, on a blocking thread. The connection may have gone meanwhile: asking twice is harmless."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -42,12 +43,16 @@ class Questioner:
 
     open_lane  opens a connection; raises ShipError
     waker      interrupts every wait
+    until      when there must be an answer at the latest (time.monotonic)
     """
 
-    def __init__(self, open_lane: Callable[[], Lane], waker: Waker, lane: Lane | None = None) -> None:
+    def __init__(
+        self, open_lane: Callable[[], Lane], waker: Waker, lane: Lane | None = None, *, until: float = math.inf
+    ) -> None:
         self._open_lane = open_lane
         self._waker = waker
         self._lane = lane
+        self._until = until
         self.bytes_sent = 0
         """Of questions."""
         self.open_seconds = 0.0
@@ -67,7 +72,7 @@ class Questioner:
 
     def ask(self, question: Message, answer: type[Message], seconds: float) -> Buffer:
         """The body of the answer. Raises ShipError: Stalled where there is none in time, Interrupted where woken."""
-        deadline = time.monotonic() + seconds
+        deadline = min(time.monotonic() + seconds, self._until)
         for pause in (*_BACKOFF, None):
             try:
                 lane = self.lane

@@ -24,10 +24,10 @@ from shipd.client.choice import Prefer
 from shipd.client.incremental import Incremental
 from shipd.client.options import PushOptions
 from shipd.client.planning import Outcome, Planner, Wishes
-from shipd.client.push import CONNECT_SECONDS, Push
+from shipd.client.push import CONNECT_SECONDS, Push, too_late
 from shipd.client.questions import Questioner
 from shipd.client.receipt import Receipt
-from shipd.errors import Interrupted, TensorMismatch
+from shipd.errors import ConnectError, Interrupted, Stalled, TensorMismatch
 from shipd.transfer.lane import Lane, Waker
 from shipproto.errors import LocalError
 
@@ -69,7 +69,9 @@ class Shipment:
         self._waker = Waker()
         self._fetching = Fetching(stall=options.stall, timeout=options.timeout, on_progress=options.fetched)
         self._given = lane
-        self._questioner = Questioner(self._open_lane, self._waker, lane)
+        self._began = time.monotonic()
+        self._deadline = math.inf if options.timeout is None else self._began + options.timeout
+        self._questioner = Questioner(self._open_lane, self._waker, lane, until=self._deadline)
         self._push: Push | None = None
         self._cancelled = threading.Event()
 
@@ -84,8 +86,7 @@ class Shipment:
 
     def run(self) -> Receipt:
         """Ship. Raises ValueError for what cannot be offered, and ShipError."""
-        what = self._what
-        began = time.monotonic()
+        what, began = self._what, self._began
         with ExitStack() as stack:
             stack.callback(self._waker.close)
             stack.callback(self._questioner.close)
@@ -96,9 +97,10 @@ class Shipment:
             if what.base is not None and what.base is not False:
                 old = open_source(what.base, key=what.base_key, fetching=self._fetching)
                 stack.callback(old.close)
-            patience = min(self._options.stall, self._options.timeout or math.inf)
-            planner = Planner(self._questioner, str(self._address), self._options.model, what.wishes, patience)
-            outcome = planner.plan(source)
+            planner = Planner(
+                self._questioner, str(self._address), self._options.model, what.wishes, self._options.stall
+            )
+            outcome = self._plan(planner, source)
             try:
                 receipt = self._deliver(source, old, outcome, began, opened)
             except TensorMismatch:
@@ -106,10 +108,18 @@ class Shipment:
                     raise
                 # The model is another one than it was when that plan was made.
                 planner.forget(source)
-                outcome = planner.plan(source)
+                outcome = self._plan(planner, source)
                 receipt = self._deliver(source, old, outcome, began, opened)
             planner.remember(source, outcome)
             return receipt
+
+    def _plan(self, planner: Planner, source: Source) -> Outcome:
+        try:
+            return planner.plan(source)
+        except (ConnectError, Stalled) as error:
+            if time.monotonic() < self._deadline:
+                raise
+            raise too_late(self._options, self._address) from error
 
     def _deliver(self, source: Source, old: Source | None, outcome: Outcome, began: float, opened: float) -> Receipt:
         what = self._what
@@ -152,4 +162,5 @@ class Shipment:
     def _open_lane(self) -> Lane:
         if self._cancelled.is_set():
             raise Interrupted("interrupted before anything was offered; the previous version is serving")
-        return Lane.open(self._address, token=self._options.token, timeout=CONNECT_SECONDS, waker=self._waker)
+        seconds = min(CONNECT_SECONDS, max(0.001, self._deadline - time.monotonic()))
+        return Lane.open(self._address, token=self._options.token, timeout=seconds, waker=self._waker)

@@ -35,6 +35,13 @@ POPULATE_SLICE: Final = 4 * 1024 * 1024
 """Bytes populated in one call: 2 to 12 ms of fresh pages. The kernel keeps the process's memory map locked meanwhile,
 so this is how long other threads may wait for a new mapping: with 64 MiB the event loop stood still for 80 ms."""
 
+_PAGEMAP_SLICE: Final = 64 * 1024
+"""Pages looked up at once: 512 KiB of what the kernel says of them."""
+
+_PM_SWAP: Final = np.uint64(62)
+_PM_FILE: Final = np.uint64(1 << 61)
+"""Of an entry of /proc/PID/pagemap: bit 63 and 62, in memory or swapped out; bit 61, of a file or shared."""
+
 _FAULT_AROUND: Final = 64 * 1024
 """Bytes around an address that Linux maps when it is read and their pages are in memory (fault_around_bytes)."""
 
@@ -63,8 +70,8 @@ class Access(enum.Enum):
     """The daemon's own, and that of a serving process whose CUDA needs it for page-locking."""
     READ_ONLY = "shared, read only"
     PRIVATE = "private, copy on write"
-    """Starts as the image and diverges from it where it is written. It must not outlive one version: pages that
-    were written keep hiding what the image holds later."""
+    """Starts as the image and diverges from it where it is written. It must not outlive one version unless it is
+    ``unwritten``: pages that were written keep hiding what the image holds later."""
 
 
 def create_memfd(name: str, size: int) -> int:
@@ -220,6 +227,26 @@ class ImageMapping:
         view = self.raw
         for first in range(start, stop, POPULATE_SLICE):
             np.frombuffer(view[first : min(first + POPULATE_SLICE, stop)], dtype=np.uint8)[::_FAULT_AROUND].max()
+
+    def unwritten(self) -> bool:
+        """Whether no page of a private mapping was written to, so that all of it is still what the image holds.
+
+        From /proc/self/pagemap: 5 ms a gigabyte. False where the kernel does not tell.
+        """
+        pages = -(-self.size // mmap.PAGESIZE)
+        try:
+            with open("/proc/self/pagemap", "rb", buffering=0) as file:  # noqa: PTH123
+                for first in range(0, pages, _PAGEMAP_SLICE):
+                    count = min(_PAGEMAP_SLICE, pages - first)
+                    entries = np.frombuffer(
+                        os.pread(file.fileno(), 8 * count, 8 * (self.address // mmap.PAGESIZE + first)), dtype="<u8"
+                    )
+                    # In memory or swapped out, and not the file's: the copy that a write has made.
+                    if len(entries) < count or np.any((entries >> _PM_SWAP != 0) & (entries & _PM_FILE == 0)):
+                        return False
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of the memory. Views of it, and tensors made from them, stay valid: the last one unmaps it."""

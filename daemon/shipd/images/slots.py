@@ -76,6 +76,8 @@ class Slot:
     leases: set[Lease] = field(default_factory=set)
     readers: set[int] = field(default_factory=set)
     """Processes whose session ended while they had a lease: while they live they may still read this memory."""
+    unfinished: bool = False
+    """A thread of the daemon's that hangs may still write into this memory, at any time."""
 
     @property
     def writable(self) -> bool:
@@ -164,6 +166,7 @@ class SlotPool:
         slot.memory = ImageMemory(f"{self.name}:{slot.index}", self.layout.size)
         slot.leases.clear()
         slot.readers.clear()
+        slot.unfinished = False
         slot.before = slot.digests = None
         return old
 

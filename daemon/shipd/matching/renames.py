@@ -145,6 +145,18 @@ def _reason(error: Exception, text: str) -> str:
     return f"{reason} at {_quoted(text[place : place + 20])}" if place is not None and place < len(text) else reason
 
 
+def table_of(entries: Mapping[Any, Any], origin: str) -> Table:
+    """The single names of ``entries``, which are the user's own. Raises MappingError, naming ``origin``."""
+    for name, target in entries.items():
+        if not isinstance(name, str) or not isinstance(target, str):
+            raise MappingError(
+                f"{origin} maps {_quoted(str(name))} to {_quoted(str(target))}: it maps names in the checkpoint to "
+                "names in the model, and both are texts"
+            )
+        _check_entry(name, target, origin, "a mapping")
+    return Table(origin, tuple(entries.items()))
+
+
 def load_renames(path: str | os.PathLike[str]) -> Rename:
     """The mapping file at ``path``. Raises MappingError where it cannot be read, is neither JSON nor TOML, or says what
     cannot be.

@@ -137,7 +137,7 @@ class Composing:
         await asyncio.shield(work)
 
     async def end(self) -> None:
-        """Until nothing writes into any image any more, which takes a moment at most; then give back its own."""
+        """Until what it began writes into no image any more, which takes a moment at most."""
         self._closed.set()
         while self._running is not None and not self._running.done():
             # Whoever wants this over sooner would have images given back too soon.
@@ -146,6 +146,9 @@ class Composing:
         if self._running is not None and not self._running.cancelled():
             # Who waited for it has been told, or has been cancelled.
             self._running.exception()
+
+    def free(self) -> None:
+        """Give its image back, into which nothing may be written any more."""
         self.image = memoryview(b"")
         self._host.images.free_image(self._memory)
 

@@ -11,8 +11,8 @@ interrupts it.
 
 import asyncio
 import logging
-import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -202,7 +202,8 @@ class Incoming:
     def _read_lent(self, outcome: FilesLent) -> None:
         assert self._slot is not None and isinstance(self.peer, UnixPeer)
         files = LentFiles(outcome.lent, self.peer.take_fds(outcome.files))
-        self._lending.begin(files, self.receiver.lend(outcome.lent), self._slot.memory.view, self.receiver.digests)
+        image = self._slot.memory.view if self._composing is None else self._composing.image
+        self._lending.begin(files, self.receiver.lend(outcome.lent), image, self.receiver.digests)
 
     def _not_read(self, run: RunToDecode) -> None:
         self.receiver.undecodable(run)
@@ -451,18 +452,25 @@ class Incoming:
             pool = own or self.model.pool
             assert pool is not None
             pool.discard(slot)
-            if self._lending.reading and own is None:
-                # What a thread that hangs still reads goes into memory that nobody is given again.
-                slot.readers.add(os.getpid())
-                self._lending.left = partial(images.left_by, self.model, slot, os.getpid())
             if self._rollout is not None:
                 self._rollout.cancel()
-        if own is not None and self._lending.reading:
-            self._lending.left = partial(images.free_pool, own)
+        # What a thread that hangs still reads must go into memory that nobody is given again.
+        if self._composing is not None:
+            self._once_read(self._composing.free)
         elif own is not None:
-            images.free_pool(own)
+            self._once_read(partial(images.free_pool, own))
+        elif slot is not None and self._lending.reading:
+            slot.unfinished = True
+            self._once_read(partial(images.finished, self.model, slot, slot.memory))
         self.model.incoming = None
         self._host.finished(self)
+
+    def _once_read(self, act: Callable[[], None]) -> None:
+        """Now, or where a read of a lent file hangs, when it has ended."""
+        if self._lending.reading:
+            self._lending.left = act
+        else:
+            act()
 
     def _context(self) -> dict[str, object]:
         return {"model": self.model.name, "transfer": self.transfer_id, "peer": self.peer_name}

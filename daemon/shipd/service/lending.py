@@ -34,7 +34,7 @@ _GRACE_SECONDS: Final = 1.0
 class Lending:
     """What has been lent to one push. Belongs to the loop.
 
-    stall    seconds without a run read after which the push fails
+    stall    seconds without a chunk read after which the push fails
     took     is told of each run that is in its place, digested
     dropped  is told of each that is not, when everything is over
     failed   is told why the push cannot go on
@@ -60,7 +60,6 @@ class Lending:
         self._jobs: set[_Job] = set()
         self._runs: set[RunToDecode] = set()
         self._over = False
-        self._moved = 0.0
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -73,7 +72,6 @@ class Lending:
         job = _Job(files, runs, image, digests, self._on_loop)
         self._jobs.add(job)
         self._runs.update(runs)
-        self._moved = self._loop.time()
         if self._watch is None:
             self._watch = self._loop.call_later(self._stall, self._look)
         job.start()
@@ -95,7 +93,6 @@ class Lending:
         elif self._over:
             return
         elif isinstance(what, RunToDecode):
-            self._moved = self._loop.time()
             self._runs.discard(what)
             self._took(what)
         elif isinstance(what, TransferError):
@@ -105,8 +102,8 @@ class Lending:
             self._failed(TransferError(AbortCode.INTERNAL, "the daemon failed; its log says how"))
 
     def _look(self) -> None:
-        left = self._moved + self._stall - self._loop.time()
         self._watch = None
+        left = max((job.moved for job in self._jobs), default=0.0) + self._stall - time.monotonic()
         if left > 0:
             self._watch = self._loop.call_later(left, self._look)
             return
@@ -159,6 +156,8 @@ class _Job:
         tell: Callable[["_Job", Any], None],
     ) -> None:
         self.stopping = False
+        self.moved = time.monotonic()
+        """When its last chunk was read."""
         self.times = Times()
         self._files = files
         self._lent = files.lent
@@ -239,7 +238,7 @@ class _Job:
                     self._files.read(chunk, place)
                 except (CutShort, OSError) as error:
                     raise _failure(error, layout.chunk_names(chunk)[0]) from error
-                read = time.monotonic()
+                self.moved = read = time.monotonic()
                 digests.record(chunk, place)
                 times.receive += read - began
                 times.digest += time.monotonic() - read

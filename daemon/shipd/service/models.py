@@ -62,6 +62,8 @@ class Model:
         """Held while sessions are led from one version to another, by a push or because one attaches."""
         self.abandoned: list[tuple[ImageMemory, int]] = []
         """Images that a straggling process (by pid) may still map: they stay in the budget while it lives."""
+        self.unfinished: list[ImageMemory] = []
+        """Images that threads of the daemon's that hang may still write into: they stay in the budget until then."""
 
     def becomes(self, version: Version) -> None:
         """``version`` is the current one."""
@@ -140,7 +142,11 @@ class ImageStore:
         self.budget.release(memory.size)
 
     def renew(self, model: Model, slot: Slot) -> bool:
-        """Give a writable slot new memory if somebody may still be reading the old one. True if it did."""
+        """Give a writable slot new memory if somebody may still use the old one. True if it did."""
+        if slot.unfinished:
+            # Whatever comes of that late must reach nobody.
+            model.unfinished.append(self._replaced(model, slot, "a read that does not end"))
+            return True
         living = {pid for pid in slot.readers if alive(pid)}
         slot.readers &= living
         if not living:
@@ -150,28 +156,31 @@ class ImageStore:
             self.replace(model, slot, min(holding))
         else:
             # All have attached anew since, and so let go of it: nobody has to be waited for to give it back.
-            self._exchange(model, slot, min(living)).close()
+            self._exchange(model, slot, f"process {min(living)}").close()
         return True
 
     def replace(self, model: Model, slot: Slot, pid: int) -> None:
         """Give a slot that process ``pid`` cannot be made to release new memory."""
         self.reclaim(model)
-        self._reserve(model, slot.memory.size, f"a new image, since process {pid} does not release the old one")
+        model.abandoned.append((self._replaced(model, slot, f"process {pid}"), pid))
+
+    def _replaced(self, model: Model, slot: Slot, holder: str) -> ImageMemory:
+        """New memory for a slot, beside the old one, which is returned and still counts."""
+        self._reserve(model, slot.memory.size, f"a new image, since {holder} does not release the old one")
         try:
-            old = self._exchange(model, slot, pid)
+            return self._exchange(model, slot, holder)
         except TransferError:
             self.budget.release(slot.memory.size)
             raise
-        model.abandoned.append((old, pid))
 
-    def _exchange(self, model: Model, slot: Slot, pid: int) -> ImageMemory:
+    def _exchange(self, model: Model, slot: Slot, holder: str) -> ImageMemory:
         """New memory for a slot; the old one."""
         assert model.pool is not None
         try:
             return model.pool.replace(slot)
         except OSError as error:
             raise TransferError(
-                AbortCode.BUSY, f"model {model.name!r}: process {pid} still uses the image that is needed"
+                AbortCode.BUSY, f"model {model.name!r}: {holder} still uses the image that is needed"
             ) from error
 
     def reclaim(self, model: Model, attached_pid: int | None = None) -> None:
@@ -185,19 +194,22 @@ class ImageStore:
                 memory.close()
         model.abandoned = kept
 
-    def left_by(self, model: Model, slot: Slot, pid: int) -> None:
-        """Process ``pid`` uses neither ``slot`` nor what it was given in place of it any more."""
-        slot.readers.discard(pid)
-        self.reclaim(model, pid)
+    def finished(self, model: Model, slot: Slot, memory: ImageMemory) -> None:
+        """What hung has ended, and writes no more into ``memory``, which is or was that of ``slot``."""
+        if slot.memory is memory:
+            slot.unfinished = False
+        elif memory in model.unfinished:
+            model.unfinished.remove(memory)
+            self.free_image(memory)
 
     def close(self, model: Model) -> None:
         """Free everything of a model."""
         if model.pool is not None:
             self.free_pool(model.pool)
             model.pool = None
-        for memory, _pid in model.abandoned:
-            self.budget.release(memory.size)
-            memory.close()
+        for memory in (*model.unfinished, *(memory for memory, _pid in model.abandoned)):
+            self.free_image(memory)
+        model.unfinished.clear()
         model.abandoned.clear()
 
     def _reserve(self, model: Model, amount: int, what: str) -> None:

@@ -92,8 +92,8 @@ class FlipSwap:
         self.tensors = tensors
         self.layout = layout
         self._staged: tuple[ImageMapping, Bindings, weakref.ref[memoryview]] | None = None
-        self._ahead: tuple[ImageMapping, RangeSet] | None = None
-        """The mapping whose version is arriving, and the chunks whose pages are mapped."""
+        self._mapped: weakref.WeakKeyDictionary[ImageMapping, RangeSet] = weakref.WeakKeyDictionary()
+        """The chunks of each mapping whose pages are mapped."""
         self._current: tuple[ImageMapping, weakref.ref[memoryview]] | None = None
         self._retired: list[tuple[ImageMapping, weakref.ref[memoryview]]] = []
         # What live tensors were bound to before: freeing it takes 0.1 s a gigabyte, so not inside the gate.
@@ -115,21 +115,20 @@ class FlipSwap:
 
     def arrived(self, mapping: ImageMapping, chunks: Iterable[tuple[int, int]]) -> None:
         """See Swapper. The image is where the bytes are needed; their pages are mapped, while others still arrive."""
-        if self._ahead is None or self._ahead[0] is not mapping:
-            self._ahead = mapping, RangeSet()
+        mapped = self._mapped.setdefault(mapping, RangeSet())
+        if len(mapped) == self.layout.chunks:
+            return
         for first, stop in chunks:
             start, end = self.layout.span(range(first, stop))
             mapping.touch(start, end)
-            self._ahead[1].add(first, stop)
+            mapped.add(first, stop)
 
     def stage(self, mapping: ImageMapping) -> None:
         """See Swapper."""
         self._remember()
         check_stage(mapping, self.layout, self.access, self.tensors)
         # Else the first forward after the swap would find its pages one by one.
-        ahead = self._ahead[1] if self._ahead is not None and self._ahead[0] is mapping else RangeSet()
-        self.arrived(mapping, list(ahead.missing(self.layout.chunks).ranges()))
-        self._ahead = None
+        self.arrived(mapping, list(self._mapped.get(mapping, RangeSet()).missing(self.layout.chunks).ranges()))
         # Every tensor gets a storage of its own, as in any model, and each storage refers to this memoryview and to
         # nothing else of the mapping: when it is gone, nothing can read the image any more.
         anchor = mapping.raw
@@ -149,7 +148,7 @@ class FlipSwap:
 
     def discard(self) -> None:
         """See Swapper."""
-        self._staged = self._ahead = None
+        self._staged = None
 
     def approach(self) -> None:
         """See Swapper."""
@@ -213,8 +212,6 @@ class FlipSwap:
         self._retired = [(other, anchor) for other, anchor in self._retired if other is not mapping]
         if self._staged is not None and self._staged[0] is mapping:
             self._staged = None
-        if self._ahead is not None and self._ahead[0] is mapping:
-            self._ahead = None
 
     def digest(self) -> bytes:
         """See Swapper. What the model itself has written since counts."""
@@ -223,7 +220,7 @@ class FlipSwap:
 
     def close(self) -> None:
         """See Swapper."""
-        self._staged = self._ahead = self._replaced = None
+        self._staged = self._replaced = None
         self._current = None
         self._retired = []
 

@@ -27,7 +27,8 @@ class SwapTimes:
 class Follower(Protocol):
     """The resident model as the link sees it. All of it is called on the link's thread.
 
-    private    whether a version is served out of its mapping, which then is copy on write and used only once
+    private    whether a version is served out of its mapping, which then is copy on write, and is used for another one
+               only where nothing was written to it
     delivered  whether versions are handed on to something that takes tensors of any names, and cannot be read back
     """
 

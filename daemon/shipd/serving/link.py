@@ -339,7 +339,7 @@ class Link:
         if generation in self._leased:
             return self._leased[generation][1]
         image = self._image(slot)
-        if image.mapping is None or self._follower.private:
+        if image.mapping is None:
             image.mapping = self._follower.map(image.fd, image.size)
         self._leased[generation] = slot, image.mapping
         return image.mapping
@@ -447,8 +447,14 @@ class Link:
 
     def _release(self, lane: Lane, generation: int) -> None:
         leased = self._leased.pop(generation, None)
-        if leased is not None:
-            lane.connection.send(Release(generation=generation, slot=leased[0]))
+        if leased is None:
+            return
+        slot, mapping = leased
+        image = self._images.get(slot)
+        if self._follower.private and image is not None and image.mapping is mapping and not mapping.unwritten():
+            # What the model has written to it would hide the next version.
+            image.mapping = None
+        lane.connection.send(Release(generation=generation, slot=slot))
 
     def _read_back(self, lane: Lane, message: DigestRequest) -> None:
         held = self._follower.held()

@@ -29,7 +29,7 @@ class Swapper(Protocol):
 
     mode     its name
     access   how the images that it is given must be mapped. Where it is PRIVATE a version is served out of its
-             mapping, and the next one needs a mapping of its own, even of the same slot
+             mapping, and the next one in the same slot needs another, unless nothing was written to this one
     """
 
     @property

@@ -251,11 +251,13 @@ class Lane:
         self._wrote(sent)
         return False
 
-    def send_with_fds(self, fds: Sequence[int]) -> None:
-        """Queue what the connection has queued since the last write, ``fds`` beside its first byte.
+    def send_with_fds(self, send: Callable[[], None], fds: Sequence[int]) -> None:
+        """Queue the message that ``send`` has the connection send, with ``fds`` beside its first byte.
 
         Over a Unix socket. They are the caller's until everything is written.
         """
+        self._outgoing.extend(self.connection.take_output())
+        send()
         pieces = self.connection.take_output()
         self._outgoing.extend(pieces)
         self._beside = pieces[0], array.array("i", fds)

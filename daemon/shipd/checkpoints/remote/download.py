@@ -6,8 +6,11 @@ Nothing here waits or locks: ``fetching`` does, around every call.
 from collections.abc import Iterator
 from typing import Final
 
-from shipd.checkpoints.remote.server import Line, Refusal, Remote
+from shipd.checkpoints.remote.server import Answer, Broken, Line, Refusal, Remote, changed
 from shipd.checkpoints.remote.spool import Spool
+from shipd.checkpoints.wording import quoted
+from shipd.units import format_bytes
+from shipproto.limits import MAX_IMAGE_BYTES
 from shipproto.rangeset import RangeSet
 
 _OPENING: Final = 256 * 1024
@@ -15,6 +18,9 @@ _OPENING: Final = 256 * 1024
 
 _LEAST: Final = 64 * 1024
 """Bytes asked for at least where only some are wanted: a question costs more than they do."""
+
+_LARGEST: Final = 2 * MAX_IMAGE_BYTES
+"""Bytes of a file: of one with twice as much as any version has, most is no tensor of it."""
 
 
 class Part:
@@ -101,6 +107,57 @@ class Download:
 
     def _part(self, start: int, stop: int | None) -> Part:
         return Part(start, stop, self.outages)
+
+    # --- what has come -------------------------------------------------------------------------------------
+
+    def learn(self, part: Part, answer: Answer) -> bool:
+        """The server has answered a question for ``part``. Whether it was the first answer. Raises Refusal."""
+        shown = self.remote.shown
+        first = not self.described
+        if first:
+            if answer.size is not None:
+                if answer.size > _LARGEST:
+                    raise Refusal(
+                        f"{quoted(shown)} has {answer.size} bytes by its server's account, and at most {_LARGEST} can "
+                        "be pushed"
+                    )
+                self.spool.resize(answer.size)
+            self.size, self.in_parts = answer.size, answer.in_parts
+            self.complete = answer.size == 0
+            self.described = True
+        elif None not in (answer.size, self.size) and answer.size != self.size:
+            raise changed(shown, f"it had {self.size} bytes, and now has {answer.size}")
+        part.at, part.stop = answer.start, answer.stop
+        return first
+
+    def keep(self, part: Part, stop: int) -> bool:
+        """What has come of ``part`` up to byte ``stop`` is in the spool. Whether any of it was not there before."""
+        before = len(self.held)
+        self.held.add(part.at, stop)
+        part.at = stop
+        self.complete = len(self.held) == self.size
+        if len(self.held) == before:
+            return False
+        self.failures = 0
+        return True
+
+    def end(self, part: Part) -> None:
+        """No more comes of ``part``. Raises Broken where something is missing, Refusal where too much is there."""
+        if part.stop is not None and part.at < part.stop:
+            raise Broken(f"it broke off at byte {part.at}")
+        if self.size is None:
+            if part.at < len(self.held):
+                raise changed(self.remote.shown, f"it had {len(self.held)} bytes, and now has {part.at}")
+            self.size = part.at
+            self.complete = True
+
+    @property
+    def so_far(self) -> str:
+        """How far it got, as a clause."""
+        held = len(self.held)
+        if self.size is None:
+            return f"{format_bytes(held)} of it are there" if held else "nothing of it is there"
+        return f"{format_bytes(held)} of its {format_bytes(self.size)} are there"
 
 
 def _gap(taken: RangeSet, start: int, stop: int) -> tuple[int, int] | None:

@@ -17,7 +17,6 @@ from shipd.checkpoints.remote.spool import Spool
 from shipd.checkpoints.wording import quoted
 from shipd.errors import Interrupted, Stalled
 from shipd.units import format_bytes
-from shipproto.limits import MAX_IMAGE_BYTES
 
 log = logging.getLogger("shipd.checkpoints")
 
@@ -38,8 +37,6 @@ _REPORT_SECONDS: Final = 0.1
 
 _LOOK_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a file of unknown size after which the room on the disk is looked at again."""
-
-_LARGEST_FILE: Final = 2 * MAX_IMAGE_BYTES
 
 _MORE_TIME: Final = "try again, with more time (stall=, --stall) where the server is only slow"
 
@@ -249,7 +246,7 @@ class Fetching:
             raise self._late(shown)
         if now >= max(self._moved, began) + self.stall:
             raise Stalled(
-                f"fetching {quoted(shown)} has stalled: nothing came for {self.stall:g} s, and {_there(download)}; "
+                f"fetching {quoted(shown)} has stalled: nothing came for {self.stall:g} s, and {download.so_far}; "
                 f"{_MORE_TIME}",
                 tensor=tensor,
             )
@@ -329,7 +326,9 @@ class Fetching:
                 if not count:
                     break
                 self._store(download, part, buffer[:count])
-            self._end(download, part)
+            with self._lock:
+                self._go_on(download)
+                download.end(part)
             whole = True
         except _Closed:
             pass
@@ -365,29 +364,14 @@ class Fetching:
             self._piece = min(_LARGEST, max(_SMALLEST, int(count / max(seconds, 1e-3))))
 
     def _learn(self, download: Download, part: Part, answer: Answer) -> None:
-        """The server has answered: what that says of the file, and which bytes come."""
-        shown = download.remote.shown
+        """The server has answered."""
         with self._lock:
             self._go_on(download)
             self._moved = time.monotonic()
-            if download.described and None not in (answer.size, download.size) and answer.size != download.size:
-                raise changed(shown, f"it had {download.size} bytes, and now has {answer.size}")
-            if not download.described:
-                if answer.size is not None:
-                    if answer.size > _LARGEST_FILE:
-                        raise Refusal(
-                            f"{quoted(shown)} has {answer.size} bytes by its server's account, and at most "
-                            f"{_LARGEST_FILE} can be pushed"
-                        )
-                    download.size = answer.size
-                    download.spool.resize(answer.size)
-                download.in_parts = answer.in_parts
-                if not answer.in_parts:
-                    download.everything = True
-                    self._require_room(download)
-                download.complete = answer.size == 0
-                download.described = True
-            part.at, part.stop = answer.start, answer.stop
+            if download.learn(part, answer) and not download.in_parts:
+                # It comes in one go.
+                download.everything = True
+                self._require_room(download)
             self._lock.notify_all()
 
     def _require_room(self, download: Download) -> None:
@@ -427,27 +411,10 @@ class Fetching:
 
     def _keep(self, download: Download, part: Part, stop: int) -> None:
         """Bytes up to ``stop`` are there."""
-        before = len(download.held)
-        download.held.add(part.at, stop)
-        part.at = stop
-        if len(download.held) > before:
+        if download.keep(part, stop):
             self._moved = time.monotonic()
-            download.failures = 0
-        download.complete = len(download.held) == download.size
         if download.wants or download.complete:
             self._lock.notify_all()
-
-    def _end(self, download: Download, part: Part) -> None:
-        """The answer is over. Raises Broken where it was too early."""
-        if part.stop is not None and part.at < part.stop:
-            raise Broken(f"it broke off at byte {part.at}")
-        with self._lock:
-            self._go_on(download)
-            if download.size is None:
-                if part.at < len(download.held):
-                    raise changed(download.remote.shown, f"it had {len(download.held)} bytes, and now has {part.at}")
-                download.size = part.at
-                download.complete = True
 
     # --- failures ------------------------------------------------------------------------------------------
 
@@ -465,7 +432,7 @@ class Fetching:
                     download,
                     Refusal(
                         f"{quoted(download.remote.shown)} cannot be fetched: {error}. It was tried {times} without a "
-                        f"byte more, and {_there(download)}. Try again later, or download the file and push that"
+                        f"byte more, and {download.so_far}. Try again later, or download the file and push that"
                     ),
                 )
             else:
@@ -475,11 +442,3 @@ class Fetching:
         with self._lock:
             download.failure = download.failure or why
             self._lock.notify_all()
-
-
-def _there(download: Download) -> str:
-    """How far it got, as a clause."""
-    held = len(download.held)
-    if download.size is None:
-        return f"{format_bytes(held)} of it are there" if held else "nothing of it is there"
-    return f"{format_bytes(held)} of its {format_bytes(download.size)} are there"
