@@ -75,7 +75,7 @@ def test_an_older_daemon_meets_a_newer_sender(start_shipd, small, monkeypatch):
     monkeypatch.setattr(shipproto.handshake, "PROTOCOL_VERSION", 2)
     with pytest.raises(shipd.PeerError, match="speaks protocol 1 to 1, this side 2: update the other side"):
         push(service.address, small)
-    (entry,) = service.logged("closing a connection")
+    entry = service.wait_for_log("closing a connection")
     assert "speaks protocol 2 to 2" in entry["why"]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import shipd
 from tests.support.processes import NotifySocket, Process, push, toml
+from tests.support.proxy import until
 
 
 def test_the_watchdog_is_fed(start_shipd):
@@ -82,7 +83,10 @@ def test_logs_for_the_journal_have_its_priorities_and_no_time(start_shipd, small
     assert lines[0].startswith("<6>info listening address=127.0.0.1:")
     with pytest.raises(shipd.UnknownModel):
         push(str(service.socket), small, model="nobody")
-    assert any(line.startswith("<4>warning push refused ") for line in service.err.splitlines())
+    until(
+        lambda: any(line.startswith("<4>warning push refused ") for line in service.err.splitlines()),
+        "the refusal is in the log",
+    )
 
 
 def test_logs_for_people_have_the_time(start_shipd):

@@ -4,6 +4,7 @@ Safetensors files are written by a few lines of this file's own and need no torc
 beside it as ``Content``: rows in the words of ``tests.support.naive``, and the bytes of every tensor.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -186,6 +187,7 @@ def perturbed(original: Content, seed: int) -> Content:
 # --- synthetic ones --------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)
 def medium(version: int = 0) -> Content:
     """12 MiB in 25 chunks: six tensors of four chunks each, and small ones that share the last."""
     rows = [Tensor(f"block.{at}.weight", "float32", (512, 1024)) for at in range(6)]
