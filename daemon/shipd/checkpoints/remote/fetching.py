@@ -341,7 +341,9 @@ class Fetching:
             log.exception("fetching failed")
             self._give_up(
                 download,
-                Refusal(f"{quoted(download.remote.shown)} cannot be fetched ({type(error).__name__}: {error})"),
+                Refusal(
+                    f"{quoted(download.remote.shown)} cannot be fetched ({type(error).__name__}: {quoted(str(error))})"
+                ),
             )
         finally:
             with self._lock:
@@ -374,11 +376,7 @@ class Fetching:
                 raise changed(shown, f"it had {download.size} bytes, and now has {answer.size}")
             if not download.described:
                 if answer.size is not None:
-                    if answer.size > _LARGEST_FILE:
-                        raise Refusal(
-                            f"{quoted(shown)} has {answer.size} bytes by its server's account, and at most "
-                            f"{_LARGEST_FILE} can be pushed"
-                        )
+                    _require_possible(download, answer.size, "by its server's account")
                     download.size = answer.size
                     download.spool.resize(answer.size)
                 download.in_parts = answer.in_parts
@@ -392,7 +390,7 @@ class Fetching:
 
     def _require_room(self, download: Download) -> None:
         """Raise Refusal where what is to be fetched, of all files, does not fit the disk."""
-        missing = sum((one.size or 0) - len(one.held) for one in self._downloads if one.everything)
+        missing = sum(max(0, (one.size or 0) - len(one.held)) for one in self._downloads if one.everything)
         missing = max(missing, _LOOK_BYTES if download.size is None else 0)
         free = download.spool.free()
         if missing > free:
@@ -415,6 +413,7 @@ class Fetching:
             self._go_on(download)
             if download.size is None and part_end // _LOOK_BYTES != part.at // _LOOK_BYTES:
                 self._require_room(download)
+                _require_possible(download, part_end, "so far")
             last = download.size is not None and len(download.held) + len(content) - len(again) == download.size
             if not last:
                 self._keep(download, part, part_end)
@@ -475,6 +474,14 @@ class Fetching:
         with self._lock:
             download.failure = download.failure or why
             self._lock.notify_all()
+
+
+def _require_possible(download: Download, size: int, whose: str) -> None:
+    """Raise Refusal where no checkpoint has so many bytes."""
+    if size > _LARGEST_FILE:
+        raise Refusal(
+            f"{quoted(download.remote.shown)} has {size} bytes {whose}, and at most {_LARGEST_FILE} can be pushed"
+        )
 
 
 def _there(download: Download) -> str:
