@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 from shipd.checkpoints.remote.download import Download, Part
 from shipd.checkpoints.remote.server import Answer, Broken, Refusal, Remote, changed
 from shipd.checkpoints.remote.spool import Spool
+from shipd.checkpoints.waiting import awaited
 from shipd.checkpoints.wording import quoted
 from shipd.errors import Interrupted, Stalled
 from shipd.units import format_bytes
@@ -35,6 +36,9 @@ _PAUSES: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 """Seconds between attempts, while not a byte more comes."""
 
 _REPORT_SECONDS: Final = 0.1
+
+_ACT_SECONDS: Final = 0.5
+"""How often a thread that waits does what else it has to: see ``waiting``."""
 
 _LOOK_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a file of unknown size after which the room on the disk is looked at again."""
@@ -224,6 +228,8 @@ class Fetching:
         began = time.monotonic()
         with self._lock:
             self._employ()
+        act = awaited()
+        most = _REPORT_SECONDS if report else _ACT_SECONDS if act is not None else threading.TIMEOUT_MAX
         while True:
             with self._lock:
                 if ready():
@@ -231,10 +237,12 @@ class Fetching:
                 self._raise_if_over(download, began, tensor)
                 until = min(self._deadline, max(self._moved, began) + self.stall)
                 left = max(0.0, until - time.monotonic())
-                self._lock.wait(min(left, _REPORT_SECONDS) if report else min(left, threading.TIMEOUT_MAX))
+                self._lock.wait(min(left, most))
                 held, size = len(download.held), download.size or 0
             if report and self._on_progress is not None:
                 self._on_progress(held, size)
+            if act is not None:
+                act()
 
     def _raise_if_over(self, download: Download, began: float, tensor: str | None) -> None:
         shown = download.remote.shown
