@@ -162,10 +162,9 @@ class Outlet:
         except Interrupted:
             pass
         except Stalled as error:
-            # It is this path that carries nothing; what is not held goes over other connections. Without a peer it is
-            # what is read from.
+            # It is this path that carries nothing; what is not held goes over other connections.
             if self.used:
-                self.error = ConnectionLost(str(error), peer=error.peer) if error.peer is not None else error
+                self.error = ConnectionLost(str(error), peer=error.peer)
         except Exception as error:  # noqa: BLE001  raised again by the push, or told in the log
             if self.used or not isinstance(error, ShipError | TransferError):
                 self.error = error
