@@ -3,10 +3,12 @@
 #
 #   PYTHON=python3.12 make demo     with another interpreter (3.11 or newer; `make clean` first)
 #   make test ARGS="-k swap -x"     what is passed on to pytest
+#   make test WORKERS=4             with so many processes at once; 0 for none but pytest's own, as --pdb needs it
 #   make bench ARGS="raw shipd"     ... and to the benchmarks (--help lists them); make bench ARGS="growth --full"
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -33,6 +35,8 @@ FASTSAFETENSORS := fastsafetensors
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# Most of what tests and benchmarks start is there for a second, and takes another to compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # Two pips at once in one environment would break it.
 .NOTPARALLEL:
 .PHONY: help venv demo test bench load swaps lint clean
@@ -45,9 +49,9 @@ venv: $(LINT)  ## everything for working on shipd, in .venv
 demo: $(DEMO)  ## a real model that answers while its next versions arrive (half a minute)
 	@$(RUN) -m tests.demo
 
+# A file at a time, in the order of their names, in which what takes long does not come last.
 test: $(TEST)  ## the whole suite, the demo included
-	$(RUN) -m tests.demo
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(BENCH)  ## shipd beside a raw socket, gloo, torchft, Mooncake and delta codecs (under ten minutes)
 	@$(RUN) -m tests.benchmarks $(ARGS)

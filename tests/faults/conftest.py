@@ -18,9 +18,9 @@ def daemon(old_daemon: shipd.Daemon) -> shipd.Daemon:
 
 @pytest.fixture
 def impatient(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> shipd.Daemon:
-    """A daemon that waits for nobody longer than half a second."""
-    monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 0.3)
-    return start_daemon(models={}, stage_timeout=0.5, commit_timeout=0.3)
+    """A daemon that waits for nobody longer than a second, in which everybody gets a turn on a machine that is busy."""
+    monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 0.5)
+    return start_daemon(models={}, stage_timeout=1.0, commit_timeout=0.5)
 
 
 @pytest.fixture

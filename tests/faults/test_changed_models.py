@@ -101,6 +101,11 @@ def remove(model: Exact) -> None:
     model.layer(1).register_parameter("bias", None)
 
 
+def noted(resident: shipd.Resident) -> bool:
+    """Whether shipd has noted where a flip has put the tensors: what is changed before that it takes for its own."""
+    return not getattr(resident._follower._swapper, "_moved", False)
+
+
 @both
 @pytest.mark.parametrize(
     ("change", "named"),
@@ -119,6 +124,7 @@ def test_a_model_that_was_changed(
     model = Exact(0)
     resident = attach(model, daemon, mode=mode)
     receipt = push(address_of(daemon), state(1), label="v1")
+    until(lambda: noted(resident), "the swap is over and done with")
     change(model)
     with pytest.raises(shipd.StageFailed, match=named) as caught:
         push(address_of(daemon), state(2), label="v2")
@@ -145,8 +151,9 @@ def test_a_model_that_was_changed_brings_no_version(
     """A daemon that was restarted asks for what is live; half of it would be numbers of another kind."""
     daemon = start_daemon(models={}, socket=str(place / "one.sock"))
     model = Exact(0)
-    attach(model, daemon, mode=mode)
+    resident = attach(model, daemon, mode=mode)
     push(address_of(daemon), state(1), label="v1")
+    until(lambda: noted(resident), "the swap is over and done with")
     model.half()
     daemon.stop()
     again = start_daemon(models={}, socket=str(place / "one.sock"))

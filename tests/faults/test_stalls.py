@@ -26,7 +26,7 @@ def test_a_stall_ends_the_push_in_time(daemon, proxy, tmp_path, kind, way):
     started = time.monotonic()
     with pytest.raises(shipd.Stalled) as caught:
         push(proxy.address, path, label="new", stall=0.5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert caught.value.peer == proxy.address
     assert caught.value.model == "model"
     assert caught.value.transfer_id is not None
@@ -57,16 +57,16 @@ def test_the_whole_push_has_a_timeout_where_it_is_asked_for(daemon, proxy, new):
     started = time.monotonic()
     with pytest.raises(shipd.Stalled, match="timeout"):
         push(proxy.address, new, timeout=0.5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     proxy.sever_all()
     assert_fit(daemon, new)
 
 
 def test_a_thin_link_is_no_stall(daemon, proxy, new):
     """What moves has not stalled, although the daemon acknowledges nothing for longer than the stall deadline."""
-    proxy.throttle(5e6)
-    receipt = push(proxy.address, new, stall=1.0)
-    assert receipt.seconds > 2, "else this has shown nothing"
+    proxy.throttle(3e6)
+    receipt = push(proxy.address, new, stall=2.0)
+    assert receipt.seconds > 4, "else this has shown nothing"
     assert proxy.connections == 1
     assert_installed(daemon, NEW)
 
