@@ -235,7 +235,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name == "numba" or name.startswith("numba."):
-            raise {error}
+            raise OSError(1, "not permitted")
 
 sys.meta_path.insert(0, Refuse())
 """
@@ -258,10 +258,10 @@ def _push_steps(report, address, paths):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("error", ["ImportError('none here')", "OSError(1, 'not permitted')", "RuntimeError('no fit')"])
-def test_without_numba_on_either_side_the_same_bytes_travel(start_shipd, tmp_path, error):
+def test_without_numba_on_either_side_the_same_bytes_travel(start_shipd, tmp_path):
+    """What else numba may raise makes no difference: tests/unit/codecs/test_compiled.py."""
     (tmp_path / "shim").mkdir()
-    (tmp_path / "shim" / "sitecustomize.py").write_text(_SHIM.format(error=error))
+    (tmp_path / "shim" / "sitecustomize.py").write_text(_SHIM)
     versions = [first(6)]
     for seed in range(3):
         versions.append(following(versions[-1], seed=seed))

@@ -1,4 +1,4 @@
-"""Half a minute of the load. Longer: ``python -m tests.load --seconds 300``."""
+"""Twenty seconds of the load. Longer: ``python -m tests.load --seconds 300``."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.support.serving_process import Nursery
 
 pytest_plugins = ["tests.support.serving_process"]
 
-SECONDS = 30.0
+SECONDS = 20.0
 SEED = 7
 
 

@@ -31,7 +31,7 @@ import shipd
 from tests.support.exact import Exact, ask, fingerprint, question, right_answer
 from tests.support.processes import DEADLINE
 
-PACE: Final = 0.003
+PACE: Final = 0.006
 """Seconds that readers leave to others between two answers."""
 
 
