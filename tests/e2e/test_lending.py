@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shipd.errors import IntegrityError, Stalled, TensorChanged
+from shipd.service.lending import _Job
 from shipd.transfer.lane import Lane
 from shipd.transfer.lent_files import LentFiles
 from shipd.transfer.unixpeer import UnixPeer
@@ -81,6 +82,19 @@ def test_it_is_told(daemon, medium):
     assert finished.code == 0, finished
     assert "of which the daemon has read 12.6 MB from the file itself" in finished.out
     assert "the daemon, on this host, has read the file itself" in finished.out
+
+
+def test_who_has_heard_that_a_push_is_committed_may_push_again(daemon, medium, monkeypatch):
+    """At once, also where a file system takes its time to close what was read."""
+    leave = _Job._leave
+
+    def leaving(self):
+        threading.Event().wait(0.2)
+        leave(self)
+
+    monkeypatch.setattr(_Job, "_leave", leaving)
+    for label in ("v1", "v2"):
+        assert push(local(daemon), medium, label=label).bytes_lent
 
 
 def test_over_tcp_and_where_it_is_switched_off_bytes_travel(start_daemon, medium):

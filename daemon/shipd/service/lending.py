@@ -60,6 +60,8 @@ class Lending:
         self._jobs: set[_Job] = set()
         self._runs: set[RunToDecode] = set()
         self._over = False
+        self._gone: asyncio.Future[None] | None = None
+        """Done when the last thread is gone."""
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -88,6 +90,9 @@ class Lending:
             self.times.add(job.times)
             if not self._jobs:
                 self._stop_watching()
+                if self._gone is not None:
+                    self._gone.set_result(None)
+                    self._gone = None
                 if self._over and self.left is not None:
                     self.left()
         elif self._over:
@@ -123,16 +128,27 @@ class Lending:
             self._watch.cancel()
             self._watch = None
 
+    async def rest(self) -> None:
+        """Everything has been read: until the threads are gone, so that the end of the push has not to wait for them.
+        Until one that hangs is, which had nothing to read, only for a moment."""
+        await self._until_left(_GRACE_SECONDS)
+
+    async def _until_left(self, seconds: float) -> None:
+        if self._jobs:
+            if self._gone is None:
+                self._gone = self._loop.create_future()
+            await asyncio.wait({self._gone}, timeout=seconds)
+
     async def end(self) -> None:
         """Until nothing reads into the image any more, or only a thread that hangs: see ``reading``."""
         self._stop_watching()
         for job in self._jobs:
             job.stopping = True
         deadline = self._loop.time() + _GRACE_SECONDS
-        while self._jobs and self._loop.time() < deadline:
+        while self._jobs and (left := deadline - self._loop.time()) > 0:
             # Whoever wants this over sooner would have the image given back too soon.
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(0.005)
+                await self._until_left(left)
         self._over = True
         if self._jobs:
             log.error(
