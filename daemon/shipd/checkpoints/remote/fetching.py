@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 from shipd.checkpoints.remote.download import Download, Part
 from shipd.checkpoints.remote.server import Answer, Broken, Refusal, Remote, changed
 from shipd.checkpoints.remote.spool import Spool
-from shipd.checkpoints.waiting import awaited
+from shipd.checkpoints.waiting import ACT_SECONDS, awaited
 from shipd.checkpoints.wording import quoted
 from shipd.errors import Interrupted, Stalled
 from shipd.units import format_bytes
@@ -35,9 +35,6 @@ _PAUSES: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 """Seconds between attempts, while not a byte more comes."""
 
 _REPORT_SECONDS: Final = 0.1
-
-_ACT_SECONDS: Final = 0.5
-"""How often a thread that waits does what else it has to: see ``waiting``."""
 
 _LOOK_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a file of unknown size after which the room on the disk is looked at again."""
@@ -226,7 +223,7 @@ class Fetching:
         with self._lock:
             self._employ()
         act = awaited()
-        most = _REPORT_SECONDS if report else _ACT_SECONDS if act is not None else threading.TIMEOUT_MAX
+        most = _REPORT_SECONDS if report else ACT_SECONDS if act else threading.TIMEOUT_MAX
         while True:
             with self._lock:
                 if ready():
@@ -238,7 +235,7 @@ class Fetching:
                 held, size = len(download.held), download.size or 0
             if report and self._on_progress is not None:
                 self._on_progress(held, size)
-            if act is not None:
+            if act:
                 act()
 
     def _raise_if_over(self, download: Download, began: float, tensor: str | None) -> None:
