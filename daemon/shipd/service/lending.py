@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from shipd.transfer.lent_files import CutShort, LentFiles
 from shipd.transfer.times import Times
-from shipproto.digests import LeafDigests
+from shipproto.digests import LeafDigests, leaf_digest
 from shipproto.errors import AbortCode, TransferError
 from shipproto.outcomes import RunToDecode
 
@@ -28,13 +28,13 @@ _READERS: Final = 2
 """Threads that read for one push."""
 
 _GRACE_SECONDS: Final = 1.0
-"""How long a push that has ended waits for what is being read: 4 MiB at most for each thread."""
+"""How long a push that has ended waits for what is being read: half a megabyte for each thread."""
 
 
 class Lending:
     """What has been lent to one push. Belongs to the loop.
 
-    stall    seconds without a run read after which the push fails
+    stall    seconds without a chunk read after which the push fails
     took     is told of each run that is in its place, digested
     dropped  is told of each that is not, when everything is over
     failed   is told why the push cannot go on
@@ -60,7 +60,6 @@ class Lending:
         self._jobs: set[_Job] = set()
         self._runs: set[RunToDecode] = set()
         self._over = False
-        self._moved = 0.0
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -73,7 +72,6 @@ class Lending:
         job = _Job(files, runs, image, digests, self._on_loop)
         self._jobs.add(job)
         self._runs.update(runs)
-        self._moved = self._loop.time()
         if self._watch is None:
             self._watch = self._loop.call_later(self._stall, self._look)
         job.start()
@@ -95,7 +93,6 @@ class Lending:
         elif self._over:
             return
         elif isinstance(what, RunToDecode):
-            self._moved = self._loop.time()
             self._runs.discard(what)
             self._took(what)
         elif isinstance(what, TransferError):
@@ -105,7 +102,7 @@ class Lending:
             self._failed(TransferError(AbortCode.INTERNAL, "the daemon failed; its log says how"))
 
     def _look(self) -> None:
-        left = self._moved + self._stall - self._loop.time()
+        left = min(job.moved for job in self._jobs) + self._stall - time.monotonic()
         self._watch = None
         if left > 0:
             self._watch = self._loop.call_later(left, self._look)
@@ -160,6 +157,8 @@ class _Job:
     ) -> None:
         self.stopping = False
         self.times = Times()
+        self.moved = time.monotonic()
+        """When a chunk was last read."""
         self._files = files
         self._lent = files.lent
         self._waiting = deque(runs)
@@ -230,7 +229,11 @@ class _Job:
                 run = self._waiting.popleft()
             except IndexError:
                 break
+            large = run.chunks.start < layout.large_chunks
+            found: list[bytes] = []
             for chunk in run.chunks:
+                if self.stopping:
+                    break
                 self._at[thread] = chunk
                 start, size = layout.chunk(chunk)
                 place = image[start : start + size]
@@ -239,11 +242,17 @@ class _Job:
                     self._files.read(chunk, place)
                 except (CutShort, OSError) as error:
                     raise _failure(error, layout.chunk_names(chunk)[0]) from error
-                read = time.monotonic()
-                digests.record(chunk, place)
+                self.moved = read = time.monotonic()
+                if large:
+                    found.append(leaf_digest(place))
+                else:
+                    digests.record(chunk, place)
                 times.receive += read - began
                 times.digest += time.monotonic() - read
-            self._tell(run)
+            else:
+                if large:
+                    digests.note(run.chunks.start, run.chunks.stop, b"".join(found))
+                self._tell(run)
         self._at.pop(thread, None)
         with self._lock:
             self.times.add(times)
