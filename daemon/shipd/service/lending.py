@@ -127,7 +127,7 @@ class Lending:
         """Until nothing reads into the image any more, or only a thread that hangs: see ``reading``."""
         self._stop_watching()
         for job in self._jobs:
-            job.stopping = True
+            job.stopping.set()
         deadline = self._loop.time() + _GRACE_SECONDS
         while self._jobs and self._loop.time() < deadline:
             # Whoever wants this over sooner would have the image given back too soon.
@@ -155,7 +155,7 @@ class _Job:
         digests: LeafDigests,
         tell: Callable[["_Job", Any], None],
     ) -> None:
-        self.stopping = False
+        self.stopping = threading.Event()
         self.times = Times()
         self.moved = time.monotonic()
         """When a chunk was last read."""
@@ -191,7 +191,7 @@ class _Job:
         try:
             work()
         except Exception as error:  # noqa: BLE001  told to the loop, where the push ends with it
-            self.stopping = True
+            self.stopping.set()
             self._tell(error)
         finally:
             self._leave()
@@ -224,7 +224,7 @@ class _Job:
     def _read(self) -> None:
         layout, digests, image, thread = self._lent.layout, self._digests, self._image, threading.get_ident()
         times = Times()
-        while not self.stopping:
+        while not self.stopping.is_set():
             try:
                 run = self._waiting.popleft()
             except IndexError:
@@ -232,7 +232,7 @@ class _Job:
             large = run.chunks.start < layout.large_chunks
             found: list[bytes] = []
             for chunk in run.chunks:
-                if self.stopping:
+                if self.stopping.is_set():
                     break
                 self._at[thread] = chunk
                 start, size = layout.chunk(chunk)
