@@ -15,6 +15,7 @@ _ATTEMPTS: Final = 5
 def warm(path: Path) -> None:
     """Read the file, and raise AssertionError unless all of it is in the page cache then."""
     buffer = bytearray(1 << 22)
+    share = 0.0
     for _ in range(_ATTEMPTS):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
