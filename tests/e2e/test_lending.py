@@ -198,17 +198,19 @@ def test_a_file_system_that_does_not_answer(start_daemon, tmp_path, monkeypatch,
 @pytest.fixture
 def hanging(monkeypatch):
     """Has the daemon's first read of each push to come hang until the event of that number is set."""
-    read, events, hung = LentFiles.read, [threading.Event() for _ in range(2)], []
+    read, events = LentFiles.read, [threading.Event() for _ in range(2)]
+    hung: list[LentFiles] = []
     lock = threading.Lock()
 
     def reading(self, chunk, into):
-        wait = lambda: None  # noqa: E731
+        event = None
         if threading.current_thread().name == "shipd-lent":
             with lock:
                 if len(hung) < len(events) and self not in hung:
-                    wait = functools.partial(events[len(hung)].wait, 30)
+                    event = events[len(hung)]
                     hung.append(self)
-        wait()
+        if event is not None:
+            event.wait(30)
         read(self, chunk, into)
 
     monkeypatch.setattr(LentFiles, "read", reading)

@@ -119,7 +119,7 @@ class FilesystemFile:
     def entries(self) -> list[Mapping[str, Any]]:
         """What is in this directory. Raises Refusal."""
         try:
-            found = [dict(entry) for entry in self.filesystem.ls(self.path, detail=True)]
+            found: list[Mapping[str, Any]] = [dict(entry) for entry in self.filesystem.ls(self.path, detail=True)]
             if not all(isinstance(entry.get("name"), str) for entry in found):
                 raise TypeError("entries without names")
         except Exception as error:
