@@ -94,7 +94,7 @@ class Conversation:
                 reader = ChunkReader(sender, self._source)
                 reader.check_ties()
             outlets.check()
-            if self._lend and sender.sending:
+            if self._lend and sender.sending and sender.state is SenderState.SENDING:
                 self._offer_loan()
             if self._coded.active:
                 self._send_coded(deadline)
