@@ -10,7 +10,7 @@ from shipproto.connection import ChunkArrived, Connection, RunArrived
 from shipproto.digests import LeafDigests
 from shipproto.errors import LimitExceeded, LocalError, MalformedMessage
 from shipproto.layout import Layout
-from shipproto.lent import Lent, runs
+from shipproto.lent import Lent
 from shipproto.limits import MAX_RUN_BYTES
 from shipproto.messages import SAME, Coded
 from shipproto.outcomes import RunToDecode
@@ -19,8 +19,8 @@ from shipproto.rangeset import RangeSet
 LENT: Final = 0
 """In place of a codec: the chunks of the run are in files that were lent."""
 
-LENT_RUN: Final = 8
-"""Chunks of such a run: 4 MiB."""
+LENT_RUN: Final = 32
+"""Chunks of such a run: 16 MiB, after which it is told that they are held."""
 
 
 class Intake:
@@ -139,7 +139,7 @@ class Intake:
         """What is lent and still missing is going to be read by this side. The runs to read, in the files' order."""
         missing = self.missing()
         found = []
-        for chunks in runs([chunk for chunk in lent.chunks if chunk in missing], LENT_RUN):
+        for chunks in lent.runs(LENT_RUN, missing):
             if self._claims.take_run(chunks, connection):
                 run = RunToDecode(chunks, LENT, memoryview(b""), connection, -1)
                 self._decoding.add(run)

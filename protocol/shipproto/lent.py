@@ -20,6 +20,7 @@ import numpy.typing as npt
 from shipproto.errors import MalformedMessage
 from shipproto.frame import Buffer
 from shipproto.layout import Layout
+from shipproto.rangeset import RangeSet
 
 CAPABILITY: Final = "lend"
 """What a daemon says in HELLO that takes LEND."""
@@ -94,6 +95,12 @@ class Lent:
                 places.append((first.file, first.offset))
         return sorted(lent, key=places.__getitem__)
 
+    def runs(self, most: int, among: RangeSet | None = None) -> list[range]:
+        """The chunks that are lent, or those of them that are ``among`` these, in runs of at most ``most`` that follow
+        each other, in their order; those of large tensors apart from the packed ones."""
+        chunks = self.chunks if among is None else [chunk for chunk in self.chunks if chunk in among]
+        return runs(chunks, most, self.layout.large_chunks)
+
     def ends(self, files: int) -> list[int]:
         """For each of so many files the end of the last tensor in it: what its size must reach."""
         ends = [0] * files
@@ -131,10 +138,11 @@ def check_table(size: int, layout: Layout) -> None:
         raise MalformedMessage(f"LEND of {size} bytes for {len(layout.structure)} names")
 
 
-def runs(chunks: list[int], most: int) -> list[range]:
-    """``chunks``, in their order, as runs of at most ``most`` that follow each other."""
+def runs(chunks: list[int], most: int, large_chunks: int) -> list[range]:
+    """``chunks``, in their order, as runs of at most ``most`` that follow each other, those of large tensors apart from
+    the packed ones."""
     found: list[range] = []
-    for _, members in groupby(enumerate(chunks), key=lambda pair: pair[1] - pair[0]):
+    for _, members in groupby(enumerate(chunks), key=lambda pair: (pair[1] - pair[0], pair[1] < large_chunks)):
         run = list(map(itemgetter(1), members))
         found += [range(run[at], run[min(at + most, len(run)) - 1] + 1) for at in range(0, len(run), most)]
     return found

@@ -300,8 +300,8 @@ class Sender:
         beside the message's first byte: they are not handed out any more, and have to be digested all the same."""
         if self.state is not SenderState.SENDING:
             raise LocalError(f"lend in state {self.state.name}")
-        for chunk in lent.chunks:
-            self._outgoing.wanted.discard(chunk)
+        for chunks in lent.runs(self.layout.chunks):
+            self._outgoing.wanted.discard(chunks.start, chunks.stop)
         self._require().send(Lend(files=files, transfer=self.transfer), lent.encode())
 
     def put_back(self, chunks: range) -> None:

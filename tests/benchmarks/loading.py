@@ -48,17 +48,31 @@ class Sample:
     seconds: float
 
 
+def pushed(mode: str, kind: str) -> str:
+    """The way of pushing a file of that format into a model that swaps in that mode."""
+    return f"push, mode {mode}, {kind}"
+
+
+EVERY: Final = (*WAYS, *(pushed(mode, kind) for mode in MODES for kind in FORMATS))
+
+
 def measure(
-    rounds: int, say: Callable[[str], None] = lambda _: None, total: int = GB, counts: Sequence[int] = (TENSORS, SMALL)
+    rounds: int,
+    say: Callable[[str], None] = lambda _: None,
+    total: int = GB,
+    counts: Sequence[int] = (TENSORS, SMALL),
+    ways: Sequence[str] = EVERY,
 ) -> list[Row]:
     """For each number of tensors that make up ``total`` bytes; the floors are about the first."""
     rows: list[Row] = []
     for count in counts:
-        rows += _measure(rounds, say, total, count, bounded=count == counts[0])
+        rows += _measure(rounds, say, total, count, ways, bounded=count == counts[0])
     return rows
 
 
-def _measure(rounds: int, say: Callable[[str], None], total: int, count: int, *, bounded: bool) -> list[Row]:
+def _measure(
+    rounds: int, say: Callable[[str], None], total: int, count: int, ways: Sequence[str], *, bounded: bool
+) -> list[Row]:
     samples: list[Sample] = []
     failed: dict[str, str] = {}
     growth: dict[str, tuple[int, int]] = {}
@@ -78,13 +92,13 @@ def _measure(rounds: int, say: Callable[[str], None], total: int, count: int, *,
             say(f"round {number + 1} of {rounds}: {count} tensors")
             maker.call("write", path=str(bench.base))
             for cache in ("warm", "cold"):
-                for way in bench.ways if number % 2 else reversed(bench.ways):
+                for way in ways if number % 2 else reversed(ways):
                     seconds = bench.timed(way, cache)
                     if seconds is not None:
                         samples.append(Sample(way, cache, number, seconds))
         say(f"memory: {count} tensors")
         maker.call("write", path=str(bench.base))
-        for way in bench.ways:
+        for way in ways:
             found = bench.grown(way)
             if found is not None:
                 growth[way] = found
@@ -97,7 +111,6 @@ class _Bench:
     def __init__(self, host: Host, total: int, count: int, failed: dict[str, str]) -> None:
         self.host = host
         self.base = host.directory / "model"
-        self.ways = [*WAYS, *(pushed(mode, kind) for mode in MODES for kind in FORMATS)]
         self._shape = {"total": total, "count": count}
         self._failed = failed
         self._pushes = itertools.count()
@@ -191,11 +204,6 @@ class Watch:
             self._thread.join()
 
 
-def pushed(mode: str, kind: str) -> str:
-    """The way of pushing a file of that format into a model that swaps in that mode."""
-    return f"push, mode {mode}, {kind}"
-
-
 def _mode(way: str) -> str:
     return "" if way in WAYS else way.split(", ")[1].removeprefix("mode ")
 
@@ -225,17 +233,17 @@ def table(
             )
             for number in numbers
         }
-        for way in dict.fromkeys((*WAYS, *(one.way for one in samples))):
+        for way in EVERY:
             name = f"{size}, {cache}: {way}"
             if way in failed:
                 rows.append(Row(name=name, unit="s", skipped=failed[way]))
                 continue
-            taken = [known[way, cache, number] for number in numbers if (way, cache, number) in known]
-            row = Row(name=name, value=median(taken), unit="s", spread=spread(taken), better="lower")
+            taken = {number: known[way, cache, number] for number in numbers if (way, cache, number) in known}
+            if not taken:
+                continue
+            row = Row(name=name, value=median(taken.values()), unit="s", better="lower")
             if mode := _mode(way):
-                ratios = [
-                    known[way, cache, number] / best[number] for number in numbers if (way, cache, number) in known
-                ]
+                ratios = [seconds / best[number] for number, seconds in taken.items()]
                 row.reference, row.ratio, row.spread = "the fastest way of loading", median(ratios), spread(ratios)
                 row.bounds = "ratio"
                 row.floor = MODES[mode] if bounded else None

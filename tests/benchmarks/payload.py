@@ -49,9 +49,14 @@ def model(total: int = GB) -> State:
 
 
 def even(count: int, total: int) -> State:
-    """``count`` tensors of the same size, ``total`` bytes of bfloat16 in all, uninitialised."""
+    """``count`` tensors of the same size, ``total`` bytes of bfloat16 in all, uninitialised.
+
+    At most 128 in a module: load_state_dict looks through all of a module's names for each child, which would take it
+    tens of seconds for 20,000.
+    """
     size = total // 2 // count
-    return {f"blocks.{number}.weight": torch.empty(size, dtype=torch.bfloat16) for number in range(count)}
+    places = (divmod(number, 128) for number in range(count))
+    return {f"layers.{one}.experts.{other}.weight": torch.empty(size, dtype=torch.bfloat16) for one, other in places}
 
 
 def randomise(state: Mapping[str, torch.Tensor]) -> None:

@@ -27,6 +27,26 @@ def test_a_raw_socket_and_shipd_are_measured():
         assert "not kept" in process.err
 
 
+def test_loading_is_measured():
+    """Each kind of way once, and that files really are in the page cache or not."""
+    script = (
+        "from tests.benchmarks import loading, workers\n"
+        "ways = ('safetensors load_file', loading.pushed('flip', 'safetensors'))\n"
+        "for row in loading.measure(1, total=10**7, counts=(8,), ways=ways):\n"
+        "    print(row.name, row.value, row.ratio, row.skipped, sep=' | ')\n"
+        "workers.shut_down()\n"
+    )
+    with Process([sys.executable, "-c", script]) as process:
+        assert process.wait(SECONDS) == 0, process.describe()
+        rows = [line.split(" | ") for line in process.out.splitlines()]
+    push = "push, mode flip, safetensors"
+    names = [f"{cache}: {way}" for cache in ("warm", "cold") for way in ("safetensors load_file", push)]
+    assert [name.partition(" tensors, ")[2] for name, *_ in rows[:4]] == names
+    assert [name.partition(" grew, ")[2] for name, *_ in rows[4:]] == ["safetensors load_file", push]
+    assert all(float(value) > 0 for _, value, _, _ in rows)
+    assert [float(ratio) > 0 for _, _, ratio, _ in rows if ratio != "None"] == [True] * 2
+
+
 def test_an_interrupted_run_leaves_no_process_behind():
     # Every process that comes of it inherits this.
     mark = f"SHIPD_BENCH_TEST_{os.getpid()}_{time.monotonic_ns()}"

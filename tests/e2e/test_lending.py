@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shipd.errors import IntegrityError, Stalled, TensorChanged
+from shipd.service.lending import _Job
 from shipd.transfer.lane import Lane
 from shipd.transfer.lent_files import LentFiles
 from shipd.transfer.unixpeer import UnixPeer
@@ -81,6 +82,19 @@ def test_it_is_told(daemon, medium):
     assert finished.code == 0, finished
     assert "of which the daemon has read 12.6 MB from the file itself" in finished.out
     assert "the daemon, on this host, has read the file itself" in finished.out
+
+
+def test_who_has_heard_that_a_push_is_committed_may_push_again(daemon, medium, monkeypatch):
+    """At once, also where a file system takes its time to close what was read."""
+    leave = _Job._leave
+
+    def leaving(self):
+        threading.Event().wait(0.2)
+        leave(self)
+
+    monkeypatch.setattr(_Job, "_leave", leaving)
+    for label in ("v1", "v2"):
+        assert push(local(daemon), medium, label=label).bytes_lent
 
 
 def test_over_tcp_and_where_it_is_switched_off_bytes_travel(start_daemon, medium):
@@ -184,17 +198,19 @@ def test_a_file_system_that_does_not_answer(start_daemon, tmp_path, monkeypatch,
 @pytest.fixture
 def hanging(monkeypatch):
     """Has the daemon's first read of each push to come hang until the event of that number is set."""
-    read, events, hung = LentFiles.read, [threading.Event() for _ in range(2)], []
+    read, events = LentFiles.read, [threading.Event() for _ in range(2)]
+    hung: list[LentFiles] = []
     lock = threading.Lock()
 
     def reading(self, chunk, into):
-        wait = lambda: None  # noqa: E731
+        event = None
         if threading.current_thread().name == "shipd-lent":
             with lock:
                 if len(hung) < len(events) and self not in hung:
-                    wait = functools.partial(events[len(hung)].wait, 30)
+                    event = events[len(hung)]
                     hung.append(self)
-        wait()
+        if event is not None:
+            event.wait(30)
         read(self, chunk, into)
 
     monkeypatch.setattr(LentFiles, "read", reading)

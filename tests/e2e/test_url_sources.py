@@ -14,7 +14,8 @@ from tests.support import checkpoints
 from tests.support.checkpoints import MIB, Content, assert_installed
 from tests.support.containers import CONTAINERS
 from tests.support.file_servers import FileServer, file_of
-from tests.support.processes import Helper, Shipctl, address_of, push, shipctl
+from tests.support.processes import Background, Helper, Shipctl, address_of, push, shipctl
+from tests.support.proxy import until
 
 pytest_plugins = ["tests.support.file_server_fixtures", "tests.support.object_store"]
 
@@ -102,6 +103,36 @@ def test_a_server_that_dies_for_good_leaves_the_old_version(daemon, server):
     server.dies_at, server.answers = None, lambda _asked, _headers: None
     push(address_of(daemon), server.url("/new"), label="new")
     assert_installed(daemon, new, label="new")
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_server_that_makes_the_sender_wait_does_not_cost_its_connections(start_daemon, server, lanes):
+    """For longer than the daemon waits for one that shows no sign of life."""
+    daemon = start_daemon(models={"model": "1GiB"}, stall=1.0)
+    server.ranges, server.silent_at = False, 5_000_000
+    url = server.serve("/w", file_of(checkpoints.medium()))
+    with Background(push, address_of(daemon), url, label="v1", lanes=lanes) as pushing:
+        assert server.silent.acquire(timeout=30)
+        until(lambda: daemon.server.models["model"].incoming is not None, "it is being received")
+        peers = list(daemon.server._peers)
+        since = max(peer.last_heard for peer in peers)
+        until(
+            lambda: all(peer.last_heard > since + 2.5 or peer.closed for peer in peers), "it has been waited for long"
+        )
+        closed = [peer.name for peer in peers if peer.closed]
+        server.speak.set()
+        assert pushing.result().digest == checkpoints.medium().digest
+    assert not closed
+    assert_installed(daemon, checkpoints.medium(), label="v1")
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_server_that_falls_silent_is_not_taken_for_the_daemon(daemon, server, lanes):
+    server.ranges, server.silent_at = False, 5_000_000
+    url = server.serve("/w", file_of(checkpoints.medium()))
+    with pytest.raises(shipd.Stalled, match=r"fetching .http.*. has stalled"):
+        push(address_of(daemon), url, label="v1", lanes=lanes, stall=0.5)
+    assert sum(asked.path == "/w" for asked in server.asked) <= 3
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.benchmarks import payload, report
+from tests.benchmarks import loading, payload, report
 from tests.benchmarks.daemon_memory import p99
 from tests.benchmarks.machine import Setting
 from tests.benchmarks.rows import Row, as_row
@@ -186,6 +186,35 @@ def test_ratios_are_taken_in_each_round_against_the_raw_transfer_beside_it():
     # What was not measured is compared with nothing.
     assert (PUSH, GLOO_COPY) not in rows
     assert (WIRE, HTTP) not in rows
+
+
+def test_a_push_is_compared_with_the_fastest_way_of_loading_in_its_round():
+    push = loading.pushed("flip", "safetensors")
+    taken = {
+        ("torch.load", "warm"): (9.0, 9.0, 9.0),
+        ("safetensors load_file", "warm"): (1.0, 2.0, 4.0),
+        ("torch.load(mmap=True)", "warm"): (3.0, 1.0, 3.0),
+        (push, "warm"): (1.1, 1.5, 4.5),
+        ("torch.load", "cold"): (2.0,),
+        (push, "cold"): (3.0,),
+    }
+    samples = [
+        loading.Sample(way, cache, number, seconds)
+        for (way, cache), of_rounds in taken.items()
+        for number, seconds in enumerate(of_rounds)
+    ]
+    growth = {"torch.load": (1000 << 20, 1010 << 20), push: (1 << 20, 20 << 20)}
+    rows = {
+        row.name.partition(": ")[2]: row
+        for row in loading.table(samples, growth, {"fastsafetensors": "no such module"}, 10**9, 64, bounded=True)
+        if "cold" not in row.name
+    }
+    assert rows["fastsafetensors"].skipped == "no such module"
+    assert (rows[push].value, rows[push].ratio, rows[push].floor) == (1.5, 1.5, 1.2)
+    assert rows[push].verdict == "missed"
+    grown = rows[f"how much memory grew, {push}"]
+    assert (grown.value, grown.ratio, grown.verdict) == (20, 20 / 1000, "floor")
+    assert rows["torch.load"].verdict == ""
 
 
 def test_the_lag_that_99_of_100_stayed_below():

@@ -253,6 +253,34 @@ def test_what_was_kept_of_a_version_that_failed_stays_as_well(images: Images) ->
     assert values == [expected(perturbed(encoder(), by)) for by in (0, 1, 0)]
 
 
+@pytest.mark.parametrize(
+    "shown", [lambda: 1 / 0, lambda: "\ud800\n" * 1000, lambda: None], ids=["error", "surrogates", "no text"]
+)
+def test_whatever_an_error_shows_of_itself_the_version_before_is_back(
+    images: Images, shown: Callable[[], object]
+) -> None:
+    class Odd(Exception):
+        def __repr__(self) -> str:
+            return shown()  # type: ignore[return-value]  # no text, or none at all
+
+        __str__ = __repr__
+
+    target = Taking()
+    swapper = DeliverSwap(target)
+    old = perturbed(encoder(), 1)
+    swap(swapper, images.write(0, old), images.layout)
+
+    def fail(call: int, _name: str) -> None:
+        if call == 2:
+            raise Odd
+
+    target.before = fail
+    with pytest.raises(SwapFailed, match="load_weights failed when it had taken 1 of") as caught:
+        swap(swapper, images.write(1, perturbed(encoder(), 2)), images.layout)
+    assert len(str(caught.value).encode()) < 1000
+    assert target.loaded == expected(old)
+
+
 def test_where_the_version_before_fails_too_the_weights_are_a_mix(images: Images) -> None:
     target = Taking()
     swapper = DeliverSwap(target)

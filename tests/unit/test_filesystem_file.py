@@ -249,6 +249,26 @@ def test_what_keeps_failing_is_given_up(memory, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("call", "answer", "told"),
+    [
+        ("info", None, "cannot be read (\"TypeError: 'NoneType' object"),
+        ("info", {"type": "file", "size": "12"}, "fsspec cannot tell its size"),
+        ("info", {"type": "file", "size": -1}, "fsspec cannot tell its size"),
+        ("ls", ["w", "v"], "cannot be read ("),
+        ("ls", [{"type": "file"}], "cannot be read ('TypeError: entries without names')"),
+        ("cat_file", None, "cannot be fetched (TypeError"),
+        ("cat_file", "text", "cannot be fetched ("),
+        ("cat_file", b"", "cannot be fetched: it broke off at byte 0. It was tried 3 times"),
+        ("cat_file", bytes(20_000_000), "bytes, fsspec returned 20000000"),
+    ],
+)
+def test_a_filesystem_that_does_not_keep_to_its_interface_is_told(memory, monkeypatch, call, answer, told):
+    url = memory("folder/w", blob())
+    monkeypatch.setattr(MemoryFileSystem, call, lambda *_, **__: answer)
+    assert told in refused(url.removesuffix("/w") if call == "ls" else url)
+
+
 @pytest.mark.parametrize("call", ["info", "cat_file"])
 def test_a_call_that_hangs_is_not_waited_for(memory, monkeypatch, call):
     url = memory("w", blob())

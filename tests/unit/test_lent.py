@@ -9,6 +9,7 @@ from shipd.transfer.lent_files import CutShort, LentFiles
 from shipproto.errors import MalformedMessage
 from shipproto.layout import Layout
 from shipproto.lent import ENTRY, NOT_LENT, Lent, Read, runs
+from shipproto.rangeset import RangeSet
 from shipproto.structure import Structure, TensorSpec
 from tests.support.naive import LEAF
 
@@ -41,7 +42,10 @@ def test_chunks_are_lent_where_all_their_tensors_are() -> None:
 
 def test_chunks_come_in_the_order_of_the_files() -> None:
     assert lent(a=(1, 0), b=(0, 5000), p=(0, 10), q=(0, 200), s=(0, 300)).chunks == [4, 3, 0, 1, 2]
-    assert runs([4, 3, 0, 1, 2], 2) == [range(4, 5), range(3, 4), range(2), range(2, 3)]
+    assert runs([4, 3, 0, 1, 2], 2, 4) == [range(4, 5), range(3, 4), range(2), range(2, 3)]
+    everything = lent(a=(0, 0), b=(0, 2 * LEAF + 5), p=(1, 0), q=(1, 100), s=(1, 164))
+    assert everything.runs(9) == [range(4), range(4, 5)], "packed ones apart"
+    assert everything.runs(9, RangeSet([(0, 2), (3, 4)])) == [range(2), range(3, 4)]
 
 
 def test_what_is_read_for_a_chunk() -> None:

@@ -38,10 +38,19 @@ def test_everything_else_is_a_path(text):
         ("https://me:sec@ret@host/a", "https://…@host/a"),
         ("https://host/a?X-Amz-Signature=secret", "https://host/a?…"),
         ("zip://in.pt::sftp://me:secret@host/a", "zip://in.pt::sftp://…@host/a"),
+        ("sftp://me:sec/ret@host/a", "sftp://…@host/a"),
+        ("ftp://me:sec?ret@host/a?b", "ftp://…@host/a?…"),
+        ("http://[::1]:8/a@v1", "http://[::1]:8/a@v1"),
     ],
 )
 def test_nothing_secret_is_shown(url, shown):
     assert location.shown(url) == shown
+
+
+def test_nothing_secret_is_told_by_others():
+    url = "sftp://me:se%20cret@host/a?key=1"
+    told = f"no {url}, nor host with se%20cret, se cret or key=1"
+    assert location.without_secrets(told, url) == "no sftp://…@host/a?…, nor host with …, … or …"
 
 
 def test_what_lies_beside_a_file_has_its_access_key():

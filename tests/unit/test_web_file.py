@@ -264,6 +264,16 @@ def test_a_file_that_begins_anew_must_be_the_same():
         changes(source, "(its bytes from ")
 
 
+def test_a_server_may_forget_that_it_has_parts(server):
+    """Asked again for the first of them it sends everything, of which version nobody knows, while others arrive."""
+    server.deaths = [0]
+    until_then = lambda asked, _headers: setattr(server, "ranges", bool(server.deaths))  # noqa: E731
+    server.answers, server.chunked, server.validated = until_then, True, False
+    server.extra = {"Last-Modified": "Fri, 27 Nov 2026 10:00:00 GMT"}
+    with pytest.raises(CheckpointError, match="it answers with the whole file where a part was asked for"):
+        open_source(server.serve("/w", blob()), fetching=quick())
+
+
 def test_a_weak_tag_promises_nothing(server):
     """So the file comes as a whole."""
     server.etag = 'W/"v1"'
@@ -309,6 +319,15 @@ def test_name_and_password_go_only_where_they_were_meant_for(server):
     server.serve("/w", blob())
     open_source(server.url("/from").replace("://", "://me:pa%3Ass@"), fetching=quick()).close()
     assert server.asked[-1].headers["authorization"] == "Basic bWU6cGE6c3M="
+
+
+def test_a_redirection_may_have_bytes_that_a_url_may_not(server):
+    """As they are, and not taken for Latin-1."""
+    server.answers = leads("/größe %25")
+    server.serve("/gr%C3%B6%C3%9Fe%20%25", blob())
+    source = open_source(server.url("/from"), fetching=quick())
+    assert digest_of(source) == medium().digest
+    source.close()
 
 
 def test_a_link_that_expires_is_asked_for_anew(server):

@@ -127,6 +127,17 @@ def test_redirections_stay_on_the_web(server, to):
     assert refused(url) == f"{url!r} is redirected to {to!r}, which is no URL of http or https"
 
 
+def test_no_range_that_nobody_asked_for_is_asked_for_again(server):
+    """A server that has no range of anything, not even of all of it."""
+    server.answers = always(416)
+    assert refused(server.url("/w")) == (
+        f"{server.url('/w')!r} cannot be fetched: it answers 416 {http.HTTPStatus(416).phrase}, although no range was "
+        "asked for. It was tried 3 times without a byte more, and nothing of it is there. Try again later, or download "
+        "the file and push that"
+    )
+    assert len(server.asked) == 4
+
+
 def test_who_refuses_behind_a_redirection_is_named(server):
     with FileServer() as other:
         url = leading(server, other.url("/gone").replace("127.0.0.1", "localhost"))

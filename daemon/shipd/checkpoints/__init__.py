@@ -8,6 +8,7 @@
     sharded           checkpoints in several files with an index
     parts             several sources as one
     mapped            tensors that lie in a mapped file as they travel
+    extents           where in their files tensors lie, for whoever can read the files itself
     safetensors_file  safetensors, memory-mapped and checked here; needs no torch
     npz_file          .npz archives of numpy; needs no torch
     hdf5_file         HDF5, through h5py; needs no torch
@@ -19,6 +20,7 @@
     planned           a source as a plan has it: renamed, selected, cast
     cast              numbers of one dtype as those of another
     remote            files by URL, fetched while they are read
+    waiting           what a thread does while it waits for what is being fetched
     wording           names and lists in messages, bounded
 
 Only ``torch_file``, ``script_file``, ``nested``, ``cast`` and ``state_dict`` with what it consists of import torch, and

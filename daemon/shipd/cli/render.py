@@ -228,7 +228,7 @@ def print_status(status: Status, address: str) -> None:
     """Models, their processes and what is under way."""
     console = Console(highlight=False, markup=False)
     console.print(
-        f"{address}: {status.agent}, pid {status.pid}, up {format_seconds(status.uptime_seconds)}, images "
+        f"{address}: {harmless(status.agent)}, pid {status.pid}, up {format_seconds(status.uptime_seconds)}, images "
         f"{format_bytes(status.memory_used)} of {format_bytes(status.memory_limit)}",
         soft_wrap=True,
     )
@@ -245,8 +245,8 @@ def print_status(status: Status, address: str) -> None:
         table.add_column(heading, justify="right" if heading in ("TENSORS", "SIZE") else "left", overflow="fold")
     for model in status.models:
         table.add_row(
-            model.name,
-            model.label or "none",
+            harmless(model.name),
+            harmless(model.label) or "none",
             model.digest[:16] or "-",
             str(model.tensors),
             format_bytes(model.bytes),
@@ -255,11 +255,13 @@ def print_status(status: Status, address: str) -> None:
         )
     console.print(table)
     for model in status.models:
+        name = harmless(model.name)
         if model.failed is not None:
             failed = model.failed
             console.print(
-                f"{model.name}: the last push, {failed.label or failed.transfer_id} from {failed.peer}, ended without "
-                f"effect {format_seconds(max(0.0, time.time() - failed.at))} ago: {failed.reason}",
+                f"{name}: the last push, {harmless(failed.label or failed.transfer_id)} from {harmless(failed.peer)}, "
+                f"ended without effect {format_seconds(max(0.0, time.time() - failed.at))} ago: "
+                f"{harmless(failed.reason)}",
                 soft_wrap=True,
             )
         if model.transfer is not None:
@@ -267,8 +269,8 @@ def print_status(status: Status, address: str) -> None:
             share = 100 * transfer.bytes_held / max(1, transfer.bytes_total)
             state = "" if transfer.connected else ", sender gone, waiting for it"
             console.print(
-                f"{model.name}: {transfer.stage} a push from {transfer.peer}: {format_bytes(transfer.bytes_held)} of "
-                f"{format_bytes(transfer.bytes_total)} ({share:.0f} %){state}"
+                f"{name}: {harmless(transfer.stage)} a push from {harmless(transfer.peer)}: "
+                f"{format_bytes(transfer.bytes_held)} of {format_bytes(transfer.bytes_total)} ({share:.0f} %){state}"
             )
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Final
 
 from shipd.checkpoints.source import Source
+from shipd.checkpoints.waiting import while_waiting
 from shipd.client.account import Account
 from shipd.client.chunks import ChunkReader
 from shipd.client.coded import CodedRuns
@@ -73,7 +74,8 @@ class Conversation:
     def run(self, deadline: float) -> Committed:
         """Offer the version and see it committed. Raises ShipError; TransferError where the transfer is over."""
         try:
-            return self._run(deadline)
+            with while_waiting(self._show_life):
+                return self._run(deadline)
         finally:
             self._coded.stop()
             if self._loan is not None:
@@ -92,7 +94,7 @@ class Conversation:
                 reader = ChunkReader(sender, self._source)
                 reader.check_ties()
             outlets.check()
-            if self._lend and sender.sending:
+            if self._lend and sender.sending and sender.state is SenderState.SENDING:
                 self._offer_loan()
             if self._coded.active:
                 self._send_coded(deadline)
@@ -238,6 +240,14 @@ class Conversation:
         if now - self._pinged >= _PING_SECONDS:
             self._pinged = now
             self._lane.connection.send(Ping())
+
+    def _show_life(self) -> None:
+        """While the source makes this side wait. Raises TransferError where the daemon has ended the transfer."""
+        self._keep_alive()
+        self._take(self._lane.pump())
+        if self._sender.error is not None:
+            raise self._sender.error
+        self._report("sending")
 
     def _report(self, stage: str) -> None:
         now = time.monotonic()

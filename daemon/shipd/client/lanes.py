@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
+from shipd.checkpoints.waiting import while_waiting
 from shipd.client.chunks import ChunkReader
 from shipd.client.sending import RUN, send_chunks
 from shipd.errors import Interrupted, ShipError, Stalled
@@ -123,6 +124,7 @@ class Outlet:
         self.ready = False
         """Whether the receiver takes chunks on it; it may have ended since."""
         self._waited = 0.0
+        self._pinged = time.monotonic()
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name=f"shipd lane {number}", daemon=True)
         try:
@@ -148,7 +150,8 @@ class Outlet:
                 while not self._take(lane, self._pool.stall):
                     pass
                 self.ready = True
-                self._send(lane)
+                with while_waiting(partial(self._show_life, lane)):
+                    self._send(lane)
             finally:
                 self.ready = False
                 lane.close(discard=self._pool.discard)
@@ -172,16 +175,13 @@ class Outlet:
         pool = self._pool
         reader = pool.make_reader()
         drain = partial(lane.drain, pool.stall)
-        pinged = time.monotonic()
         while True:
             chunks = range(0)
             if pool.has_turn(self.number):
                 with pool.lock:
                     chunks = pool.sender.next_chunks(RUN)
             if not chunks:
-                if time.monotonic() - pinged > 1.0:
-                    pinged = time.monotonic()
-                    lane.connection.send(Ping())
+                self._keep_alive(lane)
                 self._take(lane, _IDLE_SECONDS, idle=True)
                 continue
             self.used = True
@@ -191,6 +191,16 @@ class Outlet:
             self._waited += lane.times.wait - before
             self._hear(lane, (*events, *lane.pump()))
             self.bytes_sent = lane.bytes_sent
+
+    def _keep_alive(self, lane: Lane) -> None:
+        if time.monotonic() - self._pinged > 1.0:
+            self._pinged = time.monotonic()
+            lane.connection.send(Ping())
+
+    def _show_life(self, lane: Lane) -> None:
+        """While the source makes this side wait."""
+        self._keep_alive(lane)
+        self._take(lane, 0.0, idle=True)
 
     def _take(self, lane: Lane, seconds: float, *, idle: bool = False) -> bool:
         """Wait for what the receiver says. Whether it has taken the lane."""

@@ -19,6 +19,7 @@ from shipd.client.sending import RUN
 from shipd.errors import CheckpointError, TensorChanged
 from shipd.transfer.lane import Lane
 from shipd.transfer.lent_files import CutShort, LentFiles
+from shipproto.digests import leaf_digest
 from shipproto.lent import CAPABILITY, NOT_LENT, Lent
 from shipproto.limits import LEAF_SIZE, MAX_LENT_FILES
 from shipproto.sender import Sender
@@ -33,10 +34,9 @@ class Loan:
         self._source = source
         self._fds = tuple(fds)
         self._files = LentFiles(lent, self._fds)
-        chunks = lent.chunks
-        self.bytes = sum(lent.layout.chunk(chunk)[1] for chunk in chunks)
+        self.bytes = int(lent.layout.chunk_sizes[lent.chunks].sum())
         """Of all chunks that are lent."""
-        self._undigested = iter(chunks)
+        self._undigested = iter(lent.runs(RUN))
         self._buffer = memoryview(bytearray(LEAF_SIZE))
 
     @classmethod
@@ -68,27 +68,38 @@ class Loan:
         Raises TensorChanged where the file has been cut, CheckpointError where it cannot be read, and TransferError if
         a tensor's bytes have changed.
         """
-        for count, chunk in enumerate(self._undigested, 1):
+        chunks = next(self._undigested, None)
+        if chunks is None:
+            return False
+        digests: list[bytes] = []
+        large = chunks.start < self._sender.layout.large_chunks
+        for chunk in chunks:
             content = self._buffer[: self._sender.layout.chunk(chunk)[1]]
             began = time.monotonic()
-            try:
-                self._files.read(chunk, content)
-            except CutShort as error:
-                name = self._sender.layout.chunk_names(chunk)[0]
-                raise TensorChanged(
-                    f"{quoted(self._source.origin)} was cut while tensor {quoted(name)} was being read; save to a new "
-                    "file and rename it instead, then push again",
-                    tensor=name,
-                ) from error
-            except OSError as error:
-                raise CheckpointError(f"reading {quoted(self._source.origin)} failed: {error.strerror}") from error
+            self._read(chunk, content)
             read = time.monotonic()
-            self._sender.digest_chunk(chunk, content)
+            if large:
+                digests.append(leaf_digest(content))
+            else:
+                self._sender.digest_chunk(chunk, content)
             lane.times.read += read - began
             lane.times.digest += time.monotonic() - read
-            if count == RUN:
-                return True
-        return False
+        if large:
+            self._sender.digested(chunks, digests)
+        return True
+
+    def _read(self, chunk: int, content: memoryview) -> None:
+        try:
+            self._files.read(chunk, content)
+        except CutShort as error:
+            name = self._sender.layout.chunk_names(chunk)[0]
+            raise TensorChanged(
+                f"{quoted(self._source.origin)} was cut while tensor {quoted(name)} was being read; save to a new file "
+                "and rename it instead, then push again",
+                tensor=name,
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"reading {quoted(self._source.origin)} failed: {error.strerror}") from error
 
     def close(self) -> None:
         """The daemon has descriptors of its own."""

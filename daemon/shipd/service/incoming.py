@@ -260,6 +260,7 @@ class Incoming:
             rollout.left += evicted
             self._accept(pool, slot)
             await self._receive()
+            await self._lending.rest()
             digests, digest = await self._made()
             self._labelled.decide(digest)
             if self.receiver.ended:

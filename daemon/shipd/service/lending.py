@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from shipd.transfer.lent_files import CutShort, LentFiles
 from shipd.transfer.times import Times
-from shipproto.digests import LeafDigests
+from shipproto.digests import LeafDigests, leaf_digest
 from shipproto.errors import AbortCode, TransferError
 from shipproto.outcomes import RunToDecode
 
@@ -28,7 +28,7 @@ _READERS: Final = 2
 """Threads that read for one push."""
 
 _GRACE_SECONDS: Final = 1.0
-"""How long a push that has ended waits for what is being read: 4 MiB at most for each thread."""
+"""How long a push that has ended waits for what is being read: half a megabyte for each thread."""
 
 
 class Lending:
@@ -60,6 +60,8 @@ class Lending:
         self._jobs: set[_Job] = set()
         self._runs: set[RunToDecode] = set()
         self._over = False
+        self._gone: asyncio.Future[None] | None = None
+        """Done when the last thread is gone."""
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -88,6 +90,9 @@ class Lending:
             self.times.add(job.times)
             if not self._jobs:
                 self._stop_watching()
+                if self._gone is not None:
+                    self._gone.set_result(None)
+                    self._gone = None
                 if self._over and self.left is not None:
                     self.left()
         elif self._over:
@@ -123,16 +128,27 @@ class Lending:
             self._watch.cancel()
             self._watch = None
 
+    async def rest(self) -> None:
+        """Everything has been read: until the threads are gone, so that the end of the push has not to wait for them.
+        Until one that hangs is, which had nothing to read, only for a moment."""
+        await self._until_left(_GRACE_SECONDS)
+
+    async def _until_left(self, seconds: float) -> None:
+        if self._jobs:
+            if self._gone is None:
+                self._gone = self._loop.create_future()
+            await asyncio.wait({self._gone}, timeout=seconds)
+
     async def end(self) -> None:
         """Until nothing reads into the image any more, or only a thread that hangs: see ``reading``."""
         self._stop_watching()
         for job in self._jobs:
-            job.stopping = True
+            job.stopping.set()
         deadline = self._loop.time() + _GRACE_SECONDS
-        while self._jobs and self._loop.time() < deadline:
+        while self._jobs and (left := deadline - self._loop.time()) > 0:
             # Whoever wants this over sooner would have the image given back too soon.
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(0.005)
+                await self._until_left(left)
         self._over = True
         if self._jobs:
             log.error(
@@ -155,10 +171,10 @@ class _Job:
         digests: LeafDigests,
         tell: Callable[["_Job", Any], None],
     ) -> None:
-        self.stopping = False
-        self.moved = time.monotonic()
-        """When its last chunk was read."""
+        self.stopping = threading.Event()
         self.times = Times()
+        self.moved = time.monotonic()
+        """When a chunk was last read."""
         self._files = files
         self._lent = files.lent
         self._waiting = deque(runs)
@@ -191,7 +207,7 @@ class _Job:
         try:
             work()
         except Exception as error:  # noqa: BLE001  told to the loop, where the push ends with it
-            self.stopping = True
+            self.stopping.set()
             self._tell(error)
         finally:
             self._leave()
@@ -224,12 +240,16 @@ class _Job:
     def _read(self) -> None:
         layout, digests, image, thread = self._lent.layout, self._digests, self._image, threading.get_ident()
         times = Times()
-        while not self.stopping:
+        while not self.stopping.is_set():
             try:
                 run = self._waiting.popleft()
             except IndexError:
                 break
+            large = run.chunks.start < layout.large_chunks
+            found: list[bytes] = []
             for chunk in run.chunks:
+                if self.stopping.is_set():
+                    break
                 self._at[thread] = chunk
                 start, size = layout.chunk(chunk)
                 place = image[start : start + size]
@@ -239,10 +259,16 @@ class _Job:
                 except (CutShort, OSError) as error:
                     raise _failure(error, layout.chunk_names(chunk)[0]) from error
                 self.moved = read = time.monotonic()
-                digests.record(chunk, place)
+                if large:
+                    found.append(leaf_digest(place))
+                else:
+                    digests.record(chunk, place)
                 times.receive += read - began
                 times.digest += time.monotonic() - read
-            self._tell(run)
+            else:
+                if large:
+                    digests.note(run.chunks.start, run.chunks.stop, b"".join(found))
+                self._tell(run)
         self._at.pop(thread, None)
         with self._lock:
             self.times.add(times)

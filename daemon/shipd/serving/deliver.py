@@ -29,9 +29,13 @@ from shipd.serving import bits
 from shipd.serving.staging import Torn, never
 from shipd.serving.turns import short_turns
 from shipproto.layout import Layout
+from shipproto.names import harmless
 from shipproto.structure import Structure
 
 log = logging.getLogger("shipd.serving")
+
+_MOST_SHOWN: Final = 500
+"""Characters of what load_weights raises that are told."""
 
 Pairs = Iterable[tuple[str, Tensor]]
 
@@ -288,4 +292,12 @@ def _how_far(error: BaseException, handout: Handout) -> str:
     count = f"{handout.handed} of {handout.total} tensors"
     if isinstance(error, _LeftOver):
         return f"load_weights returned after it had taken {count}"
-    return f"load_weights failed when it had taken {count}: {error!r}"
+    return f"load_weights failed when it had taken {count}: {_shown(error)}"
+
+
+def _shown(error: BaseException) -> str:
+    """As it shows itself, if it can: nothing that belongs to the callee may get in the way of what has to be done."""
+    try:
+        return harmless(repr(error), _MOST_SHOWN)
+    except Exception:  # noqa: BLE001  whatever it is
+        return f"{type(error).__name__}, which cannot be shown"

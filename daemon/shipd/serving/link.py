@@ -48,6 +48,7 @@ from shipproto.messages import (
     Swapped,
     Unstage,
 )
+from shipproto.names import harmless
 from shipproto.rangeset import RangeSet
 from shipproto.structure import Structure
 
@@ -376,10 +377,10 @@ class Link:
                 "a version could not be staged",
                 extra={"model": self._model, "label": message.label, "why": str(failure)},
             )
-            error = str(failure)[:MAX_TEXT]
+            error = harmless(str(failure), MAX_TEXT)
         except Exception as failure:
             log.exception("a version could not be staged", extra={"model": self._model, "label": message.label})
-            error = f"{type(failure).__name__}: {failure}"[:MAX_TEXT]
+            error = harmless(f"{type(failure).__name__}: {failure}", MAX_TEXT)
         lane.connection.send(
             StageReady(
                 error=error,
@@ -401,7 +402,7 @@ class Link:
                 log.exception("a swap failed unexpectedly", extra={"model": self._model, "label": version.label})
             lane.connection.send(
                 Swapped(
-                    error=str(error)[:MAX_TEXT] or repr(error),
+                    error=harmless(str(error) or repr(error), MAX_TEXT),
                     fenced=isinstance(error, Fenced),
                     generation=generation,
                     transfer=message.transfer,
@@ -466,5 +467,5 @@ class Link:
             else:
                 answer = DigestIs(digest=self._follower.read_back(), label=label, request=message.request)
         except ShipError as error:
-            answer = DigestIs(error=str(error)[:MAX_TEXT], request=message.request)
+            answer = DigestIs(error=harmless(str(error), MAX_TEXT), request=message.request)
         lane.connection.send(answer)

@@ -85,10 +85,15 @@ def _part(head: Head, shown: str, asked: tuple[int, int | None], known: Validato
     said = (head.getheader("Content-Range") or "").strip()
     match = _RANGE.fullmatch(said)
     start, stop = asked
-    if match is None or int(match[1]) != start or not start < int(match[2]) + 1 <= (stop or start):
+    if stop is None:
+        raise Refusal(
+            f"{quoted(shown)}: asked for all of it, its server answers with a part ({quoted(said)}). Download the "
+            "file, and push that"
+        )
+    if match is None or int(match[1]) != start or not start < int(match[2]) + 1 <= stop:
         what = f"is answered with the range {quoted(said)}" if said else "is answered with a part of it, and not which"
         raise Refusal(
-            f"{quoted(shown)}: a question for the bytes {start} to {(stop or start) - 1} {what}; its server's ranges "
+            f"{quoted(shown)}: a question for the bytes {start} to {stop - 1} {what}; its server's ranges "
             "cannot be relied on. Download the file, and push that"
         )
     now = Validator.of(head)
@@ -128,6 +133,8 @@ def _nothing(head: Head, shown: str, asked: tuple[int, int | None], known: Valid
         raise changed(shown, f"it now ends before byte {asked[0]}")
     if match is not None and int(match[1]) == 0:
         return Answer(0, 0, 0, in_parts=False)
+    if asked[1] is None:
+        raise Broken(f"it answers {_status(head.status)}, although no range was asked for")
     raise NoParts
 
 

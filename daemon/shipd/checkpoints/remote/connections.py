@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import socket
 import ssl
+import string
 import threading
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote, urljoin
@@ -60,13 +61,15 @@ class Target(NamedTuple):
     @property
     def url(self) -> str:
         """Without name and password."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == _DEFAULT[self.scheme] else f":{self.port}"
-        return f"{self.scheme}://{host}{port}{self.path}"
+        return f"{self.scheme}://{_in_url(self.host)}{port}{self.path}"
 
     def redirected(self, location: str, asked: str) -> "Target":
-        """Where a redirection leads; name and password go along only to the same place. Raises Refusal."""
-        url = urljoin(self.url, location)
+        """Where a redirection leads; name and password go along only to the same place. Raises Refusal.
+
+        Bytes that no URL may have, which servers send nevertheless, are escaped as they are and not taken for text.
+        """
+        url = urljoin(self.url, quote(location.encode("latin-1", "replace"), safe=string.punctuation))
         try:
             leads_to_web = url.partition("://")[0].lower() in _DEFAULT
             target = Target.of(url) if leads_to_web else None
@@ -80,6 +83,10 @@ class Target(NamedTuple):
                 "change; name that URL itself where you trust the way to it"
             )
         return target._replace(authorization=self.authorization if target.place == self.place else "")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _basic(user: str, password: str | None) -> str:
@@ -103,7 +110,7 @@ class Connection:
             host, port = proxy.host, proxy.port
             if target.scheme == "http":
                 self._prefix, self._headers = target._replace(path="").url, authorization
-        self._where = f"{host}:{port}" + (" (a proxy, from the environment)" if proxy else "")
+        self._where = f"{_in_url(host)}:{port}" + (" (a proxy, from the environment)" if proxy else "")
         self._client: http.client.HTTPConnection
         if target.scheme == "http":
             self._client = http.client.HTTPConnection(host, port, timeout=_CONNECT_SECONDS)

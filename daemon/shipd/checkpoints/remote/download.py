@@ -116,11 +116,7 @@ class Download:
         first = not self.described
         if first:
             if answer.size is not None:
-                if answer.size > _LARGEST:
-                    raise Refusal(
-                        f"{quoted(shown)} has {answer.size} bytes by its server's account, and at most {_LARGEST} can "
-                        "be pushed"
-                    )
+                self.require_possible(answer.size, "by its server's account")
                 self.spool.resize(answer.size)
             self.size, self.in_parts = answer.size, answer.in_parts
             self.complete = answer.size == 0
@@ -129,6 +125,11 @@ class Download:
             raise changed(shown, f"it had {self.size} bytes, and now has {answer.size}")
         part.at, part.stop = answer.start, answer.stop
         return first
+
+    def require_possible(self, size: int, whose: str) -> None:
+        """Raise Refusal where no checkpoint has so many bytes."""
+        if size > _LARGEST:
+            raise Refusal(f"{quoted(self.remote.shown)} has {size} bytes {whose}, and at most {_LARGEST} can be pushed")
 
     def keep(self, part: Part, stop: int) -> bool:
         """What has come of ``part`` up to byte ``stop`` is in the spool. Whether any of it was not there before."""

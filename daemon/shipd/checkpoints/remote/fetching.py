@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 from shipd.checkpoints.remote.download import Download, Part
 from shipd.checkpoints.remote.server import Answer, Broken, Refusal, Remote, changed
 from shipd.checkpoints.remote.spool import Spool
+from shipd.checkpoints.waiting import ACT_SECONDS, awaited
 from shipd.checkpoints.wording import quoted
 from shipd.errors import Interrupted, Stalled
 from shipd.units import format_bytes
@@ -221,6 +222,8 @@ class Fetching:
         began = time.monotonic()
         with self._lock:
             self._employ()
+        act = awaited()
+        most = _REPORT_SECONDS if report else ACT_SECONDS if act else threading.TIMEOUT_MAX
         while True:
             with self._lock:
                 if ready():
@@ -228,10 +231,12 @@ class Fetching:
                 self._raise_if_over(download, began, tensor)
                 until = min(self._deadline, max(self._moved, began) + self.stall)
                 left = max(0.0, until - time.monotonic())
-                self._lock.wait(min(left, _REPORT_SECONDS) if report else min(left, threading.TIMEOUT_MAX))
+                self._lock.wait(min(left, most))
                 held, size = len(download.held), download.size or 0
             if report and self._on_progress is not None:
                 self._on_progress(held, size)
+            if act:
+                act()
 
     def _raise_if_over(self, download: Download, began: float, tensor: str | None) -> None:
         shown = download.remote.shown
@@ -340,7 +345,9 @@ class Fetching:
             log.exception("fetching failed")
             self._give_up(
                 download,
-                Refusal(f"{quoted(download.remote.shown)} cannot be fetched ({type(error).__name__}: {error})"),
+                Refusal(
+                    f"{quoted(download.remote.shown)} cannot be fetched ({type(error).__name__}: {quoted(str(error))})"
+                ),
             )
         finally:
             with self._lock:
@@ -376,7 +383,7 @@ class Fetching:
 
     def _require_room(self, download: Download) -> None:
         """Raise Refusal where what is to be fetched, of all files, does not fit the disk."""
-        missing = sum((one.size or 0) - len(one.held) for one in self._downloads if one.everything)
+        missing = sum(max(0, (one.size or 0) - len(one.held)) for one in self._downloads if one.everything)
         missing = max(missing, _LOOK_BYTES if download.size is None else 0)
         free = download.spool.free()
         if missing > free:
@@ -399,6 +406,7 @@ class Fetching:
             self._go_on(download)
             if download.size is None and part_end // _LOOK_BYTES != part.at // _LOOK_BYTES:
                 self._require_room(download)
+                download.require_possible(part_end, "so far")
             last = download.size is not None and len(download.held) + len(content) - len(again) == download.size
             if not last:
                 self._keep(download, part, part_end)

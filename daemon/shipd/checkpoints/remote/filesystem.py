@@ -67,7 +67,7 @@ class FilesystemFile:
     def is_directory(self) -> bool:
         """Whether it is no file. Of a file it is found out how long it is, and which version. Raises Refusal."""
         try:
-            found = self.filesystem.info(self.path)
+            found = dict(self.filesystem.info(self.path))
         except Exception as error:
             raise self._refusal(error) from error
         if found.get("type") == "directory":
@@ -119,7 +119,9 @@ class FilesystemFile:
     def entries(self) -> list[Mapping[str, Any]]:
         """What is in this directory. Raises Refusal."""
         try:
-            found: list[Mapping[str, Any]] = self.filesystem.ls(self.path, detail=True)
+            found: list[Mapping[str, Any]] = [dict(entry) for entry in self.filesystem.ls(self.path, detail=True)]
+            if not all(isinstance(entry.get("name"), str) for entry in found):
+                raise TypeError("entries without names")
         except Exception as error:
             raise self._refusal(error) from error
         return found
@@ -195,5 +197,5 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _text(error: Exception, url: str) -> str:
-    """What it says, without the URL, which may have secrets in it."""
-    return quoted(f"{type(error).__name__}: {error}".replace(url, location.shown(url)))
+    """What it says, without what is secret in the URL."""
+    return quoted(location.without_secrets(f"{type(error).__name__}: {error}", url))

@@ -16,6 +16,11 @@ _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 _CREDENTIALS: Final = re.compile(r"://[^/?#]*@")
 
+_UNESCAPED: Final = re.compile(r"://(?![^/?#@]*::)[^/?#@\[]*:[^/?#@\[]*[^/?#@\[\d][^/?#@\[]*[/?#].*@")
+"""A password with one of / ? # in it, which then looks like a port and a path."""
+
+_PASSWORD: Final = re.compile(r"://[^/?#:]*:([^/?#]*)@")
+
 _COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
 """What is left of a URL that was made a Path."""
 
@@ -32,7 +37,18 @@ def was_url(path: str) -> bool:
 
 def shown(url: str) -> str:
     """``url`` without anything in it that may be secret."""
+    url = _UNESCAPED.sub("://…@", url)
     return _CREDENTIALS.sub("://…@", url.partition("#")[0].partition("?")[0]) + ("?…" if "?" in url else "")
+
+
+def without_secrets(text: str, url: str) -> str:
+    """``text``, in which somebody may have quoted ``url`` or parts of it."""
+    text = text.replace(url, shown(url))
+    passwords = _PASSWORD.findall(url)
+    for secret in (url.partition("?")[2], *passwords, *map(unquote, passwords)):
+        if secret:
+            text = text.replace(secret, "…")
+    return text
 
 
 def scheme_of(url: str) -> str:

@@ -63,6 +63,8 @@ class WebLine:
         """See ``Line.ask``."""
         file = self._file
         known = file.validator
+        if not file.in_parts:
+            stop = None
         while True:
             response = self._follow(self._headers(start, stop))
             try:
@@ -75,12 +77,14 @@ class WebLine:
             if known is None:
                 file.validator = Validator.of(response)
                 file.in_parts = answer.in_parts
+            elif file.in_parts and not answer.in_parts:
+                raise Broken("it answers with the whole file where a part was asked for")
             return answer
 
     def _headers(self, start: int, stop: int | None) -> dict[str, str]:
         file = self._file
         headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": f"shipd/{VERSION}"}
-        if file.in_parts and stop is not None:
+        if stop is not None:
             headers["Range"] = f"bytes={start}-{stop - 1}"
             if file.validator is not None:
                 headers["If-Range"] = file.validator.condition
