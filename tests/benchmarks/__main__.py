@@ -5,6 +5,7 @@
     python -m tests.benchmarks raw shipd         these of the side by side only; printed, not kept
     python -m tests.benchmarks growth --full     the whole grid
     python -m tests.benchmarks codecs --full     synthetic steps of up to 2 GB
+    python -m tests.benchmarks loading --full    files of 20,000 tensors as well
     python -m tests.benchmarks --table           results.json into README.md
 
 On Ctrl-C every process is ended and nothing is written.
@@ -107,7 +108,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}; or {', '.join(rows)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which the medians are taken (%(default)s)")
     parser.add_argument("--bytes", type=float, default=GB, help="of the side by side (%(default).0e)")
-    parser.add_argument("--full", action="store_true", help="growth: the whole grid; codecs: steps of up to 2 GB")
+    full = "growth: the whole grid; codecs: steps of up to 2 GB; loading: many small tensors as well"
+    parser.add_argument("--full", action="store_true", help=full)
     parser.add_argument("--keep", action="store_true", help="write results.json even of a part")
     parser.add_argument("--table", action="store_true", help="write results.json into README.md, measure nothing")
     chosen = parser.parse_args(arguments)

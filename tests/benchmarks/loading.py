@@ -58,12 +58,15 @@ EVERY: Final = (*WAYS, *(pushed(mode, kind) for mode in MODES for kind in FORMAT
 
 def measure(
     rounds: int,
+    full: bool = False,
     say: Callable[[str], None] = lambda _: None,
     total: int = GB,
-    counts: Sequence[int] = (TENSORS, SMALL),
+    counts: Sequence[int] | None = None,
     ways: Sequence[str] = EVERY,
 ) -> list[Row]:
-    """For each number of tensors that make up ``total`` bytes; the floors are about the first."""
+    """For each number of tensors that make up ``total`` bytes; the floors are about the first. ``full``: also with many
+    small ones, which take four minutes."""
+    counts = counts or ((TENSORS, SMALL) if full else (TENSORS,))
     rows: list[Row] = []
     for count in counts:
         rows += _measure(rounds, say, total, count, ways, bounded=count == counts[0])

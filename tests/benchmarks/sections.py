@@ -74,7 +74,7 @@ SECTIONS: Final = (
         "One gigabyte, one version to one host",
         lambda run: side_by_side.measure(run.rounds, run.contenders, run.total, run.say),
     ),
-    Section("loading", "Beside loading the file", lambda run: loading.measure(run.rounds, run.say)),
+    Section("loading", "Beside loading the file", lambda run: loading.measure(run.rounds, run.full, run.say)),
     Section("stages", "Where the time of one gigabyte goes", lambda run: stages.measure(run.rounds)),
     Section("small", "Many small tensors", lambda run: small_tensors.measure(run.rounds)),
     Section("pause", "The pause of a swap", in_process_of_its_own("tests.benchmarks.pause")),
