@@ -1,8 +1,10 @@
 """Pushes of what does not fit as it is: how plans are come by, what receipts say of them, when they are remembered."""
 
 import asyncio
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -441,3 +443,18 @@ def test_a_daemon_that_lies_is_a_broken_peer(lie: str) -> None:
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 600
+
+
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["as it is", "planned"])
+def test_nothing_of_what_was_pushed_outlives_the_push(served: Served, prefix: str) -> None:
+    """Found here: a push referred to itself, so that each version stayed in memory until the next garbage collection."""
+    daemon, _model, _resident = served
+    tensors = weights(1, prefix)
+    living = [weakref.ref(tensor) for tensor in tensors.values()]
+    gc.disable()
+    try:
+        push(address_of(daemon), tensors)
+        del tensors
+        assert [reference() for reference in living] == [None] * len(living)
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -71,7 +72,9 @@ class Shipment:
         self._given = lane
         self._began = time.monotonic()
         self._deadline = math.inf if options.timeout is None else self._began + options.timeout
-        self._questioner = Questioner(self._open_lane, self._waker, lane, until=self._deadline)
+        # Not a method of this: whoever refers to itself keeps a version's tensors until the next garbage collection.
+        open_lane = partial(_open_lane, address, options.token, self._deadline, self._waker)
+        self._questioner = Questioner(open_lane, self._waker, lane, until=self._deadline)
         self._push: Push | None = None
         self._cancelled = threading.Event()
 
@@ -159,8 +162,10 @@ class Shipment:
             if lane is not None:
                 lane.close()
 
-    def _open_lane(self) -> Lane:
-        if self._cancelled.is_set():
-            raise Interrupted("interrupted before anything was offered; the previous version is serving")
-        seconds = min(CONNECT_SECONDS, max(0.001, self._deadline - time.monotonic()))
-        return Lane.open(self._address, token=self._options.token, timeout=seconds, waker=self._waker)
+
+def _open_lane(address: Address | Path, token: bytes | None, deadline: float, waker: Waker) -> Lane:
+    """A connection, within the time that is left for the whole push. Raises ShipError."""
+    if waker.woken:
+        raise Interrupted("interrupted before anything was offered; the previous version is serving")
+    seconds = min(CONNECT_SECONDS, max(0.001, deadline - time.monotonic()))
+    return Lane.open(address, token=token, timeout=seconds, waker=waker)
