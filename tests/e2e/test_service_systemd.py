@@ -9,7 +9,8 @@ import threading
 import pytest
 
 import shipd
-from tests.support.processes import NotifySocket, Process, push, toml
+from tests.support.offers import offer
+from tests.support.processes import NotifySocket, Process, toml
 from tests.support.proxy import until
 
 
@@ -82,7 +83,7 @@ def test_logs_for_the_journal_have_its_priorities_and_no_time(start_shipd, small
     lines = service.err.splitlines()
     assert lines[0].startswith("<6>info listening address=127.0.0.1:")
     with pytest.raises(shipd.UnknownModel):
-        push(str(service.socket), small, model="nobody")
+        offer(str(service.socket), small, model="nobody")
     until(
         lambda: any(line.startswith("<4>warning push refused ") for line in service.err.splitlines()),
         "the refusal is in the log",

@@ -1,5 +1,6 @@
 """Offers that nobody has planned: what a sender says that does not ask what the model consists of."""
 
+from pathlib import Path
 from typing import Any
 
 from shipd.address import parse_address
@@ -13,6 +14,7 @@ def offer(address: str, checkpoint: Any, *, model: str = "model", **options: Any
     """Push ``checkpoint`` as it is, so that the daemon alone says whether it fits. ``options``: of ``PushOptions``."""
     source = open_source(checkpoint)
     try:
-        return Push(source, parse_address(address), PushOptions(model=model, **options)).run()
+        where = Path(address) if "/" in address else parse_address(address)
+        return Push(source, where, PushOptions(model=model, **options)).run()
     finally:
         source.close()

@@ -64,7 +64,7 @@ def _refuse_code_that_would_run(file: OpenFile) -> None:
                         f"run while it is read (quantised modules have one); save {_SAVE} where you trust it, and "
                         "push that"
                     )
-    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{quoted(file.path)} has code that cannot be read ({quoted(str(error))}): it is damaged; fetch or save it "
             "again"
