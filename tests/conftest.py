@@ -53,6 +53,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """What a test has printed or logged may be no text. Processes that run tests side by side send it as UTF-8."""
+    return _as_text((yield))
+
+
+def _as_text(value: Any) -> Any:
+    """The same, with escapes for whatever UTF-8 has no bytes for."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_as_text, value))
+    return value
+
+
 # --- leaks -----------------------------------------------------------------------------------------------------------
 
 

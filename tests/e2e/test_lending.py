@@ -1,7 +1,6 @@
 """Files that are lent to a daemon on the same host: what arrives, what becomes of files that change, who may lend."""
 
 import contextlib
-import functools
 import os
 import socket
 import threading
@@ -18,7 +17,7 @@ from shipproto.frame import MAGIC
 from shipproto.messages import Ping
 from tests.e2e.test_push import _push_and_watch
 from tests.support import checkpoints, hostile
-from tests.support.checkpoints import MIB, Content, assert_installed, medium, write_safetensors
+from tests.support.checkpoints import MIB, Content, assert_installed, medium, minilm_content, write_safetensors
 from tests.support.containers import CONTAINERS
 from tests.support.hostile import TRANSFER, attacker
 from tests.support.link import handshaken
@@ -31,11 +30,6 @@ READ = ("torch.save, legacy", "TorchScript", "npz, compressed", "HDF5, compresse
 """Containers whose tensors lie in their files as they travel, and others."""
 
 
-@functools.cache
-def minilm():
-    return checkpoints.read_safetensors(checkpoints.minilm())
-
-
 def local(daemon):
     """What local clients connect to."""
     return daemon.config.socket
@@ -43,7 +37,7 @@ def local(daemon):
 
 @pytest.mark.parametrize("container", [*LENT, *READ])
 def test_a_local_push_arrives_bit_for_bit(daemon, tmp_path, container):
-    version = minilm() if container in LENT else medium()
+    version = minilm_content() if container in LENT else medium()
     path = CONTAINERS[container](tmp_path / "checkpoint", version)
     receipt = push(local(daemon), path, label="v1")
     assert receipt.digest == version.digest

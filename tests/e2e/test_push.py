@@ -1,7 +1,6 @@
 """Pushes over real sockets that succeed: every byte arrives, and nothing more is sent than has to be."""
 
 import asyncio
-import functools
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 import shipd
 from tests.support import checkpoints
-from tests.support.checkpoints import Content, assert_installed
+from tests.support.checkpoints import Content, assert_installed, minilm_content
 from tests.support.frames import DATA, OFFER, STRUCTURE_IS, Way
 from tests.support.naive import Tensor
 from tests.support.processes import Background, Helper, address_of, memory, push, status
@@ -19,24 +18,19 @@ from tests.support.proxy import Proxy
 MIB = 1 << 20
 
 
-@functools.cache
-def minilm() -> Content:
-    return checkpoints.read_safetensors(checkpoints.minilm())
-
-
 # --- content ---------------------------------------------------------------------------------------------------------
 
 
 def test_minilm_arrives_bit_for_bit(daemon):
     receipt = push(address_of(daemon), checkpoints.minilm(), label="v0")
-    assert_installed(daemon, minilm(), label="v0")
-    assert receipt.digest == minilm().digest
+    assert_installed(daemon, minilm_content(), label="v0")
+    assert receipt.digest == minilm_content().digest
     assert receipt.model == "model"
     assert receipt.label == "v0"
-    assert receipt.tensors == len(minilm().rows)
-    assert receipt.bytes_total == minilm().nbytes
+    assert receipt.tensors == len(minilm_content().rows)
+    assert receipt.bytes_total == minilm_content().nbytes
     # Frames, manifest and handshake cost less than a thousandth.
-    assert minilm().nbytes < receipt.bytes_sent < minilm().nbytes * 1.001
+    assert minilm_content().nbytes < receipt.bytes_sent < minilm_content().nbytes * 1.001
     assert (receipt.frames_resent, receipt.resent_tensors, receipt.skipped) == (0, (), ())
     assert (receipt.swapped, receipt.stale, receipt.already) == (0, (), False)
     assert receipt.pause_seconds is None, "nothing is attached, so nothing paused"
@@ -44,7 +38,7 @@ def test_minilm_arrives_bit_for_bit(daemon):
 
 
 def test_next_version_replaces_the_first(daemon, tmp_path):
-    second = checkpoints.perturbed(minilm(), 1)
+    second = checkpoints.perturbed(minilm_content(), 1)
     path = checkpoints.write_safetensors(tmp_path / "second.safetensors", second)
     first = push(address_of(daemon), checkpoints.minilm(), label="v0")
     receipt = push(address_of(daemon), path, label="v1")
@@ -54,9 +48,9 @@ def test_next_version_replaces_the_first(daemon, tmp_path):
 
 
 def test_torch_save_has_the_digest_of_the_same_safetensors(daemon, tmp_path):
-    path = checkpoints.write_torch(tmp_path / "checkpoint.pt", minilm())
-    assert push(address_of(daemon), path).digest == minilm().digest
-    assert_installed(daemon, minilm())
+    path = checkpoints.write_torch(tmp_path / "checkpoint.pt", minilm_content())
+    assert push(address_of(daemon), path).digest == minilm_content().digest
+    assert_installed(daemon, minilm_content())
 
 
 def test_every_dtype_and_odd_shape_from_a_file(daemon, tmp_path):

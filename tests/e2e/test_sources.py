@@ -1,20 +1,13 @@
 """Every container that can be pushed, with a real model's weights in it."""
 
-import functools
-
 import pytest
 import torch
 
 from tests.e2e.test_push import _push_and_watch
 from tests.support import checkpoints
-from tests.support.checkpoints import MIB, Content, assert_installed
+from tests.support.checkpoints import MIB, Content, assert_installed, minilm_content
 from tests.support.containers import CONTAINERS, WITHOUT_TORCH
 from tests.support.processes import Helper, address_of, push, shipctl
-
-
-@functools.cache
-def minilm() -> Content:
-    return checkpoints.read_safetensors(checkpoints.minilm())
 
 
 def changed(version: Content) -> Content:
@@ -24,11 +17,11 @@ def changed(version: Content) -> Content:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_minilm_arrives_bit_for_bit(daemon, tmp_path, container):
-    path = CONTAINERS[container](tmp_path / "checkpoint", minilm())
+    path = CONTAINERS[container](tmp_path / "checkpoint", minilm_content())
     receipt = push(address_of(daemon), path, label="v1")
-    assert receipt.digest == minilm().digest
-    assert receipt.tensors == len(minilm().rows)
-    assert_installed(daemon, minilm(), label="v1")
+    assert receipt.digest == minilm_content().digest
+    assert receipt.tensors == len(minilm_content().rows)
+    assert_installed(daemon, minilm_content(), label="v1")
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

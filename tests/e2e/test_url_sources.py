@@ -1,7 +1,6 @@
 """Pushes of checkpoints by URL: from web servers of every kind, from S3 and from fsspec's memory."""
 
 import asyncio
-import functools
 import json
 import signal
 
@@ -11,7 +10,7 @@ import pytest
 import shipd
 from tests.e2e.test_push import _push_and_watch
 from tests.support import checkpoints
-from tests.support.checkpoints import MIB, Content, assert_installed
+from tests.support.checkpoints import MIB, Content, assert_installed, minilm_content
 from tests.support.containers import CONTAINERS
 from tests.support.file_servers import FileServer, file_of
 from tests.support.processes import Background, Helper, Shipctl, address_of, push, shipctl
@@ -22,16 +21,11 @@ pytest_plugins = ["tests.support.file_server_fixtures", "tests.support.object_st
 pytestmark = pytest.mark.usefixtures("no_proxies", "object_store")
 
 
-@functools.cache
-def minilm() -> Content:
-    return checkpoints.read_safetensors(checkpoints.minilm())
-
-
 def arrives(daemon: shipd.Daemon, url: str) -> shipd.Receipt:
     receipt = push(address_of(daemon), url, label="v1")
-    assert receipt.digest == minilm().digest
-    assert receipt.tensors == len(minilm().rows)
-    assert_installed(daemon, minilm(), label="v1")
+    assert receipt.digest == minilm_content().digest
+    assert receipt.tensors == len(minilm_content().rows)
+    assert_installed(daemon, minilm_content(), label="v1")
     return receipt
 
 
@@ -47,13 +41,13 @@ def test_minilm_arrives_from_a_web_server(daemon, served):
 
 @pytest.mark.parametrize("container", ["torch.save", "TorchScript", "npz", "HDF5"])
 def test_minilm_arrives_in_every_kind_of_file(daemon, server, tmp_path, container):
-    path = CONTAINERS[container](tmp_path / "w", minilm())
+    path = CONTAINERS[container](tmp_path / "w", minilm_content())
     server.deaths = [45_000_000]
     arrives(daemon, server.serve("/w", path.read_bytes()))
 
 
 def test_minilm_arrives_in_several_files(daemon, server, tmp_path):
-    folder = CONTAINERS["sharded safetensors"](tmp_path / "checkpoint", minilm())
+    folder = CONTAINERS["sharded safetensors"](tmp_path / "checkpoint", minilm_content())
     for path in folder.iterdir():
         server.serve(f"/a/{path.name}", path.read_bytes())
     arrives(daemon, server.url("/a/model.safetensors.index.json"))

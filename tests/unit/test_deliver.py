@@ -1,5 +1,4 @@
 import gc
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -258,11 +257,8 @@ def test_what_was_kept_of_a_version_that_failed_stays_as_well(images: Images) ->
     "shown", [lambda: 1 / 0, lambda: "\ud800\n" * 1000, lambda: None], ids=["error", "surrogates", "no text"]
 )
 def test_whatever_an_error_shows_of_itself_the_version_before_is_back(
-    images: Images, shown: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+    images: Images, shown: Callable[[], object]
 ) -> None:
-    # What is logged is no text that a test's report could be sent with.
-    monkeypatch.setattr(logging.getLogger("shipd.serving"), "disabled", True)
-
     class Odd(Exception):
         def __repr__(self) -> str:
             return shown()  # type: ignore[return-value]  # no text, or none at all
