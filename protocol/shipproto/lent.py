@@ -22,9 +22,6 @@ from shipproto.frame import Buffer
 from shipproto.layout import Layout
 from shipproto.rangeset import RangeSet
 
-CAPABILITY: Final = "lend"
-"""What a daemon says in HELLO that takes LEND."""
-
 NOT_LENT: Final = 0xFF
 
 ENTRY: Final = 9

@@ -4,12 +4,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from shipd.checkpoints.chunks import SourceChunks
-from shipd.checkpoints.source import Source
+from shipd.checkpoints.source import Source, open_source
+from shipd.errors import CheckpointError
 from shipproto.digests import LeafDigests
 from shipproto.layout import Layout
 from shipproto.limits import LEAF_SIZE
+
+
+def refused(path: Path, message: str, kind: type[Exception] = CheckpointError, key: str | None = None) -> str:
+    """The message with which the checkpoint is refused: it names the file, and is short and fit for a terminal."""
+    with pytest.raises(kind, match=message) as caught:
+        open_source(path, key=key)
+    told = str(caught.value)
+    assert repr(str(path)) in told
+    assert told.isprintable()
+    assert len(told) < 900
+    return told
 
 
 def content_of(source: Source, row: int) -> bytes:

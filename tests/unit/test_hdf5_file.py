@@ -10,23 +10,13 @@ import pytest
 
 from shipd.checkpoints import hdf5_file
 from shipd.checkpoints.source import Source, open_source
-from shipd.errors import CheckpointError, TensorChanged, UnsupportedTensor
+from shipd.errors import TensorChanged, UnsupportedTensor
 from tests.support.checkpoints import MIB, Content, content, random_bytes, tiny
 from tests.support.containers import CONTAINERS
 from tests.support.naive import Tensor
 from tests.support.processes import Helper
-from tests.support.reading import content_of, digest_of, read_through
+from tests.support.reading import content_of, digest_of, read_through, refused
 from tests.unit.test_npz_file import as_it_travels, every_kind, noise
-
-
-def refused(path: Path, message: str, kind: type[Exception] = CheckpointError, key: str | None = None) -> str:
-    with pytest.raises(kind, match=message) as caught:
-        open_source(path, key=key)
-    told = str(caught.value)
-    assert repr(str(path)) in told
-    assert told.isprintable()
-    assert len(told) < 900
-    return told
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.support.checkpoints import MIB, content
 from tests.support.containers import CONTAINERS
 from tests.support.naive import Tensor
 from tests.support.processes import Helper
-from tests.support.reading import content_of, digest_of, read_through
+from tests.support.reading import content_of, digest_of, read_through, refused
 
 DTYPES = (
     *("float64", "float32", "float16", "complex128", "complex64", "bool"),
@@ -58,16 +58,6 @@ def save(path: Path, arrays: Mapping[str, Any], *, compressed: bool = False) -> 
     with path.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
     return path
-
-
-def refused(path: Path, message: str, kind: type[Exception] = CheckpointError) -> str:
-    with pytest.raises(kind, match=message) as caught:
-        open_source(path)
-    told = str(caught.value)
-    assert repr(str(path)) in told
-    assert told.isprintable()
-    assert len(told) < 900
-    return told
 
 
 @pytest.fixture

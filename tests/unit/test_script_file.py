@@ -13,7 +13,7 @@ from shipd.errors import CheckpointError, UnsupportedTensor
 from tests.support.checkpoints import Content, edge_cases
 from tests.support.containers import CONTAINERS
 from tests.support.naive import Tensor
-from tests.support.reading import content_of, digest_of
+from tests.support.reading import content_of, digest_of, refused
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit:DeprecationWarning")
 
@@ -21,16 +21,6 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit:DeprecationWarning"
 def save(module: nn.Module, path: Path) -> Path:
     torch.jit.save(torch.jit.script(module), path)
     return path
-
-
-def refused(path: Path, message: str, kind: type[Exception] = CheckpointError) -> str:
-    with pytest.raises(kind, match=message) as caught:
-        open_source(path)
-    told = str(caught.value)
-    assert repr(str(path)) in told
-    assert told.isprintable()
-    assert len(told) < 900
-    return told
 
 
 def test_silero_is_read_as_it_is_loaded() -> None:

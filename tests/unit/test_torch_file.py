@@ -20,6 +20,7 @@ from shipproto.digests import digest_image
 from shipproto.dtypes import BY_NAME
 from shipproto.layout import Layout
 from shipproto.limits import LEAF_SIZE
+from tests.support.reading import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -146,16 +147,6 @@ class Payload:
 class Settings:
     def __init__(self):
         self.rate = 0.1
-
-
-def refused(path, message, kind=CheckpointError):
-    with pytest.raises(kind, match=message) as caught:
-        open_source(path)
-    told = str(caught.value)
-    assert repr(str(path)) in told
-    assert told.isprintable()
-    assert len(told) < 900
-    return told
 
 
 @pytest.mark.parametrize(

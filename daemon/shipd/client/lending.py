@@ -19,8 +19,9 @@ from shipd.client.sending import RUN
 from shipd.errors import CheckpointError, TensorChanged
 from shipd.transfer.lane import Lane
 from shipd.transfer.lent_files import CutShort, LentFiles
+from shipproto.capabilities import LEND
 from shipproto.digests import leaf_digest
-from shipproto.lent import CAPABILITY, NOT_LENT, Lent
+from shipproto.lent import NOT_LENT, Lent
 from shipproto.limits import LEAF_SIZE, MAX_LENT_FILES
 from shipproto.sender import Sender
 
@@ -45,7 +46,7 @@ class Loan:
 
         None where the daemon takes no such thing, or the source is in no files.
         """
-        if CAPABILITY not in lane.connection.peer.capabilities:
+        if LEND not in lane.connection.peer.capabilities:
             return None
         descriptors, lent = _table(sender, source)
         if not lent.chunks:

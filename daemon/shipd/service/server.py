@@ -29,9 +29,8 @@ from shipd.service.socketfile import SocketFile
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
-from shipproto import lent
 from shipproto.aborts import send_abort
-from shipproto.capabilities import DESCRIBE, PARTIAL
+from shipproto.capabilities import DESCRIBE, LEND, PARTIAL
 from shipproto.connection import ChunkArrived, Connection, Established, Event, MessageArrived
 from shipproto.errors import AbortCode, ProtocolError, TransferError, UnexpectedMessage
 from shipproto.frame import Buffer
@@ -272,7 +271,7 @@ class Server:
             return
         local = FROM_LOCAL_SENDERS if self.config.lending else ()
         connection = self._connection(
-            None, FROM_SENDERS + local + FROM_PROCESSES, capabilities=(lent.CAPABILITY,) if local else ()
+            None, FROM_SENDERS + local + FROM_PROCESSES, capabilities=(LEND,) if local else ()
         )
         peer = UnixPeer(sock, connection, self._on_event, self._on_lost)
         connection.awaited = functools.partial(self._awaits, peer)
