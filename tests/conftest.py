@@ -157,12 +157,7 @@ def _no_leaks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     yield
     if request.node.stash.get(_failed, False):
         return
-    leaks = Inventory().leaks_since(before)
-    if leaks:
-        # Collecting takes milliseconds, so it is done only where it may matter.
-        gc.collect()
-        leaks = _settled(before)
-    if found := leaks + cancelled:
+    if found := _settled(before) + cancelled:
         pytest.fail("the test leaks:\n  " + "\n  ".join(found), pytrace=False)
 
 
@@ -171,6 +166,9 @@ def _settled(before: Inventory) -> list[str]:
     while (leaks := Inventory().leaks_since(before)) and time.monotonic() < end:
         for thread in set(threading.enumerate()) - before.threads:
             thread.join(0.05)
+        # Again each time: what a thread that is just ending refers to is no garbage before it has ended. Collecting
+        # takes milliseconds, so it is done only where it may matter.
+        gc.collect()
         threading.Event().wait(0.01)
     return leaks
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import shipd
+from shipd.client.sending import RUN
 from tests.support import checkpoints
 from tests.support.checkpoints import LEAF, assert_installed
 from tests.support.frames import COMMIT, COMMITTED, DATA, MESSAGES, PROGRESS, WANT, Way, name_of_way
@@ -43,8 +44,9 @@ def test_cut_at_every_tenth(daemon, proxy, new, tenth):
     if how == "fin":
         assert proxy.count(DATA, connection=1) <= CHUNKS - whole
     # Written on the first connection: what passed, with the rest of the frame that was cut; what lay in the kernel;
-    # and, since the sender looks for the end of the connection after every chunk, one more. Then what was missing.
-    first = cut + in_the_kernel() + 2 * FRAME
+    # and what was drained until the sender, between two runs of chunks, looked for the end of the connection. Then what
+    # was missing.
+    first = cut + FRAME + in_the_kernel() + RUN * FRAME
     assert receipt.bytes_sent <= first + proxy.count(DATA, connection=1) * FRAME + LEAF // 8
     assert_installed(daemon, NEW, label="new")
 
