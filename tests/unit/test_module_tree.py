@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shipd.serving.tensors import ModelTensors
+from shipd.serving.tensors import ModelTensors, Places
 from shipd.serving.tree import ModuleTree
 
 
@@ -152,5 +152,5 @@ def test_tensors_that_were_given_other_memory_in_place(change: Callable[[nn.Modu
     assert tensors.changed() == []
     change(model)
     assert tensors.changed() == expected
-    tensors.remember()
+    tensors.places = Places(tensors.live)
     assert tensors.changed() == []

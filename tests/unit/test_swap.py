@@ -14,7 +14,6 @@ from shipd.errors import AttachError
 from shipd.serving import bits
 from shipd.serving.gate import Gate
 from shipd.serving.hooks import Hooks, find_calls
-from shipd.serving.tensors import ModelTensors
 from shipd.serving.version import Version
 from shipproto.digests import digest_image
 from tests.support.gates import Worker
@@ -157,29 +156,6 @@ def test_flip_refuses_what_it_would_part(rig):
     with pytest.raises(AttachError, match="'first'"):
         rig(model, "flip")
     rig(model, "copy")
-
-
-def test_reading_back_while_another_thread_cleans_up_after_a_flip(rig, monkeypatch):
-    model = encoder()
-    one = rig(model, "flip")
-    one.to(perturbed(model, 1.0))
-    remember = ModelTensors.remember
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(tensors):
-        if threading.current_thread() is not threading.main_thread():
-            begun.set()
-            assert go_on.wait(DEADLINE)
-        remember(tensors)
-
-    monkeypatch.setattr(ModelTensors, "remember", slowly)
-    settling = Worker(one.swapper.settle)
-    try:
-        assert begun.wait(DEADLINE)
-        assert one.swapper.digest() == digest_image(one.layout, one.image_of().view).version_digest()
-    finally:
-        go_on.set()
-        settling.finish()
 
 
 def test_batch_norm_trains_on_a_flipped_image(rig):

@@ -9,8 +9,8 @@ the same *tensor object* follow; a tensor that the user made by slicing a parame
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from shipd.errors import AttachError, SwapFailed
 from shipd.images.memory import Access, ImageMapping
 from shipd.serving import bits
 from shipd.serving.staging import Torn, check_stage, check_unchanged, fill_image, never, read_digest
-from shipd.serving.tensors import ModelTensors
+from shipd.serving.tensors import ModelTensors, Places
 from shipd.serving.turns import short_turns
 from shipproto.layout import Layout
 from shipproto.rangeset import RangeSet
@@ -76,6 +76,15 @@ class Bindings:
             bind(live, old)
 
 
+class _Staged(NamedTuple):
+    """The next version, ready to be bound. ``places`` is where the live tensors are then."""
+
+    mapping: ImageMapping
+    bindings: Bindings
+    places: Places
+    anchor: weakref.ref[memoryview]
+
+
 class FlipSwap:
     """``flip``, see Swapper."""
 
@@ -91,18 +100,16 @@ class FlipSwap:
             )
         self.tensors = tensors
         self.layout = layout
-        self._staged: tuple[ImageMapping, Bindings, weakref.ref[memoryview]] | None = None
+        self._staged: _Staged | None = None
         self._mapped: weakref.WeakKeyDictionary[ImageMapping, RangeSet] = weakref.WeakKeyDictionary()
         """The chunks of each mapping whose pages are mapped."""
         self._current: tuple[ImageMapping, weakref.ref[memoryview]] | None = None
         self._retired: list[tuple[ImageMapping, weakref.ref[memoryview]]] = []
         # What live tensors were bound to before: freeing it takes 0.1 s a gigabyte, so not inside the gate.
-        self._replaced: Bindings | None = None
-        self._moved = False
+        self._replaced: tuple[Bindings, Places] | None = None
 
     def fill(self, image: memoryview) -> None:
         """See Swapper."""
-        self._remember()
         check_unchanged(self.tensors)
         fill_image(self.layout, self.tensors.live, image)
 
@@ -125,7 +132,6 @@ class FlipSwap:
 
     def stage(self, mapping: ImageMapping) -> None:
         """See Swapper."""
-        self._remember()
         check_stage(mapping, self.layout, self.access, self.tensors)
         # Else the first forward after the swap would find its pages one by one.
         self.arrived(mapping, list(self._mapped.get(mapping, RangeSet()).missing(self.layout.chunks).ranges()))
@@ -144,7 +150,8 @@ class FlipSwap:
                     replacements[root] = _replacement(anchor, offsets[root], live)
             for root, live in lives.values():
                 bindings.add(live, replacements[root])
-        self._staged = (mapping, bindings, weakref.ref(anchor))
+            places = _places_after(self.tensors.live, {key: replacements[root] for key, (root, _) in lives.items()})
+        self._staged = _Staged(mapping, bindings, places, weakref.ref(anchor))
 
     def discard(self) -> None:
         """See Swapper."""
@@ -153,31 +160,29 @@ class FlipSwap:
     def approach(self) -> None:
         """See Swapper."""
         if self._staged is not None:
-            self._staged[1].touch()
+            self._staged.bindings.touch()
 
     def apply(self) -> None:
         """See Swapper."""
         if self._staged is None:
             raise RuntimeError("nothing is staged")
-        mapping, bindings, anchor = self._staged
-        self._staged = None
+        staged, self._staged = self._staged, None
         try:
-            bindings.apply()
+            staged.bindings.apply()
         except BaseException as error:
             try:
-                bindings.undo()
+                staged.bindings.undo()
             except BaseException as second:  # noqa: BLE001  whatever it is, the model is torn
                 raise Torn(f"the swap failed ({error!r}) and could not be undone ({second!r})") from error
             raise SwapFailed(f"the swap failed and was undone; the old version serves: {error!r}") from error
         if self._current is not None:
             self._retired.append(self._current)
-        self._current = mapping, anchor
-        self._replaced = bindings
-        self._moved = True
+        self._current = staged.mapping, staged.anchor
+        self._replaced = staged.bindings, self.tensors.places
+        self.tensors.places = staged.places
 
     def settle(self) -> bool:
         """See Swapper. An output, a slice of a parameter or a saved graph may refer to earlier versions."""
-        self._remember()
         self._replaced = None
         self._retired = [(mapping, anchor) for mapping, anchor in self._retired if anchor() is not None]
         return not self._retired
@@ -193,29 +198,23 @@ class FlipSwap:
         for live in lives:
             if live.data_ptr() not in copies:
                 copies[live.data_ptr()] = _copied(live, live)
-        for live in lives:
-            bind(live, copies[live.data_ptr()])
+        replacements = [copies[live.data_ptr()] for live in lives]
+        places = _places_after(self.tensors.live, dict(zip(map(id, lives), replacements, strict=True)))
+        for live, replacement in zip(lives, replacements, strict=True):
+            bind(live, replacement)
+        self.tensors.places = places
         if self._current is not None:
             self._retired.append(self._current)
             self._current = None
-        self._moved = True
-
-    def _remember(self) -> None:
-        # Not in apply(): with many tensors it would lengthen the pause. Done first and noted then: whoever reads the
-        # tensors back meanwhile, on another thread, must not take it for done.
-        if self._moved:
-            self.tensors.remember()
-            self._moved = False
 
     def forget(self, mapping: ImageMapping) -> None:
         """See Swapper."""
         self._retired = [(other, anchor) for other, anchor in self._retired if other is not mapping]
-        if self._staged is not None and self._staged[0] is mapping:
+        if self._staged is not None and self._staged.mapping is mapping:
             self._staged = None
 
     def digest(self) -> bytes:
         """See Swapper. What the model itself has written since counts."""
-        self._remember()
         return read_digest(self.layout, self.tensors)
 
     def close(self) -> None:
@@ -223,6 +222,11 @@ class FlipSwap:
         self._staged = self._replaced = None
         self._current = None
         self._retired = []
+
+
+def _places_after(lives: Sequence[Tensor], replacements: Mapping[int, Tensor]) -> Places:
+    """Where ``lives`` are once each is bound to the replacement that is filed under its id(); others stay."""
+    return Places([replacements.get(id(live), live) for live in lives])
 
 
 def _replacement(image: memoryview, offset: int, live: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ _shape: Final[Callable[[Tensor], torch.Size]] = attrgetter("shape")
 _device: Final[Callable[[Tensor], torch.device]] = attrgetter("device")
 
 
-class _Places:
+class Places:
     """Where many tensors are, as columns: to compare those takes a tenth of the time of as many ``_Place``."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -145,11 +145,9 @@ class ModelTensors:
             for name, buffer in sorted(self._transient.items())
         )
         self._tree = ModuleTree.of(model)
-        self._places = _Places(self.live)
-
-    def remember(self) -> None:
-        """Where the live tensors are now is where they belong: called after shipd itself has moved them."""
-        self._places = _Places(self.live)
+        self.places = Places(self.live)
+        """Where the live tensors belong: whoever moves them says so here. Not looked up afterwards, when the user may
+        have moved some as well."""
 
     def changed(self) -> list[str]:
         """What the user has replaced, moved, added or removed since, one text each; empty where nothing was.
@@ -157,11 +155,11 @@ class ModelTensors:
         ``model.half()``, ``model.to(...)``, ``parameter.data = ...`` and ``module.weight = nn.Parameter(...)`` all
         leave shipd with tensors that the model does not use any more.
         """
-        if self._tree is not None and self._tree.unchanged() and self._places.are_those_of(self.live):
+        if self._tree is not None and self._tree.unchanged() and self.places.are_those_of(self.live):
             return []
         _, state = _state(self.model)
         problems = []
-        for name, place in zip(self.structure.names, self._places, strict=True):
+        for name, place in zip(self.structure.names, self.places, strict=True):
             value = state.pop(name, None)
             if not isinstance(value, Tensor):
                 problems.append(f"{name!r} is gone")
