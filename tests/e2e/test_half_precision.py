@@ -1,5 +1,6 @@
 """Weights of one precision for a model of another: cast before they are sent, and only where that is asked for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,26 @@ def test_without_being_asked_for_nothing_is_cast(start_daemon: StartDaemon, atta
     assert "bfloat16" in message
     assert "cast" in message
     assert (resident.label, resident.verify()) == ("initial", before)
+
+
+def test_whether_casting_is_allowed_is_asked_every_time(place: Path, attach: Attach) -> None:
+    """A plan is remembered, and the daemon could not tell a push that was cast from another."""
+
+    def config(*, cast: bool) -> shipd.Config:
+        models = {"model": shipd.ModelConfig(cast=cast)}
+        return shipd.Config(listen="127.0.0.1:0", socket=str(place / "s"), models=models)
+
+    async def forbid() -> None:
+        daemon.server.reload(config(cast=False))
+
+    with shipd.Daemon(config(cast=True)) as daemon:
+        resident = attach(nn.Linear(7, 5).to(torch.bfloat16), daemon)
+        push(address_of(daemon), nn.Linear(7, 5), label="v1")
+        daemon.call(forbid())
+        with pytest.raises(shipd.TensorMismatch, match="float32"):
+            push(address_of(daemon), nn.Linear(7, 5), label="v2")
+        assert resident.label == "v1"
+        resident.detach()
 
 
 def test_a_wider_model_is_served_from_a_narrow_checkpoint(start_daemon: StartDaemon, attach: Attach) -> None:

@@ -1,8 +1,8 @@
 """How a push comes by its plan: the daemon is asked what the model consists of, before anything is offered to it.
 
 A plan that led to a commit is remembered, so that whoever pushes a model again and again asks once. Where it leaves
-tensors out, on either side, the daemon is asked all the same whether the model is still that one, which is a short
-question with a short answer: what was left out may have a place by now, and nothing else would tell.
+tensors out, on either side, or casts some, the daemon is asked all the same, which is a short question with a short
+answer: what was left out may have a place by now, casting may not be allowed any more, and nothing else would tell.
 """
 
 import threading
@@ -96,9 +96,10 @@ class Outcome:
         return self.plan is not None and self.plan.partial
 
     @property
-    def leaves_out(self) -> bool:
-        """Whether there are tensors, of either side, that nothing becomes of."""
-        return self.plan is not None and bool(self.plan.kept or self.plan.ignored)
+    def goes_stale(self) -> bool:
+        """Whether the plan may be wrong by the next push, and the daemon would take that push all the same: it leaves
+        tensors of either side out, or casts some."""
+        return self.plan is not None and bool(self.plan.kept or self.plan.ignored or self.plan.casts)
 
     def applied_to(self, source: Source) -> Source:
         """``source`` as it is to be offered. Another one than was planned for, a base, gets a plan of its own; where
@@ -137,7 +138,7 @@ class Planner:
         """The plan for ``source``. Raises ShipError; TensorMismatch where it does not fit the model."""
         with _lock:
             known = _remembered.get(self._key(source))
-        if known is not None and not known.leaves_out:
+        if known is not None and not known.goes_stale:
             return known
         outcome = self.look(source, known)
         plan = outcome.plan
