@@ -5,6 +5,7 @@ A plain non-blocking socket with the loop's add_reader: asyncio's transports dro
 
 import array
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -14,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from shipd.transfer.closing import close_aside
 from shipd.transfer.times import Times
 from shipproto.connection import ChunkArrived, Connection, Event
 from shipproto.errors import LocalError, MalformedMessage, ProtocolError
 from shipproto.frame import Buffer
-from shipproto.limits import MAX_LENT_FILES
 from shipproto.messages import Message
 
 log = logging.getLogger("shipd.transfer")
@@ -33,7 +34,11 @@ _HIGH_WATER: Final = 256 * 1024
 """Bytes that wait for a peer to read them, beyond which it is not listened to either."""
 
 
-_ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_LENT_FILES)
+_MOST_FDS: Final = 253
+"""SCM_MAX_FD of Linux: what one message can carry. With room for fewer the kernel would close the rest itself, here on
+the loop."""
+
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * _MOST_FDS)
 
 _SO_PEERGROUPS: Final = 59
 """Linux 4.13; not in Python's socket module. Supplementary groups of whoever connected."""
@@ -177,7 +182,7 @@ class UnixPeer:
             self._pause()
 
     def _receive(self) -> int:
-        """Bytes received into the connection's buffer. Descriptors that nobody waits for are closed at once."""
+        """Bytes received into the connection's buffer. Descriptors that nobody waits for are closed."""
         count, ancillary, _flags, _address = self._sock.recvmsg_into(
             [self.connection.get_buffer()], _ANCILLARY, socket.MSG_CMSG_CLOEXEC
         )
@@ -202,7 +207,7 @@ class UnixPeer:
 
     def _drop_fds(self) -> None:
         fds, self._fds = self._fds, ()
-        _close_all(fds)
+        close_aside(fds)
 
     def hold_back(self, much: bool) -> None:
         """Take nothing more from the peer for now, or go on."""
@@ -268,7 +273,10 @@ class UnixPeer:
         self._outgoing.clear()
         self._drop_fds()
         self.backlog = 0
-        self._sock.close()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        # With it the kernel closes descriptors of messages that nobody has read.
+        close_aside((self._sock.detach(),))
         self._on_lost(self)
 
 
