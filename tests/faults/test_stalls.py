@@ -1,5 +1,6 @@
 """Links on which nothing moves, and links on which little does: the first end in time, the second are no stall."""
 
+import signal
 import time
 
 import pytest
@@ -8,8 +9,8 @@ import shipd
 import shipd.client.client
 from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
-from tests.support.frames import DATA, FINISH, HELLO, OFFER, PROGRESS, Way, name_of_way
-from tests.support.processes import push
+from tests.support.frames import COMMIT, DATA, FINISH, HELLO, OFFER, PROGRESS, Way, name_of_way
+from tests.support.processes import Background, ShipdProcess, push
 from tests.support.proxy import Proxy
 from tests.support.upgrades import NEW, OLD, assert_fit
 
@@ -70,6 +71,22 @@ def test_a_thin_link_is_no_stall(daemon, proxy, new):
     assert receipt.seconds > 2.5, "else this has shown nothing"
     assert proxy.connections == 1
     assert_installed(daemon, NEW)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("kind", [FINISH, COMMIT], ids=["finish", "commit"])
+def test_a_daemon_that_stands_still_while_nothing_is_sent(place, new, kind, lanes):
+    """What keeps the connection alive meanwhile is taken by its kernel, and must not pass for an answer."""
+    with ShipdProcess(place) as daemon, Proxy(daemon.port) as proxy:
+        held = proxy.hold(kind=kind)
+        with Background(push, proxy.address, new, stall=2.0, lanes=lanes) as pushing:
+            held.wait()
+            daemon.signal(signal.SIGSTOP)
+            held.release()
+            error = pushing.error()
+            daemon.signal(signal.SIGCONT)
+    # Where not all of what was sent is known to have arrived, it may be the connection that is given up, and the next.
+    assert isinstance(error, shipd.Stalled | shipd.ConnectError if kind == FINISH else shipd.OutcomeUnknown), error
 
 
 @pytest.mark.parametrize("way", Way, ids=name_of_way)

@@ -68,7 +68,7 @@ class Conversation:
         self._loan: Loan | None = None
         self._committing = committing
         self._coded = CodedRuns(sender, source, lane, outlets, incremental, account, options.stall)
-        self._offered_at = self._held_at = time.monotonic()
+        self._offered_at = self._held_at = self._acted = time.monotonic()
         self._pinged = self._reported = 0.0
 
     def run(self, deadline: float) -> Committed:
@@ -112,6 +112,7 @@ class Conversation:
                     sender.digest_chunk(step.chunk, reader.read(step.chunk))
                 self._keep_alive()
                 self._take(lane.pump())
+                self._acted = time.monotonic()
             else:
                 self._keep_alive()
                 if sender.state is SenderState.STAGED:
@@ -147,7 +148,8 @@ class Conversation:
             events = send_chunks(self._sender, reader, lane, chunks, drain)
             self._account.wire_wait += lane.times.wait - waited
             self._take((*events, *lane.pump()))
-            if time.monotonic() > until or outlets.carry:
+            self._acted = time.monotonic()
+            if self._acted > until or outlets.carry:
                 return
             with outlets.lock:
                 chunks = self._sender.next_chunks(RUN)
@@ -169,6 +171,7 @@ class Conversation:
         self._keep_alive()
         drain = partial(self._lane.drain, self._options.stall, until=deadline, watch=self._outlets.check)
         self._take((*self._coded.step(drain), *self._lane.pump()))
+        self._acted = time.monotonic()
 
     def _tuner(self) -> Tuner:
         """Paths that break take one connection; what was asked for is not tried but done."""
@@ -194,6 +197,7 @@ class Conversation:
         self._outlets.stop()
         self._account.committing = time.monotonic()
         self._sender.commit()
+        self._acted = time.monotonic()
 
     def _before_commit(self) -> None:
         """A last look at the source: what was sent must be what is there."""
@@ -207,20 +211,20 @@ class Conversation:
     def _wait(self, deadline: float) -> None:
         """For what the receiver says next, and meanwhile for lanes that are still sending."""
         sender, lane = self._sender, self._lane
-        if not self._outlets:
-            self._take(lane.exchange(self._wait_until(deadline)))
-            return
-        last = sender.state is SenderState.SENDING and not sender.sending
-        self._take(lane.pump(_LAST_LOOK_SECONDS if last else _LOOK_SECONDS))
+        # A ping is no question: whatever else was written last is what the answer is waited for.
+        until = min(max(lane.last_heard, self._acted) + self._options.stall, deadline)
+        patience = _PING_SECONDS
+        if self._outlets:
+            last = sender.state is SenderState.SENDING and not sender.sending
+            patience = _LAST_LOOK_SECONDS if last else _LOOK_SECONDS
+        heard = lane.last_heard
+        self._take(lane.pump(max(0.0, min(patience, until - time.monotonic()))))
         now = time.monotonic()
-        if now > self._wait_until(deadline):
+        if now > until and lane.last_heard == heard:
             raise Stalled(f"{lane.peer} has not answered in time", peer=lane.peer)
-        if sender.held < sender.layout.chunks and now - self._held_at > self._options.stall:
+        if self._outlets and sender.held < sender.layout.chunks and now - self._held_at > self._options.stall:
             # The daemon is alive, and what was sent does not arrive: over one of the lanes nothing comes through.
             raise ConnectionLost(f"{lane.peer} has received nothing for {self._options.stall:g} s", peer=lane.peer)
-
-    def _wait_until(self, deadline: float) -> float:
-        return min(max(self._lane.last_heard, self._lane.last_written) + self._options.stall, deadline)
 
     def _take(self, events: Iterable[Event]) -> None:
         held = self._sender.held
