@@ -224,7 +224,8 @@ def test_the_doctor_of_what_is_well(served: Served, save: Save) -> None:
     assert (finished.code, finished.err) == (0, ""), finished
     lines = finished.out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["here", "daemon", "model", "checkpoint"]
-    assert f"serves {__name__}.Net in mode copy (torch {torch.__version__}, Python" in finished.out
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    assert f"serves {__name__}.Net in mode copy (torch {torch.__version__}{cuda}, Python" in finished.out
     assert lines[lines.index("checkpoint") + 1 :] == [
         "  ok       4 tensors to send, 104 B",
         "  ok       names: module.* -> * (4 tensors)",

@@ -10,7 +10,7 @@ import pytest
 import shipd
 from tests.support import checkpoints
 from tests.support.checkpoints import Content, assert_installed, minilm_content
-from tests.support.frames import DATA, OFFER, STRUCTURE_IS, Way
+from tests.support.frames import DATA, HELLO, OFFER, STRUCTURE_IS, Way
 from tests.support.naive import Tensor
 from tests.support.processes import Background, Helper, address_of, memory, push, status
 from tests.support.proxy import Proxy
@@ -470,4 +470,5 @@ def test_both_ways_carry_what_the_receipt_says(daemon, tmp_path):
     path = checkpoints.write_safetensors(tmp_path / "medium.safetensors", checkpoints.medium())
     with Proxy(daemon.port) as proxy:
         receipt = push(proxy.address, path)
-        assert receipt.bytes_sent <= proxy.received[Way.TO_DAEMON] <= receipt.bytes_sent + 200  # the handshake
+        handshake = sum(frame.size for frame in proxy.seen(HELLO))
+        assert proxy.received[Way.TO_DAEMON] == receipt.bytes_sent + handshake

@@ -14,6 +14,8 @@ from tests.support.proxy import until
 
 PUSHES = 3
 SEED = 20260301
+WORKERS = 5
+"""Threads that a daemon's pools may have. They start when they are first needed."""
 
 
 class Watch:
@@ -74,7 +76,7 @@ def test_hostile_inputs_while_large_pushes_run(start_shipd, tmp_path):
         return Census.of(daemon.pid).descriptors["socket"]
 
     until(lambda: sockets() <= before.descriptors["socket"], "every connection has ended")
-    assert Census.of(daemon.pid).threads <= before.threads + 1, "but for a worker that had not been needed"
+    until(lambda: Census.of(daemon.pid).threads <= before.threads + WORKERS, "no more threads than its pools have")
     victim, model = sorted(status(daemon.address).models, key=lambda each: each.name, reverse=True)
     assert (victim.name, victim.digest, victim.image_bytes) == ("victim", "", 0)
     assert (model.label, model.digest) == ("last", digest)

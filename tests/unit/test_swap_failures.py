@@ -147,7 +147,7 @@ def test_a_flip_that_fails_at_any_tensor_is_undone(inference, rig, monkeypatch):
     total = len(addresses)
     for failing in range(total):
         one.swapper.stage(one.image_of(perturbed(model, 1.0)))
-        bindings = one.swapper._staged[1]
+        bindings = one.swapper._staged.bindings
         if inference:
             live, old, _ = bindings.inference[failing]
             bindings.inference[failing] = (live, old, None)
@@ -172,9 +172,9 @@ def test_what_a_flip_replaces_is_freed_when_the_gate_is_open(rig):
     first = weakref.ref(model.weight.untyped_storage())
     content = model.weight.detach().clone()
     one.swapper.stage(one.image_of(perturbed(model, 1.0)))
-    olds = one.swapper._staged[1].olds
+    olds = one.swapper._staged.bindings.olds
     one.swapper.apply()
-    assert one.swapper._replaced.olds is olds
+    assert one.swapper._replaced[0].olds is olds
     assert any(torch.equal(old, content) for old in olds)
     assert one.swapper.settle()
     assert one.swapper._replaced is None
