@@ -182,7 +182,8 @@ class Client:
         Where something does not fit, ``Plan.problems`` says what, and nothing is raised. None where tensors would be
         offered as they are: the daemon cannot tell what the model consists of, since nothing has been attached or
         pushed under its name yet, or its release is too old; or nothing serves the model, so that a checkpoint that
-        does not fit would take its place. Raises what ``push`` raises before it offers anything.
+        does not fit would take its place. Raises what ``push`` raises before it offers anything, and MemoryLimit
+        where the daemon may not have a version of that size.
         """
         wishes = _wishes(policy, cast, renames)
         check_label("model name", model)
@@ -191,7 +192,10 @@ class Client:
         def look(questioner: Questioner) -> Plan | None:
             source = open_source(checkpoint, key=key, fetching=fetching)
             try:
-                return Planner(questioner, str(self.address), model, wishes, _ANSWER_SECONDS).look(source).plan
+                planner = Planner(questioner, str(self.address), model, wishes, _ANSWER_SECONDS)
+                outcome = planner.look(source)
+                planner.check_size(source, outcome)
+                return outcome.plan
             finally:
                 source.close()
 
