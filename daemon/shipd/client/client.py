@@ -143,6 +143,7 @@ class Client:
         else; whatever that is, the previous version serves, unless it is OutcomeUnknown.
         """
         _check_choices(prefer, lanes, base, base_key)
+        _check_seconds(timeout, stall)
         options = PushOptions(
             model=check_label("model name", model),
             label=check_label("label", label) if label is not None else None,
@@ -258,10 +259,20 @@ def _check_choices(prefer: str, lanes: int | None, base: object, base_key: str |
         raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
 
 
+def _check_seconds(timeout: float | None, stall: float) -> None:
+    """Raise ValueError for a time that is over before it begins: the daemon would be blamed for it."""
+    for name, seconds in (("timeout", timeout), ("stall", stall)):
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name} = {seconds!r}: it is a number of seconds above 0")
+
+
 def _wishes(policy: Policy | None, cast: bool | None, renames: Renames | None) -> Wishes:
     """Raises ValueError for what a push cannot be told."""
     if policy is not None and policy not in POLICIES:
         raise ValueError(f"policy = {policy!r}: it is {', '.join(map(repr, POLICIES[:-1]))} or {POLICIES[-1]!r}")
+    if cast not in (None, True, False):
+        # Most texts that say no are true.
+        raise ValueError(f"cast = {cast!r}: it is True, False or None")
     return Wishes(policy, cast, as_renames(renames))
 
 
