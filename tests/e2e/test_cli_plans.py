@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,6 +293,31 @@ def test_the_doctor_of_a_part_for_which_there_is_no_room(start_daemon: StartDaem
     refused = shipctl(
         "push", save(part), "--to", address_of(daemon), "--model", "model", "--policy", "subset", "--json"
     )
+    assert (refused.code, refused.answer["error"]) == (12, "MemoryLimit")
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"models": {"model": 100}}, 'max_bytes in [models."model"]'),
+        ({"models": {"model": 1000}, "memory_limit": 100}, "memory_limit"),
+    ],
+)
+def test_of_a_version_that_is_too_large(
+    start_daemon: StartDaemon, save: Save, options: dict[str, Any], key: str
+) -> None:
+    """While nothing serves the model, anything else would be taken."""
+    daemon = start_daemon(**options)
+    told = (
+        f"model 'model' may have 100 B, and this version has 104 B: raise {key} of the daemon's configuration, and "
+        "have the daemon reloaded\n"
+    )
+    planned = dry(daemon, save(weights()))
+    assert (planned.code, planned.out, planned.err) == (12, "", f"shipctl: {told}")
+    finished = shipctl("doctor", address_of(daemon), save(weights()), "--model", "model")
+    assert (finished.code, finished.err) == (1, "")
+    assert finished.out.endswith(f"checkpoint\n  error    {told}")
+    refused = shipctl("push", save(weights()), "--to", address_of(daemon), "--model", "model", "--json")
     assert (refused.code, refused.answer["error"]) == (12, "MemoryLimit")
 
 

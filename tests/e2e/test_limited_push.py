@@ -208,6 +208,9 @@ def test_a_connection_that_cannot_be_paced_is_not_used(daemon, monkeypatch):
         ({"limit": 0}, "at least one byte"),
         ({"limit": True}, "at least one byte"),
         ({"prefer": "money"}, "it is 'time' or 'bytes'"),
+        ({"stall": -1.0}, "stall = -1.0: it is a number of seconds above 0"),
+        ({"timeout": 0}, "timeout = 0: it is a number of seconds above 0"),
+        ({"cast": "no"}, "cast = 'no': it is True, False or None"),
     ],
     ids=str,
 )

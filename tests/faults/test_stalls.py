@@ -9,9 +9,9 @@ import shipd
 import shipd.client.client
 from tests.support import checkpoints
 from tests.support.checkpoints import assert_installed
-from tests.support.frames import COMMIT, DATA, FINISH, HELLO, OFFER, PROGRESS, Way, name_of_way
+from tests.support.frames import COMMIT, DATA, FINISH, HELLO, OFFER, PROGRESS, WANT, Way, name_of_way
 from tests.support.processes import Background, ShipdProcess, push
-from tests.support.proxy import Proxy
+from tests.support.proxy import Proxy, until
 from tests.support.upgrades import NEW, OLD, assert_fit
 
 pytest_plugins = ["tests.support.upgrades"]
@@ -61,6 +61,15 @@ def test_the_whole_push_has_a_timeout_where_it_is_asked_for(daemon, proxy, new):
     assert time.monotonic() - started < 20
     proxy.sever_all()
     assert_fit(daemon, new)
+
+
+def test_the_daemon_is_not_blamed_for_a_timeout_of_the_sender(daemon, proxy, new):
+    proxy.hold(kind=WANT, nth=0, way=Way.TO_SENDER)
+    with pytest.raises(shipd.Stalled, match="longer than its timeout"):
+        push(proxy.address, new, timeout=0.5)
+    books = daemon.server.models["model"]
+    until(lambda: books.failed is not None, "the daemon noted the failed push")
+    assert books.failed.reason == "the push took longer than its timeout of 0.5 s"
 
 
 def test_a_thin_link_is_no_stall(daemon, proxy, new):

@@ -88,6 +88,15 @@ def test_a_damaged_index_is_told_also_by_its_directory(tmp_path: Path) -> None:
     refused(tmp_path, f"{INDEX}' is the index of a checkpoint in several files, and damaged")
 
 
+@pytest.mark.parametrize(
+    ("content", "why"), [("", "is empty: its save or download was interrupted"), ('{"error": 1}', "is a JSON text")]
+)
+def test_what_is_only_called_an_index_is_told(tmp_path: Path, content: str, why: str) -> None:
+    """Rather than that there is nothing in the directory."""
+    (tmp_path / INDEX).write_text(content)
+    refused(tmp_path, f"no file in it can be read as one: '.*{INDEX}' {why}")
+
+
 def test_an_index_without_its_files_is_told_by_its_directory(tmp_path: Path) -> None:
     write_index(tmp_path / INDEX, {row.name: name for name, part in shards(version()).items() for row in part.rows})
     refused(tmp_path, "3 of 3 are missing")

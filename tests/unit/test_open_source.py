@@ -50,7 +50,7 @@ FOREIGN = {
     "xz": (b"\xfd7zXZ\x00" + bytes(20), "is compressed with xz"),
     "bzip2": (b"BZh91AY&SY" + bytes(20), "is compressed with bzip2"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(20), "is a GGUF file of llama.cpp"),
-    "npy": (saved_array(), "is a single numpy array"),
+    "npy": (saved_array(), "is a single numpy array, .*: save it with numpy.savez, by name$"),
     "zip": (archive(readme__txt=b"hello"), "is a zip archive, but not one of torch.save: it holds 'readme.txt'"),
     "zip cut short": (archive(w__npy=saved_array())[:60], "no readable table of contents at its end"),
     "tar": (tarred(), "is a tar archive: unpack it first"),

@@ -121,7 +121,7 @@ def test_redirections_end_somewhere(server):
     assert len(server.asked) == 11
 
 
-@pytest.mark.parametrize("to", ["ftp://host/w", "file:///etc/passwd", "http://host:port/w"])
+@pytest.mark.parametrize("to", ["ftp://host/w", "file:///etc/passwd", "http://host:port/w", "http://[host/w"])
 def test_redirections_stay_on_the_web(server, to):
     url = leading(server, to)
     assert refused(url) == f"{url!r} is redirected to {to!r}, which is no URL of http or https"
@@ -313,6 +313,15 @@ def test_a_server_that_falls_silent_is_not_waited_for():
         "again, with more time (stall=, --stall) where the server is only slow"
     )
     assert caught.value.tensor == "block.2.weight"
+
+
+def test_why_nothing_came_is_told(server):
+    """More time would not help with a server that answers, and never with the file."""
+    server.answers = always(503)
+    assert refused(server.url("/w"), Stalled, pauses=(0.01, 60.0), stall=0.3) == (
+        f"fetching {server.url('/w')!r} has stalled: nothing came for 0.3 s (it answers 503 Service Unavailable), and "
+        "nothing of it is there; try again, with more time (stall=, --stall) where the server is only slow"
+    )
 
 
 # --- proxies ---------------------------------------------------------------------------------------------------------

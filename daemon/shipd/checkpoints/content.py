@@ -40,7 +40,7 @@ _FOREIGN: Final = (
     (b"\x04\x22\x4d\x18", "compressed with lz4: decompress it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (b"GGUF", "a GGUF file of llama.cpp, whose quantised tensors have no torch dtype"),
-    (b"\x93NUMPY", "a single numpy array"),
+    (b"\x93NUMPY", "a single numpy array, and nothing says which tensor it is: save it with numpy.savez, by name"),
     (b"\x7fELF", "a program or shared library"),
     (b"%PDF", "a PDF document"),
     (b"\x89PNG", "a picture"),

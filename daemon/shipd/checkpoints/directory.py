@@ -19,6 +19,9 @@ from shipd.errors import CheckpointError
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".h5", ".hdf5")
 """What checkpoints are usually called; used to say why none was found, never to decide anything."""
 
+_INDEX: Final = ".index.json"
+"""And their indexes."""
+
 _ENTRIES: Final = 1000
 """Entries of a directory that are looked at."""
 
@@ -84,7 +87,7 @@ def checkpoint_in(folder: Folder) -> str:
         try:
             kinds[name], indexes[name] = _look(folder, name)
         except CheckpointError as error:
-            if Path(name).suffix in _SUFFIXES:
+            if Path(name).suffix in _SUFFIXES or name.endswith(_INDEX):
                 refused.append(str(error))
     shards = frozenset().union(*indexes.values())
     whole = [name for name in kinds if name not in shards]

@@ -143,6 +143,7 @@ class Client:
         else; whatever that is, the previous version serves, unless it is OutcomeUnknown.
         """
         _check_choices(prefer, lanes, base, base_key)
+        _check_seconds(timeout, stall)
         options = PushOptions(
             model=check_label("model name", model),
             label=check_label("label", label) if label is not None else None,
@@ -182,7 +183,8 @@ class Client:
         Where something does not fit, ``Plan.problems`` says what, and nothing is raised. None where tensors would be
         offered as they are: the daemon cannot tell what the model consists of, since nothing has been attached or
         pushed under its name yet, or its release is too old; or nothing serves the model, so that a checkpoint that
-        does not fit would take its place. Raises what ``push`` raises before it offers anything.
+        does not fit would take its place. Raises what ``push`` raises before it offers anything, and MemoryLimit
+        where the daemon may not have a version of that size.
         """
         wishes = _wishes(policy, cast, renames)
         check_label("model name", model)
@@ -191,7 +193,10 @@ class Client:
         def look(questioner: Questioner) -> Plan | None:
             source = open_source(checkpoint, key=key, fetching=fetching)
             try:
-                return Planner(questioner, str(self.address), model, wishes, _ANSWER_SECONDS).look(source).plan
+                planner = Planner(questioner, str(self.address), model, wishes, _ANSWER_SECONDS)
+                outcome = planner.look(source)
+                planner.check_size(source, outcome)
+                return outcome.plan
             finally:
                 source.close()
 
@@ -254,10 +259,20 @@ def _check_choices(prefer: str, lanes: int | None, base: object, base_key: str |
         raise ValueError(f"lanes = {lanes}: a push has 1 to {MAX_LANES} connections")
 
 
+def _check_seconds(timeout: float | None, stall: float) -> None:
+    """Raise ValueError for a time that is over before it begins: the daemon would be blamed for it."""
+    for name, seconds in (("timeout", timeout), ("stall", stall)):
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name} = {seconds!r}: it is a number of seconds above 0")
+
+
 def _wishes(policy: Policy | None, cast: bool | None, renames: Renames | None) -> Wishes:
     """Raises ValueError for what a push cannot be told."""
     if policy is not None and policy not in POLICIES:
         raise ValueError(f"policy = {policy!r}: it is {', '.join(map(repr, POLICIES[:-1]))} or {POLICIES[-1]!r}")
+    if cast not in (None, True, False):
+        # Most texts that say no are true.
+        raise ValueError(f"cast = {cast!r}: it is True, False or None")
     return Wishes(policy, cast, as_renames(renames))
 
 

@@ -14,11 +14,12 @@ from typing import Final, Literal, NamedTuple
 from shipd.checkpoints.planned import planned
 from shipd.checkpoints.source import Source
 from shipd.client.questions import Questioner
-from shipd.errors import MappingError, PeerError, Refused, ShipError, Stalled
+from shipd.errors import MappingError, MemoryLimit, PeerError, Refused, ShipError, Stalled
 from shipd.matching.diagnosis import refusal
 from shipd.matching.plan import Plan, Rules, make_plan
 from shipd.matching.renames import Rename, Rule, Table, parse_rename, table_of
 from shipd.transfer.faults import peer_error
+from shipd.units import format_bytes
 from shipproto.capabilities import DESCRIBE
 from shipproto.description import POLICIES, Description, decode_description
 from shipproto.errors import ProtocolError
@@ -204,6 +205,24 @@ class Planner:
                 peer=self._where,
             )
         return Outcome(plan, rules, transient, description)
+
+    def check_size(self, source: Source, outcome: Outcome) -> None:
+        """Raise MemoryLimit where the daemon would refuse what is to be sent, for all of its bytes."""
+        plan, description = outcome.plan, outcome.description
+        if description is None or (plan is not None and plan.problems):
+            return
+        size = source.structure.total_bytes if plan is None else plan.nbytes
+        for limit, key in (
+            (description.limit, f"max_bytes in {_table(self._model)}"),
+            (description.memory_limit, "memory_limit"),
+        ):
+            if 0 < limit < size:
+                raise MemoryLimit(
+                    f"model {self._model!r} may have {format_bytes(limit)}, and this version has {format_bytes(size)}: "
+                    f"raise {key} of the daemon's configuration, and have the daemon reloaded",
+                    model=self._model,
+                    peer=self._where,
+                )
 
     def describe(self, known: Structure | None = None) -> Description | None:
         """What the daemon says of the model; None where it is of a release that says nothing. Raises ShipError.

@@ -193,8 +193,10 @@ class Push:
             ).run(deadline)
         except (TransferError, ShipError) as error:
             if not self._commit_sent and not isinstance(error, ConnectError):
-                reason = error if isinstance(error, TransferError) else as_transfer_error(error)
-                self._sender.abort(reason)
+                # Of a push whose own time is over, the daemon would say that it was the daemon that took too long.
+                late = isinstance(error, Stalled) and time.monotonic() >= deadline
+                cause = too_late(self._options, self._address) if late else error
+                self._sender.abort(cause if isinstance(cause, TransferError) else as_transfer_error(cause))
             raise
         except KeyboardInterrupt:
             self._sender.abort(TransferError(AbortCode.INTERRUPTED, "the sender was interrupted"))

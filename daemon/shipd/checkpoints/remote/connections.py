@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote, urljoin
 from urllib.request import getproxies, proxy_bypass
 
 from shipd.checkpoints.remote.location import shown, split
-from shipd.checkpoints.remote.server import Broken, Refusal
+from shipd.checkpoints.remote.server import Broken, Refusal, Silent
 from shipd.checkpoints.wording import quoted
 from shipd.errors import CheckpointError
 
@@ -69,11 +69,12 @@ class Target(NamedTuple):
 
         Bytes that no URL may have, which servers send nevertheless, are escaped as they are and not taken for text.
         """
-        url = urljoin(self.url, quote(location.encode("latin-1", "replace"), safe=string.punctuation))
+        url = quote(location.encode("latin-1", "replace"), safe=string.punctuation)
         try:
+            url = urljoin(self.url, url)
             leads_to_web = url.partition("://")[0].lower() in _DEFAULT
             target = Target.of(url) if leads_to_web else None
-        except CheckpointError:
+        except (CheckpointError, ValueError):  # The latter where what looks like an address in brackets is none.
             target = None
         if target is None:
             raise Refusal(f"{quoted(asked)} is redirected to {quoted(shown(url))}, which is no URL of http or https")
@@ -176,7 +177,7 @@ class Connection:
 def broken(error: Exception) -> Broken:
     """What a failure in the middle of a conversation amounts to."""
     if isinstance(error, TimeoutError):
-        return Broken("nothing came in time")
+        return Silent("nothing came in time")
     if isinstance(error, http.client.RemoteDisconnected):
         return Broken("the connection was closed without an answer")
     if isinstance(error, http.client.IncompleteRead):

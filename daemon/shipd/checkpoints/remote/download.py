@@ -60,6 +60,8 @@ class Download:
         self.failure: Refusal | None = None
         self.failures = 0
         """In a row, without a byte more."""
+        self.trouble = ""
+        """Why the last of them was one; empty where nothing came in time."""
         self.outages = 0
         self.resume_at = 0.0
         """Time before which the server is left alone."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 from shipd.checkpoints.remote.download import Download, Part
-from shipd.checkpoints.remote.server import Answer, Broken, Refusal, Remote, changed
+from shipd.checkpoints.remote.server import Answer, Broken, Refusal, Remote, Silent, changed
 from shipd.checkpoints.remote.spool import Spool
 from shipd.checkpoints.waiting import ACT_SECONDS, awaited
 from shipd.checkpoints.wording import quoted
@@ -250,9 +250,10 @@ class Fetching:
         if now >= self._deadline:
             raise self._late(shown)
         if now >= max(self._moved, began) + self.stall:
+            why = f" ({download.trouble})" if download.failures and download.trouble else ""
             raise Stalled(
-                f"fetching {quoted(shown)} has stalled: nothing came for {self.stall:g} s, and {download.so_far}; "
-                f"{_MORE_TIME}",
+                f"fetching {quoted(shown)} has stalled: nothing came for {self.stall:g} s{why}, and "
+                f"{download.so_far}; {_MORE_TIME}",
                 tensor=tensor,
             )
 
@@ -434,6 +435,7 @@ class Fetching:
             log.info("a download broke off", extra={"url": download.remote.shown, "why": str(error)})
             download.outages += 1
             download.failures += 1
+            download.trouble = "" if isinstance(error, Silent) else str(error)
             if download.failures > len(self._pauses):
                 times = f"{download.failures} times" if download.failures > 1 else "once"
                 self._give_up(

@@ -23,6 +23,10 @@ class Broken(Exception):
     """A failure that may be over when it is tried again. Its text is a clause, such as "it answers 503"."""
 
 
+class Silent(Broken):
+    """Nothing came in time."""
+
+
 class Answer(NamedTuple):
     """What a server says before the bytes.
 
