@@ -79,6 +79,16 @@ def test_what_a_table_names_no_rule_changes() -> None:
     assert result.absent == [(table, "gone")]
 
 
+@pytest.mark.timeout(20)
+def test_a_rule_that_would_take_for_ever_is_ended(monkeypatch) -> None:
+    """And other threads run meanwhile, so that whoever waits for it can give up."""
+    monkeypatch.setattr(renames, "_RULES_SECONDS", 0.2)
+    rule = parse_rename("^(a|aa)+$=b")
+    assert apply_renames(["aaaa"], [rule]).names == ["b"]
+    with pytest.raises(MappingError, match=r"'\^\(a\|aa\)\+\$=b' has not come to an end on the name 'aaa.* in 0.2 s"):
+        apply_renames(["a" * 200 + "!"], [rule])
+
+
 # --- mapping files ---------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ MAX_FILE: Final = 64 * 1024 * 1024
 
 MAX_RULE: Final = 1024
 """Characters of a rule: twice the longest name."""
+
+_RULES_SECONDS: Final = 10.0
+"""For all rules on all names. The names of MAX_TENSORS tensors take a tenth of it."""
 
 _SHOWN: Final = 120
 
@@ -75,7 +79,10 @@ class Renamed:
 
 
 def apply_renames(names: Sequence[str], renames: Sequence[Rename]) -> Renamed:
-    """What ``names`` are called after all ``renames``: first the tables, then the rules on what no table has named."""
+    """What ``names`` are called after all ``renames``: first the tables, then the rules on what no table has named.
+
+    Raises MappingError where a rule takes for ever.
+    """
     result = Renamed(list(names), counts=[0] * len(renames))
     tables = [(at, rename) for at, rename in enumerate(renames) if isinstance(rename, Table)]
     index = dict(zip(names, range(len(names)), strict=True)) if tables else {}
@@ -89,19 +96,32 @@ def apply_renames(names: Sequence[str], renames: Sequence[Rename]) -> Renamed:
                 result.touched.add(row)
                 result.counts[at] += 1
     rest = [row for row in range(len(names)) if row not in result.touched]
+    deadline = time.monotonic() + _RULES_SECONDS
     for at, rule in enumerate(renames):
         if isinstance(rule, Rule):
-            rows = _replace(result.names, rest, rule)
+            rows = _replace(result.names, rest, rule, deadline)
             result.touched.update(rows)
             result.counts[at] = len(rows)
     return result
 
 
-def _replace(names: list[str], rows: list[int], rule: Rule) -> list[int]:
-    substitute, replacement = re.compile(rule.pattern).subn, rule.replacement
+def _replace(names: list[str], rows: list[int], rule: Rule, deadline: float) -> list[int]:
+    # Reads what re reads, and can be given a time: re would hold the interpreter for as long as it takes.
+    import regex
+
+    substitute, replacement = regex.compile(rule.pattern).subn, rule.replacement
     matched = []
     for row in rows:
-        names[row], times = substitute(replacement, names[row])
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            # Concurrent: other threads run meanwhile, so that this can be interrupted.
+            names[row], times = substitute(replacement, names[row], timeout=left, concurrent=True)
+        except TimeoutError as error:
+            raise MappingError(
+                f"the rule {_quoted(str(rule))} has not come to an end on the name {_quoted(names[row])} in "
+                f"{_RULES_SECONDS:g} s: a repetition of what can match one text in several ways, such as (a|aa)+, "
+                "tries all of them. Say what belongs between the repeated parts, such as the dot in (\\w+\\.)+"
+            ) from error
         if times:
             matched.append(row)
     return matched
@@ -121,9 +141,12 @@ def parse_rename(text: str) -> Rename:
             f"the rule {shown} is not of the form regex=replacement. For example, --map '^model\\.=' takes model. off "
             r"the beginning of names, and --map '\.gamma$=.weight' renames the last part of them"
         )
+    import regex
+
     try:
         compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise MappingError(
             f"the rule {shown} has a bad regular expression: {_reason(error, pattern)}. "
             r"A literal ( [ * or . is written \( \[ \* \."
