@@ -11,6 +11,7 @@ import shipd
 from tests.conftest import StartDaemon
 from tests.support.exact import Exact, ask, right_answer, state
 from tests.support.frames import DATA, NACK, Way
+from tests.support.patience import reconfigure
 from tests.support.processes import Background, address_of, push, shipctl
 from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve, both, serves, sessions
@@ -64,12 +65,13 @@ def test_kept_tensors_of_every_version(impatient: shipd.Daemon, serve: Serve) ->
 
 def test_kept_tensors_and_no_memory_for_more(start_daemon: StartDaemon, serve: Serve) -> None:
     """The push is refused; the old version serves."""
-    daemon = start_daemon(models={}, stage_timeout=0.3, memory_limit="20MiB")
+    daemon = start_daemon(models={}, memory_limit="20MiB")
     process = serve(daemon.config.socket, mode="flip", kind="wide")
     for number in range(1, 3):
         push(address_of(daemon), state(number, "wide"), label=f"v{number}")
         process.ask("keep_tensors")
     receipt = push(address_of(daemon), state(3, "wide"), label="v3")
+    reconfigure(daemon, stage_timeout=0.3)
     with pytest.raises(shipd.MemoryLimit, match=rf"process {process.pid} does not release"):
         push(address_of(daemon), state(4, "wide"), label="v4")
     assert process.ask("kept_are_whole")
