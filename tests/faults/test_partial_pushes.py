@@ -49,7 +49,8 @@ class Served:
 
     def lost_nothing(self) -> None:
         """All that was taken for a push has been given back."""
-        assert self.daemon.server.images.budget.used == self._used
+        budget = self.daemon.server.images.budget
+        until(lambda: budget.used == self._used, "all of it is back, a moment after the sender has heard of the end")
 
     def has_the_part(self, tensors: dict[str, Tensor] = PART) -> None:
         """The part is live, and everything else is what it was."""
