@@ -22,18 +22,19 @@ pytest_plugins = ["tests.support.serving_process"]
 # --- images that are not released ------------------------------------------------------------------------------------
 
 
-def test_kept_tensors_of_one_version_cost_one_image(impatient: shipd.Daemon, serve: Serve) -> None:
+def test_kept_tensors_of_one_version_cost_one_image(start_daemon: StartDaemon, serve: Serve) -> None:
     """In flip a slice of a parameter keeps its version's memory; the other images go round."""
-    process = serve(impatient.config.socket, mode="flip")
-    push(address_of(impatient), state(1), label="v1")
+    daemon = start_daemon(models={}, stage_timeout=10.0)
+    process = serve(daemon.config.socket, mode="flip")
+    push(address_of(daemon), state(1), label="v1")
     process.ask("keep_tensors")
-    (session,) = sessions(impatient)
+    (session,) = sessions(daemon)
     for number in range(2, 10):
-        receipt = push(address_of(impatient), state(number), label=f"v{number}")
+        receipt = push(address_of(daemon), state(number), label=f"v{number}")
         assert receipt.swapped == 1
         assert process.ask("kept_are_whole")
-        assert sessions(impatient) == [session], "it was evicted"
-        serves(impatient, process, receipt, number)
+        assert sessions(daemon) == [session], "it was evicted"
+        serves(daemon, process, receipt, number)
 
 
 def test_kept_tensors_of_every_version(impatient: shipd.Daemon, serve: Serve) -> None:
