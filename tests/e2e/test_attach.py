@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.support.processes import Background, address_of, push, status
 from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve, both
 
-pytest_plugins = ["tests.support.serving_process"]
+pytest_plugins = ["tests.support.serving_process", "tests.support.patience"]
 
 
 def attaching(daemon: shipd.Daemon, name: str = "model") -> bool:
@@ -140,19 +141,22 @@ def test_attach_to_a_declared_model_while_its_first_push_is_under_way(
 
 
 @both
-def test_attach_to_a_declared_model_whose_first_push_fails(start_daemon: StartDaemon, serve: Serve, mode: str) -> None:
+def test_attach_to_a_declared_model_whose_first_push_fails(
+    start_daemon: StartDaemon, serve: Serve, mode: str, out_of_patience: Callable[[], None]
+) -> None:
     """Then the process's own version is the first one."""
     daemon = start_daemon(resume_window=0.2)
     process = serve()
     with Proxy(daemon.port) as proxy:
         held = proxy.hold(kind=DATA, nth=5)
-        with Background(push, proxy.address, state(1, "wide"), label="v1", timeout=2.0) as pushed:
+        with Background(push, proxy.address, state(1, "wide"), label="v1") as pushed:
             held.wait()
             process.begin("attach", daemon.config.socket, kind="wide", version=3, mode=mode)
             until(lambda: attaching(daemon), "the process asks to be attached")
             proxy.refuse()
             proxy.sever_all()
             assert process.result() == "initial"
+            out_of_patience()
             assert isinstance(pushed.error(), shipd.ShipError)
     assert process.ask("answer") == right_answer(3, "wide")
     assert push(address_of(daemon), state(1, "wide"), label="v1").swapped == 1

@@ -14,6 +14,7 @@ from tests.support.checkpoints import MIB, assert_installed
 from tests.support.frames import DATA
 from tests.support.hostile import attacker, flood, frame
 from tests.support.naive import hello, pack
+from tests.support.patience import reconfigure
 from tests.support.processes import Background, address_of, memory, push, status
 from tests.support.proxy import Proxy, until
 
@@ -124,10 +125,11 @@ def test_offers_that_are_aborted_leave_no_memory_behind(target, small):
 
 
 def test_silence_before_the_handshake_is_not_waited_out(start_daemon, medium, monkeypatch):
-    monkeypatch.setattr("shipd.service.server._HANDSHAKE_SECONDS", 0.2)
     monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
     daemon = start_daemon()
     with healthy_push(daemon, medium), contextlib.ExitStack() as stack:
+        # Only now: the healthy one has had the time that it needed.
+        monkeypatch.setattr("shipd.service.server._HANDSHAKE_SECONDS", 0.2)
         silent = [stack.enter_context(attacker(daemon.port)) for _ in range(20)]
         for peer in silent:
             assert peer.drain() == []
@@ -135,10 +137,10 @@ def test_silence_before_the_handshake_is_not_waited_out(start_daemon, medium, mo
 
 def test_a_handshake_byte_by_byte_is_cut_off_in_time(start_daemon, medium, monkeypatch):
     """Each byte shows life; the deadline is for the whole."""
-    monkeypatch.setattr("shipd.service.server._HANDSHAKE_SECONDS", 0.3)
     monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
     daemon = start_daemon()
     with healthy_push(daemon, medium), attacker(daemon.port) as peer:
+        monkeypatch.setattr("shipd.service.server._HANDSHAKE_SECONDS", 0.3)
 
         def trickle():
             slowly = threading.Event()
@@ -153,7 +155,7 @@ def test_a_handshake_byte_by_byte_is_cut_off_in_time(start_daemon, medium, monke
 def test_half_a_frame_and_then_nothing(start_daemon, small, monkeypatch):
     """A sender that stops in the middle of a frame keeps its model busy until the stall deadline, and no longer."""
     monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
-    daemon = start_daemon(stall=0.3)
+    daemon = start_daemon()
     structure = hostile.columns()
     with attacker(daemon.port) as peer:
         peer.greet().send("Offer", hostile.offer(structure, 1, 4, model="model"))
@@ -163,7 +165,9 @@ def test_half_a_frame_and_then_nothing(start_daemon, small, monkeypatch):
         peer.write(frame("Data", {"chunk": 0}, bytes(4), peer.sequence)[:-2])
         with pytest.raises(shipd.Busy):
             push(address_of(daemon), small)
+        reconfigure(daemon, stall=0.3)
         peer.drain()
+    reconfigure(daemon, stall=30.0)
     push(address_of(daemon), small)
     assert_installed(daemon, checkpoints.tiny())
 
@@ -240,11 +244,11 @@ def test_floods_whose_answers_nobody_reads_take_no_memory(start_shipd, medium, w
 
 def test_who_does_not_read_is_cut_off_in_the_end(start_daemon, medium, monkeypatch):
     """There is always something left to be written to it, so that a polite close would wait for ever."""
-    monkeypatch.setattr("shipd.service.server._IDLE_SECONDS", 0.3)
     monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 0.05)
     monkeypatch.setattr("shipd.transfer.stream._FAREWELL_SECONDS", 0.1)
     daemon = start_daemon(models={"model": "1GiB", **{f"other.{at}": "1GiB" for at in range(100)}})
     with healthy_push(daemon, medium), attacker(daemon.port) as peer:
+        monkeypatch.setattr("shipd.service.server._IDLE_SECONDS", 0.3)
         # A small window, so that little is needed to fill it.
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.greet()

@@ -149,7 +149,7 @@ def test_nothing_is_kept_of_a_push_but_how_it_ended(start_daemon, tmp_path):
         for _ in range(4):
             with pytest.raises(shipd.TensorMismatch):
                 offer(address, paths[0], model="served")
-        assert len(daemon.server._pushes._ended) == 14
+        until(lambda: len(daemon.server._pushes._ended) == 14, "the last one is over")
         after = _living(LeafDigests), _living(Layout), _living(Incoming)
     # One for each image that holds a version, one for each model; and what the last push, which may have its thread
     # still, has of its own in this process.

@@ -72,7 +72,7 @@ def test_interrupted_when_the_outcome_is_not_known(daemon, small, medium):
     push(address_of(daemon), small, label="old")
     with Proxy(daemon.port) as proxy:
         held = proxy.hold(kind=COMMITTED, way=Way.TO_SENDER)
-        with Shipctl("push", medium, "--to", proxy.address, "--model", "model", "--stall", "0.4") as pushing:
+        with Shipctl("push", medium, "--to", proxy.address, "--model", "model", "--stall", "3") as pushing:
             held.wait()
             pushing.signal(signal.SIGINT)
             proxy.refuse()

@@ -408,7 +408,7 @@ def test_a_first_push_that_ends_without_effect_leaves_no_images(
         patched.setattr(DeliverSwap, "stage", refuse)
         with pytest.raises(shipd.StageFailed, match=f"process {os.getpid()} cannot take the version: not this one"):
             push(address_of(daemon), {"other.weight": torch.zeros(1000)}, label="v1")
-    assert daemon.server.images.budget.used == 0
+    until(lambda: daemon.server.images.budget.used == 0, "the images are given back")
     until(lambda: "/memfd:shipd:" not in Path("/proc/self/maps").read_text(), "the process lets go of its images")
     assert (engine.calls, resident.label, processes(daemon)[0].state) == (0, "", "serving")
     # What it was going to be laid out like rules nothing.

@@ -21,7 +21,7 @@ from tests.support.processes import Background, push
 from tests.support.proxy import Proxy, until
 from tests.support.upgrades import CHUNKS, NEW, OLD
 
-pytest_plugins = ["tests.support.upgrades"]
+pytest_plugins = ["tests.support.upgrades", "tests.support.patience"]
 
 pytestmark = pytest.mark.usefixtures("short_backoff")
 
@@ -121,7 +121,7 @@ def test_a_lane_that_breaks_costs_what_was_not_held(daemon, proxy, new, how):
 
 def test_a_lane_over_which_nothing_comes_through_is_found_out(daemon, proxy, new):
     proxy.stall(connection=1, nth=0)
-    with shared(proxy, new, lanes=2, stall=1.5) as running:
+    with shared(proxy, new, lanes=2, stall=4.0) as running:
         until_lanes_carried(proxy, 1)
     assert running.result(60).digest == NEW.digest
     assert proxy.connections > 2
@@ -195,12 +195,13 @@ def test_cancelled_with_lanes_under_way(daemon, proxy, new):
     assert push(f"127.0.0.1:{daemon.port}", new, label="after", lanes=3).digest == NEW.digest
 
 
-def test_a_daemon_that_stops_ends_its_lanes(start_daemon, new):
+def test_a_daemon_that_stops_ends_its_lanes(start_daemon, new, out_of_patience):
     daemon = start_daemon()
     with Proxy(daemon.port) as proxy:
-        with shared(proxy, new, lanes=3, stall=1.0) as running:
+        with shared(proxy, new, lanes=3) as running:
             until_lanes_carried(proxy, 3)
             daemon.stop()
+            out_of_patience()
         assert isinstance(running.error(30), shipd.ShipError)
         assert proxy.count(COMMITTED, Way.TO_SENDER) == 0
 

@@ -22,6 +22,7 @@ from tests.support.containers import CONTAINERS
 from tests.support.hostile import TRANSFER, attacker
 from tests.support.link import handshaken
 from tests.support.naive import LEAF, Tensor, encode_structure
+from tests.support.patience import reconfigure
 from tests.support.processes import Helper, push, shipctl, status
 from tests.support.proxy import until
 
@@ -161,10 +162,17 @@ def test_a_file_that_is_cut_meanwhile(daemon, tmp_path, at_chunk, number):
     assert_installed(daemon, before, label="before")
 
 
+@pytest.fixture
+def unswept(monkeypatch):
+    """However long a sender is silent, it is not what is given up."""
+    monkeypatch.setattr("shipd.service.server._SWEEP_SECONDS", 600)
+
+
+@pytest.mark.usefixtures("unswept")
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_file_system_that_does_not_answer(start_daemon, tmp_path, monkeypatch, resident):
     """The push ends, the next one goes into other memory, and what the late read brings reaches nobody."""
-    daemon = start_daemon(models={"model": "1GiB"}, stall=0.3)
+    daemon = start_daemon(models={"model": "1GiB"})
     images = daemon.server.images
     if resident:
         push(f"127.0.0.1:{daemon.port}", write_safetensors(tmp_path / "before", medium(0)), label="before")
@@ -178,8 +186,10 @@ def test_a_file_system_that_does_not_answer(start_daemon, tmp_path, monkeypatch,
 
     monkeypatch.setattr(LentFiles, "read", reading)
     try:
-        with pytest.raises(Stalled, match=r"waited 0\.3 s for bytes of a file .* \(of tensor 'block"):
+        reconfigure(daemon, stall=1.0)
+        with pytest.raises(Stalled, match=r"waited 1 s for bytes of a file .* \(of tensor 'block"):
             push(local(daemon), write_safetensors(tmp_path / "first", medium(1)), label="first")
+        reconfigure(daemon, stall=30.0)
         push(local(daemon), write_safetensors(tmp_path / "second", medium(2)), label="second")
         usual = daemon.server.models["model"].pool.size
         assert images.budget.used > usual, "what the read that hangs writes to is counted"
@@ -218,16 +228,19 @@ def is_over(daemon):
     until(lambda: daemon.server.models["model"].incoming is None, "the push is over")
 
 
+@pytest.mark.usefixtures("unswept")
 def test_what_hangs_is_told_apart(start_daemon, tmp_path, hanging):
     """When one read ends the memory of another that still hangs is not given to anybody either."""
-    daemon = start_daemon(models={"model": "1GiB"}, stall=0.2)
+    daemon = start_daemon(models={"model": "1GiB"})
     budget = daemon.server.images.budget
     push(f"127.0.0.1:{daemon.port}", write_safetensors(tmp_path / "before", medium(0)), label="before")
     usual = budget.used
+    reconfigure(daemon, stall=1.0)
     for number in (1, 2):
         with pytest.raises(Stalled):
             push(local(daemon), write_safetensors(tmp_path / f"hangs {number}", medium(number)), label=f"{number}")
         is_over(daemon)
+    reconfigure(daemon, stall=30.0)
     both = budget.used
     hanging[0].set()
     until(lambda: budget.used < both, "the memory of the first read has been given back")
@@ -251,11 +264,13 @@ def test_a_part_of_a_model_is_lent_as_well(daemon, tmp_path):
     assert_installed(daemon, Content(before.rows, {**before.data, **part.data}), label="after")
 
 
+@pytest.mark.usefixtures("unswept")
 def test_the_memory_of_a_part_is_counted_while_a_read_into_it_hangs(start_daemon, tmp_path, hanging):
-    daemon = start_daemon(models={"model": "1GiB"}, stall=0.2)
+    daemon = start_daemon(models={"model": "1GiB"})
     budget = daemon.server.images.budget
     push(f"127.0.0.1:{daemon.port}", write_safetensors(tmp_path / "before", medium(0)), label="before")
     usual = budget.used
+    reconfigure(daemon, stall=1.0)
     with pytest.raises(Stalled):
         push(local(daemon), write_safetensors(tmp_path / "part", half(medium(1))), label="part", policy="partial")
     is_over(daemon)

@@ -18,6 +18,7 @@ from tests.support.bitwise import bits, perturbed
 from tests.support.decoder import TIED, gpt2, still_tied, untied
 from tests.support.minilm import POSITION_IDS, minilm, weights
 from tests.support.processes import Background, address_of, push, shipctl, status
+from tests.support.proxy import until
 from tests.support.serving_process import Attach, both
 
 pytest_plugins = ["tests.support.serving_process", "tests.support.bitwise"]
@@ -129,9 +130,11 @@ def test_silero_listens_while_it_is_pushed(start_daemon: StartDaemon, attach: At
                     model.reset_states()
                     answers.append(bits([model(frame, 16000)]))
 
-    with Background(read):
+    with Background(read) as reader:
         for version in range(1, 9):
             push(address_of(daemon), perturbed(original, version), label=f"v{version}")
+            before = len(answers)
+            until(lambda: len(answers) > before or reader.done, "it listens")  # noqa: B023  called before the next
         stop.set()
     assert set(answers) <= expected
     assert len(set(answers)) > 1

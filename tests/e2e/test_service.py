@@ -13,6 +13,8 @@ from tests.support.checkpoints import MIB
 from tests.support.processes import TOKEN, Background, Process, ShipdProcess, memory, push, status
 from tests.support.proxy import Proxy
 
+pytest_plugins = ["tests.support.patience"]
+
 # --- starting and stopping -------------------------------------------------------------------------------------------
 
 
@@ -116,32 +118,34 @@ def test_a_broken_connection_is_taken_up_again_while_draining(start_shipd, mediu
         assert service.wait() == 0, service.describe()
 
 
-def test_second_sigterm_aborts(start_shipd, medium):
+def test_second_sigterm_aborts(start_shipd, medium, out_of_patience):
     service = start_shipd()
     with Proxy(service.port) as proxy:
         held = proxy.hold(nth=12)
-        with Background(push, proxy.address, medium, stall=0.4) as pushing:
+        with Background(push, proxy.address, medium) as pushing:
             held.wait()
             service.signal(signal.SIGTERM)
             service.wait_for_log("draining")
             service.signal(signal.SIGTERM)
-            assert service.wait(10) == 0, service.describe()
+            assert service.wait() == 0, service.describe()
             held.release()
+            out_of_patience()
             error = pushing.error()
     assert isinstance(error, shipd.TransferFailed | shipd.ConnectError), error
     (ended,) = service.logged("push ended without effect")
     assert ended["code"] == "shutting-down"
 
 
-def test_draining_has_an_end(start_shipd, medium):
+def test_draining_has_an_end(start_shipd, medium, out_of_patience):
     service = start_shipd(drain_timeout=0.3)
     with Proxy(service.port) as proxy:
         held = proxy.hold(nth=12)
-        with Background(push, proxy.address, medium, stall=0.4) as pushing:
+        with Background(push, proxy.address, medium) as pushing:
             held.wait()
             service.signal(signal.SIGTERM)
-            assert service.wait(10) == 0, service.describe()
+            assert service.wait() == 0, service.describe()
             held.release()
+            out_of_patience()
             pushing.error()
 
 
@@ -342,13 +346,14 @@ def test_embedded_daemon_starts_and_stops_again_and_again(place, small):
             push(f"127.0.0.1:{daemon.port}", small)
 
 
-def test_embedded_daemon_that_stops_during_a_push(start_daemon, medium):
+def test_embedded_daemon_that_stops_during_a_push(start_daemon, medium, out_of_patience):
     daemon = start_daemon()
     with Proxy(daemon.port) as proxy:
         held = proxy.hold(nth=12)
-        with Background(push, proxy.address, medium, stall=0.4) as pushing:
+        with Background(push, proxy.address, medium) as pushing:
             held.wait()
             daemon.stop()
             held.release()
+            out_of_patience()
             error = pushing.error()
     assert isinstance(error, shipd.TransferFailed | shipd.ConnectError), error

@@ -74,7 +74,14 @@ def test_a_hold_of_many_forwards_sees_one_version(start_daemon: StartDaemon, att
     daemon = start_daemon(models={})
     model = Exact(0)
     resident = attach(model, daemon, mode=mode, max_hold=0.05)
-    with Background(push, address_of(daemon), state(1), label="v1") as pushed, resident.hold() as version:
+    holding = threading.Event()
+
+    def push_once_held() -> shipd.Receipt:
+        assert holding.wait(20)
+        return push(address_of(daemon), state(1), label="v1")
+
+    with Background(push_once_held) as pushed, resident.hold() as version:
+        holding.set()
         until(lambda: resident._gate.shut, "the swap waits for the hold")
         for _ in range(10):
             # Calls and holds within a hold never wait.

@@ -18,9 +18,10 @@ def daemon(old_daemon: shipd.Daemon) -> shipd.Daemon:
 
 @pytest.fixture
 def impatient(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> shipd.Daemon:
-    """A daemon that waits for nobody longer than a second, in which everybody gets a turn on a machine that is busy."""
-    monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 0.5)
-    return start_daemon(models={}, stage_timeout=1.0, commit_timeout=0.5)
+    """A daemon that waits for nobody longer than three seconds, in which whoever is not to be given up gets a turn also
+    on a machine that is busy."""
+    monkeypatch.setattr("shipd.service.rollout.SWAP_GRACE", 2.0)
+    return start_daemon(models={}, stage_timeout=3.0, commit_timeout=1.0)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_cancelling_the_task_ends_the_push(daemon, proxy, new):
     held = proxy.hold(nth=12)
     started = time.monotonic()
     asyncio.run(_cancelled_at(proxy, held, new, after_cancel=held.release))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     until(lambda: daemon.server.models["model"].incoming is None or not _attended(daemon), "the daemon knows")
     assert_fit(daemon, new)
 
@@ -58,7 +58,7 @@ def test_cancelling_while_nobody_listens(daemon, proxy, new, refused):
 
     started = time.monotonic()
     asyncio.run(_cancelled_at(proxy, held, new, before_cancel=lose))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert_fit(daemon, new)
 
 

@@ -11,6 +11,7 @@ import shipd
 from tests.conftest import StartDaemon
 from tests.support.exact import Exact, ask, right_answer, state
 from tests.support.frames import DATA, NACK, Way
+from tests.support.patience import reconfigure
 from tests.support.processes import Background, address_of, push, shipctl
 from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve, both, serves, sessions
@@ -21,18 +22,19 @@ pytest_plugins = ["tests.support.serving_process"]
 # --- images that are not released ------------------------------------------------------------------------------------
 
 
-def test_kept_tensors_of_one_version_cost_one_image(impatient: shipd.Daemon, serve: Serve) -> None:
+def test_kept_tensors_of_one_version_cost_one_image(start_daemon: StartDaemon, serve: Serve) -> None:
     """In flip a slice of a parameter keeps its version's memory; the other images go round."""
-    process = serve(impatient.config.socket, mode="flip")
-    push(address_of(impatient), state(1), label="v1")
+    daemon = start_daemon(models={}, stage_timeout=10.0)
+    process = serve(daemon.config.socket, mode="flip")
+    push(address_of(daemon), state(1), label="v1")
     process.ask("keep_tensors")
-    (session,) = sessions(impatient)
+    (session,) = sessions(daemon)
     for number in range(2, 10):
-        receipt = push(address_of(impatient), state(number), label=f"v{number}")
+        receipt = push(address_of(daemon), state(number), label=f"v{number}")
         assert receipt.swapped == 1
         assert process.ask("kept_are_whole")
-        assert sessions(impatient) == [session], "it was evicted"
-        serves(impatient, process, receipt, number)
+        assert sessions(daemon) == [session], "it was evicted"
+        serves(daemon, process, receipt, number)
 
 
 def test_kept_tensors_of_every_version(impatient: shipd.Daemon, serve: Serve) -> None:
@@ -64,12 +66,13 @@ def test_kept_tensors_of_every_version(impatient: shipd.Daemon, serve: Serve) ->
 
 def test_kept_tensors_and_no_memory_for_more(start_daemon: StartDaemon, serve: Serve) -> None:
     """The push is refused; the old version serves."""
-    daemon = start_daemon(models={}, stage_timeout=0.3, memory_limit="20MiB")
+    daemon = start_daemon(models={}, memory_limit="20MiB")
     process = serve(daemon.config.socket, mode="flip", kind="wide")
     for number in range(1, 3):
         push(address_of(daemon), state(number, "wide"), label=f"v{number}")
         process.ask("keep_tensors")
     receipt = push(address_of(daemon), state(3, "wide"), label="v3")
+    reconfigure(daemon, stage_timeout=0.3)
     with pytest.raises(shipd.MemoryLimit, match=rf"process {process.pid} does not release"):
         push(address_of(daemon), state(4, "wide"), label="v4")
     assert process.ask("kept_are_whole")

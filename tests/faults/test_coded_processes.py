@@ -20,7 +20,9 @@ from tests.support.proxy import Proxy, until
 from tests.support.serving_process import both
 from tests.support.successive import first, following, push_small, used
 
-pytest_plugins = ["tests.support.successive", "tests.support.upgrades", "tests.support.serving_process"]
+pytest_plugins = [
+    *("tests.support.successive", "tests.support.upgrades", "tests.support.serving_process", "tests.support.patience"),
+]
 
 pytestmark = pytest.mark.usefixtures("fresh_bases", "short_backoff", "short_goodbye")
 
@@ -103,16 +105,17 @@ def test_a_sender_that_is_gone_while_its_runs_are_decoded(daemon, proxy, monkeyp
 
 
 @pytest.mark.parametrize("nth", [1, 6])
-def test_a_daemon_that_is_killed_while_it_decodes(start_shipd, tmp_path, nth):
+def test_a_daemon_that_is_killed_while_it_decodes(start_shipd, out_of_patience, nth):
     here = start_shipd()
     push_small(here.address, as_state_dict(V0), label="v0")
     with Proxy(here.port) as proxy:
         held = proxy.hold(kind=CODED, nth=nth)
-        with Background(push_small, proxy.address, as_state_dict(V1), label="v1", stall=0.5) as pushing:
+        with Background(push_small, proxy.address, as_state_dict(V1), label="v1") as pushing:
             held.wait()
             proxy.refuse()
             here.kill()
             held.release()
+            out_of_patience()
             assert isinstance(pushing.error(20), shipd.ConnectError)
     there = start_shipd(directory=here.directory)
     receipt = push_small(there.address, as_state_dict(V1), label="v1")
@@ -122,15 +125,16 @@ def test_a_daemon_that_is_killed_while_it_decodes(start_shipd, tmp_path, nth):
 
 
 @both
-def test_a_served_model_after_a_push_that_ended_halfway(start_daemon, serve, mode):
+def test_a_served_model_after_a_push_that_ended_halfway(start_daemon, serve, mode, out_of_patience):
     daemon = start_daemon(models={})
     process = serve(daemon.config.socket, version=0, mode=mode, kind="wide")
     with Proxy(daemon.port) as proxy:
         held = proxy.hold(kind=CODED, nth=1)
-        with Background(push_small, proxy.address, state(1, "wide"), label="v1", stall=0.5) as pushing:
+        with Background(push_small, proxy.address, state(1, "wide"), label="v1") as pushing:
             held.wait()
             proxy.refuse()
             proxy.sever_all()
+            out_of_patience()
             assert isinstance(pushing.error(20), shipd.ConnectError)
     assert process.ask("answer") == right_answer(0, "wide")
     receipt = push_small(address_of(daemon), state(1, "wide"), label="v1")

@@ -465,7 +465,7 @@ def test_daemons_that_lie_about_what_they_decode(daemon, lie):
                 return
 
     with FakeDaemon(after_hello(answer)) as liar, pytest.raises(shipd.ShipError):
-        push_small(liar.address, as_state_dict(V1), label="v1", stall=2)
+        push_small(liar.address, as_state_dict(V1), label="v1")
     assert "Coded" not in seen or lie == "a base that was not offered"
 
 
@@ -484,5 +484,5 @@ def test_daemons_that_lie_about_what_they_hold(daemon, body):
             pass
 
     with FakeDaemon(after_hello(answer)) as liar, pytest.raises(shipd.ShipError) as caught:
-        push_small(liar.address, as_state_dict(V1), label="v1", stall=2)
+        push_small(liar.address, as_state_dict(V1), label="v1")
     assert isinstance(caught.value, shipd.Busy if not body else shipd.PeerError)

@@ -16,6 +16,12 @@ from tests.support.serving_process import Attach, Serve, Told, both, serves, ses
 pytest_plugins = ["tests.support.serving_process"]
 
 
+@pytest.fixture
+def daemon(start_daemon: StartDaemon) -> shipd.Daemon:
+    """With nothing in it, and in no hurry."""
+    return start_daemon(models={})
+
+
 # --- copies ----------------------------------------------------------------------------------------------------------
 
 
@@ -53,14 +59,14 @@ def test_a_copy_of_the_model_is_a_plain_model(start_daemon: StartDaemon, attach:
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])
 @both
-def test_a_fork_of_a_serving_process(impatient: shipd.Daemon, serve: Serve, mode: str, keep: bool) -> None:
+def test_a_fork_of_a_serving_process(daemon: shipd.Daemon, serve: Serve, mode: str, keep: bool) -> None:
     """In copy the child goes on with the version it has; in flip its weights belong to the daemon, so it must not. The
     parent is not disturbed. It makes no difference whether anybody kept what attach() returned."""
-    parent = serve(impatient.config.socket, mode=mode, keep=keep)
-    receipt = push(address_of(impatient), state(1), label="v1")
+    parent = serve(daemon.config.socket, mode=mode, keep=keep)
+    receipt = push(address_of(daemon), state(1), label="v1")
     child = serve(fork_of=parent)
     for number in range(2, 8):
-        receipt = push(address_of(impatient), state(number), label=f"v{number}")
+        receipt = push(address_of(daemon), state(number), label=f"v{number}")
         assert (receipt.swapped, receipt.stale) == (1, ())
         assert parent.ask("answer") == right_answer(number)
         if mode == "copy":
@@ -69,7 +75,7 @@ def test_a_fork_of_a_serving_process(impatient: shipd.Daemon, serve: Serve, mode
             with pytest.raises(Told, match="forked from one that serves in mode 'flip'") as caught:
                 child.ask("answer")
             assert caught.value.kind == "Fenced"
-    assert [each.pid for each in status(address_of(impatient)).models[0].processes] == [parent.pid]
+    assert [each.pid for each in status(address_of(daemon)).models[0].processes] == [parent.pid]
     if keep:
         assert not child.ask("connected")
         if mode == "copy":
@@ -77,30 +83,30 @@ def test_a_fork_of_a_serving_process(impatient: shipd.Daemon, serve: Serve, mode
             assert child.ask("verify") != receipt.digest
         # The child may join in its own right.
         child.ask("detach")
-        child.ask("reattach", impatient.config.socket, mode=mode)
+        child.ask("reattach", daemon.config.socket, mode=mode)
         assert child.ask("answer") == right_answer(7)
-        assert push(address_of(impatient), state(8), label="v8").swapped == 2
+        assert push(address_of(daemon), state(8), label="v8").swapped == 2
 
 
 @both
-def test_the_parent_of_a_fork_is_killed(impatient: shipd.Daemon, serve: Serve, mode: str) -> None:
+def test_the_parent_of_a_fork_is_killed(daemon: shipd.Daemon, serve: Serve, mode: str) -> None:
     """The daemon notices, although the child lives and has inherited every descriptor."""
-    parent = serve(impatient.config.socket, mode=mode)
-    receipt = push(address_of(impatient), state(1), label="v1")
+    parent = serve(daemon.config.socket, mode=mode)
+    receipt = push(address_of(daemon), state(1), label="v1")
     child = serve(fork_of=parent)
     parent.kill()
-    until(lambda: not sessions(impatient), "the daemon has noticed")
+    until(lambda: not sessions(daemon), "the daemon has noticed")
     assert child.running
     if mode == "copy":
         assert child.ask("answer") == right_answer(1)
-    receipt = push(address_of(impatient), state(2), label="v2")
+    receipt = push(address_of(daemon), state(2), label="v2")
     assert (receipt.swapped, receipt.stale) == (0, ())
-    serves(impatient, serve(impatient.config.socket, mode=mode), receipt, 2)
+    serves(daemon, serve(daemon.config.socket, mode=mode), receipt, 2)
 
 
-def test_a_child_process_inherits_no_image(impatient: shipd.Daemon, serve: Serve) -> None:
+def test_a_child_process_inherits_no_image(daemon: shipd.Daemon, serve: Serve) -> None:
     """What a forked child has mapped is its parent's; descriptors of images it has none, nor of the session."""
-    parent = serve(impatient.config.socket)
+    parent = serve(daemon.config.socket)
     child = serve(fork_of=parent)
     # Its own talk with the test, and the copy of its parent's.
     assert child.ask("sockets") == 2

@@ -159,14 +159,15 @@ def test_a_callback_that_wants_to_exit(start_daemon: StartDaemon, attach: Attach
     assert ask(model) == right_answer(2)
 
 
-def test_a_callback_that_goes_on_holding(impatient: shipd.Daemon, attach: Attach) -> None:
+def test_a_callback_that_goes_on_holding(start_daemon: StartDaemon, attach: Attach) -> None:
     """A swap cannot wait for its own thread: the push fails and says so."""
+    daemon = start_daemon(models={})
     model = Exact(0)
-    resident = attach(model, impatient)
+    resident = attach(model, daemon)
     handle = resident.on_swap(lambda _version: resident.hold().__enter__())
-    push(address_of(impatient), state(1), label="v1")
+    push(address_of(daemon), state(1), label="v1")
     handle.remove()
     with pytest.raises(shipd.SwapFailed, match="the swapping thread holds the gate itself"):
-        push(address_of(impatient), state(2), label="v2")
+        push(address_of(daemon), state(2), label="v2")
     assert ask(model) == right_answer(1)
     assert (resident.label, resident.stale) == ("v1", None)

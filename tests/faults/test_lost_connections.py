@@ -15,7 +15,7 @@ from tests.support.processes import Background, push
 from tests.support.proxy import RECEIVE_BUFFER, Proxy
 from tests.support.upgrades import CHUNKS, NEW, assert_fit
 
-pytest_plugins = ["tests.support.upgrades"]
+pytest_plugins = ["tests.support.upgrades", "tests.support.patience"]
 
 pytestmark = pytest.mark.usefixtures("short_backoff", "short_goodbye")
 
@@ -127,12 +127,13 @@ def test_connections_refused_for_a_while(daemon, proxy, new, refused):
     assert_installed(daemon, NEW, label="new")
 
 
-def test_connections_refused_for_too_long(daemon, proxy, new):
+def test_connections_refused_for_too_long(daemon, proxy, new, out_of_patience):
     held = proxy.hold(nth=10)
-    with Background(push, proxy.address, new, label="new", stall=0.4) as pushing:
+    with Background(push, proxy.address, new, label="new") as pushing:
         held.wait()
         proxy.refuse()
         proxy.sever_all()
+        out_of_patience()
         error = pushing.error(10)
     assert isinstance(error, shipd.ConnectError), error
     assert "refused" in str(error)
@@ -171,12 +172,13 @@ def test_lost_commit_is_sent_again(daemon, proxy, new):
     assert_installed(daemon, NEW, label="new")
 
 
-def test_outcome_unknown_and_settled_by_pushing_again(daemon, proxy, new):
+def test_outcome_unknown_and_settled_by_pushing_again(daemon, proxy, new, out_of_patience):
     held = proxy.hold(kind=COMMITTED, way=Way.TO_SENDER)
-    with Background(push, proxy.address, new, label="new", stall=0.4) as pushing:
+    with Background(push, proxy.address, new, label="new") as pushing:
         held.wait()
         proxy.refuse()
         proxy.sever_all()
+        out_of_patience()
         error = pushing.error(10)
     assert isinstance(error, shipd.OutcomeUnknown), error
     assert error.transfer_id is not None
@@ -189,7 +191,7 @@ def test_outcome_unknown_and_settled_by_pushing_again(daemon, proxy, new):
 def test_stall_after_commit_leaves_the_outcome_unknown(proxy, new):
     proxy.stall(kind=COMMITTED, way=Way.TO_SENDER)
     with pytest.raises(shipd.OutcomeUnknown):
-        push(proxy.address, new, label="new", stall=0.4)
+        push(proxy.address, new, label="new", stall=3.0)
 
 
 def test_broken_protocol_after_commit_leaves_the_outcome_unknown(proxy, new):

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from tests.support.processes import Background, ShipdProcess, address_of, push, 
 from tests.support.proxy import Proxy, until
 from tests.support.serving_process import Attach, Serve
 
-pytest_plugins = ["tests.support.serving_process", "tests.support.upgrades"]
+pytest_plugins = ["tests.support.serving_process", "tests.support.upgrades", "tests.support.patience"]
 
 pytestmark = pytest.mark.usefixtures("short_backoff", "short_goodbye")
 
@@ -50,7 +49,8 @@ class Served:
 
     def lost_nothing(self) -> None:
         """All that was taken for a push has been given back."""
-        assert self.daemon.server.images.budget.used == self._used
+        budget = self.daemon.server.images.budget
+        until(lambda: budget.used == self._used, "all of it is back, a moment after the sender has heard of the end")
 
     def has_the_part(self, tensors: dict[str, Tensor] = PART) -> None:
         """The part is live, and everything else is what it was."""
@@ -142,17 +142,20 @@ def test_a_sender_that_is_told_to_stop(served: Served, kind: int) -> None:
     served.is_as_before()
 
 
-def test_a_sender_that_does_not_come_back(start_daemon: StartDaemon, attach: Attach) -> None:
+def test_a_sender_that_does_not_come_back(
+    start_daemon: StartDaemon, attach: Attach, out_of_patience: Callable[[], None]
+) -> None:
     daemon = start_daemon(models={}, resume_window=0.2)
     model = Exact(1, "wide")
     resident = attach(model, daemon)
     with Proxy(daemon.port) as proxy:
         here = Served(daemon, resident, model, proxy)
         held = proxy.hold(nth=2)
-        with PartialPush(proxy.address, PART, stall=0.2) as pushing:
+        with PartialPush(proxy.address, PART) as pushing:
             held.wait()
             proxy.refuse()
             proxy.sever_all()
+            out_of_patience()
             with pytest.raises(shipd.ShipError):
                 _ = pushing.receipt
         here.is_as_before()
@@ -191,15 +194,16 @@ def test_a_sender_that_is_lost_and_comes_back(served: Served, halted: Halted) ->
     served.has_the_part()
 
 
-def test_a_daemon_that_shuts_down(served: Served, halted: Halted) -> None:
+def test_a_daemon_that_shuts_down(served: Served, halted: Halted, out_of_patience: Callable[[], None]) -> None:
     model = served.daemon.server.models["model"]
-    with PartialPush(served.proxy.address, PART, stall=0.3) as pushing:
+    with PartialPush(served.proxy.address, PART) as pushing:
         halted.wait()
         with Background(served.daemon.stop) as stopping:
             until(lambda: model.incoming is not None and model.incoming.receiver.ended, "the push has been ended")
             assert not stopping.done, "the thread that composes is waited for"
             halted.release()
         stopping.result()
+        out_of_patience()
         with pytest.raises(shipd.ShipError):
             _ = pushing.receipt
     assert served.resident.verify() == served.digest
@@ -268,10 +272,10 @@ def test_a_daemon_that_is_killed(start_shipd: Callable[..., ShipdProcess], serve
     assert (told.label, told.digest) == ("part", pushing.live)
 
 
-def test_a_whole_push_in_between(served: Served, tmp_path: Path) -> None:
+def test_a_whole_push_in_between(served: Served, out_of_patience: Callable[[], None]) -> None:
     """The part of a sender that is gone gives way, with all that it has taken."""
     held = served.proxy.hold(nth=2)
-    with PartialPush(served.proxy.address, PART, stall=0.3) as pushing:
+    with PartialPush(served.proxy.address, PART) as pushing:
         held.wait()
         served.proxy.refuse()
         served.proxy.sever_all()
@@ -279,6 +283,7 @@ def test_a_whole_push_in_between(served: Served, tmp_path: Path) -> None:
         assert incoming is not None
         until(lambda: not incoming.receiver.attended, "the daemon sees that the sender is gone")
         receipt = push(address_of(served.daemon), state(5, "wide"), label="whole")
+        out_of_patience()
         with pytest.raises(shipd.ShipError):
             _ = pushing.receipt
     assert served.resident.verify() == receipt.digest

@@ -103,7 +103,7 @@ def test_who_was_given_up_and_has_come_back_costs_no_memory(impatient: shipd.Dae
 def test_the_only_one_stopped_while_staging(impatient: shipd.Daemon, serve: Serve, mode: str) -> None:
     process = serve(impatient.config.socket, mode=mode)
     process.stop()
-    with pytest.raises(shipd.StageFailed, match=rf"process {process.pid} was not ready to swap within 1 s"):
+    with pytest.raises(shipd.StageFailed, match=rf"process {process.pid} was not ready to swap within 3 s"):
         push(address_of(impatient), state(1), label="v1")
     process.resume()
     until(lambda: len(sessions(impatient)) == 1, "it comes back")

@@ -181,7 +181,7 @@ def test_a_callback_cannot_fail_the_swap(gate, caplog):
 
 def test_a_straggler_fails_the_swap_by_name(gate):
     holder = Holder(gate, "slow generation")
-    with pytest.raises(SwapFailed, match=r"at least 0\.\d+ s: slow generation\."):
+    with pytest.raises(SwapFailed, match=r"at least [\d.]+ s: slow generation\."):
         swap(gate, commit_timeout=0.1, max_hold=1.0)
     assert gate.version == OLD
     assert not gate.shut
@@ -328,7 +328,7 @@ def test_interrupts_leave_no_hold_behind_and_end_none_twice(swapping, gate):
     until = time.monotonic() + 1.5
     with interrupts() as alarm:
         delay = 0
-        while time.monotonic() < until:
+        while time.monotonic() < until or strikes <= 100:
             delay = delay % 97 + 1
             inside = False
             try:
@@ -347,7 +347,6 @@ def test_interrupts_leave_no_hold_behind_and_end_none_twice(swapping, gate):
     if swapper is not None:
         swapper.finish()
         assert len(swaps) > 10
-    assert strikes > 100
     assert swap(gate).attempts == 1
 
 
@@ -355,10 +354,15 @@ def test_a_wait_can_be_interrupted(gate):
     holder = Holder(gate)
     swapper = Worker(lambda: swap(gate))
     eventually(lambda: gate.shut)
-    with interrupts() as alarm:
+
+    def wait():
+        # Not before: the alarm may come as soon as it is set.
         alarm.set(0.02)
-        with pytest.raises(KeyboardInterrupt), gate.hold():
+        with gate.hold():
             pass
+
+    with interrupts() as alarm, pytest.raises(KeyboardInterrupt):
+        wait()
     holder.leave.set()
     swapper.finish()
     assert len(gate._waiting) == 0

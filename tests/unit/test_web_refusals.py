@@ -304,12 +304,12 @@ def test_a_header_that_never_ends_is_not_waited_for():
 
 def test_a_server_that_falls_silent_is_not_waited_for():
     with FileServer(ranges=False, silent_at=5_000_000) as files:
-        source = open_source(files.serve("/w", file_of(medium())), fetching=quick(stall=0.4, pauses=(10.0,)))
+        source = open_source(files.serve("/w", file_of(medium())), fetching=quick(stall=2.0, pauses=(10.0,)))
         with pytest.raises(Stalled) as caught:
             digest_of(source)
         source.close()
     assert str(caught.value) == (
-        f"fetching {source.origin!r} has stalled: nothing came for 0.4 s, and 5.0 MB of its 12.6 MB are there; try "
+        f"fetching {source.origin!r} has stalled: nothing came for 2 s, and 5.0 MB of its 12.6 MB are there; try "
         "again, with more time (stall=, --stall) where the server is only slow"
     )
     assert caught.value.tensor == "block.2.weight"
