@@ -402,6 +402,8 @@ def test_a_compiled_forward_is_held_and_never_taken_for_over(how, gate, fresh_dy
     model = Probe(torch.compiler.disable(during)).requires_grad_(requires_grad=False)
     Hooks(model, gate)
     run = compiled(model, how, "eager")
+    # Here and not on the serving thread: torch 2.11 crashes where one thread has compiled, ended, and another does.
+    run(torch.ones(2, 4))
     serving = Serving(lambda: run(torch.ones(2, 4)), "compiled")
     for _ in range(3):
         serving.again()
@@ -421,7 +423,7 @@ def test_a_compiled_forward_is_held_and_never_taken_for_over(how, gate, fresh_dy
 def test_hooks_cause_no_recompilation(gate, fresh_dynamo):
     from torch._dynamo.testing import CompileCounter
 
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = Probe()
     Hooks(model, gate)
     counter = CompileCounter()
     run = torch.compile(model, backend=counter)
@@ -444,6 +446,7 @@ def test_an_interrupt_in_a_compiled_forward_costs_no_later_swap(gate, fresh_dyna
     model = Probe(torch.compiler.disable(during)).requires_grad_(requires_grad=False)
     Hooks(model, gate)
     run = torch.compile(model, backend="eager")
+    run(torch.ones(2, 4))
     serving = Serving(lambda: run(torch.ones(2, 4)))
     serving.again()
     serving.wait()
