@@ -85,12 +85,17 @@ def test_reader_that_goes_away_is_no_error_of_ours(daemon, small, command):
         assert_installed(daemon, checkpoints.tiny())
 
 
-def test_output_to_a_full_disk_is_an_error_and_no_traceback(daemon):
+@pytest.mark.parametrize("command", ["status", "push"])
+def test_output_to_a_full_disk_is_an_error_and_no_traceback(daemon, small, command):
     if not os.path.exists("/dev/full"):  # noqa: PTH110
         pytest.skip("no /dev/full here")
+    arguments = ("status", "--to", address_of(daemon)) if command == "status" else push_arguments(daemon, small)
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        with Shipctl("status", "--to", address_of(daemon), stdout=full) as process:
-            assert process.wait() != 0
+        with Shipctl(*arguments, stdout=full) as process:
+            assert process.wait() == 1
+            assert process.err == "shipctl: cannot write to standard output: No space left on device\n"
     finally:
         os.close(full)
+    if command == "push":
+        assert_installed(daemon, checkpoints.tiny())

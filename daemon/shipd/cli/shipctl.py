@@ -5,6 +5,7 @@ stdout is data, stderr is talk. Exit codes are a contract: 0 done, 1 failed, 2 w
 Nothing heavy is imported before a command needs it: ``shipctl --help`` answers at once.
 """
 
+import errno
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ Policy = Literal["strict", "subset", "partial"]
 
 _DEFAULT = "127.0.0.1:7447"
 PARTLY_DONE = 3
+_OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _PATH_OR_URL = click.Path(path_type=str)
 """As text: a Path would take one of the two slashes of a URL away."""
@@ -441,12 +443,23 @@ def _fail(error: ShipError | str, code: int, as_json: bool) -> NoReturn:
     sys.exit(code)
 
 
+def _drop_output() -> None:
+    """Else what is still buffered would fail once more when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Entry point. A reader of our output that goes away is no error of ours."""
     try:
         shipctl()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OUTPUT_FULL:
+            raise
+        _drop_output()
+        click.echo(f"shipctl: cannot write to standard output: {error.strerror}", err=True)
         sys.exit(1)
     except ConfigError as error:
         click.echo(f"shipctl: {error}", err=True)

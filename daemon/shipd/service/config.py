@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -195,7 +195,26 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         return msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
         # msgspec wraps what __post_init__ raises only where it is a ValueError; ConfigError passes through.
-        raise ConfigError(f"{origin}: {error}") from error
+        raise ConfigError(f"{origin}: {_problem(values, error)}") from error
+
+
+def _problem(values: dict[str, Any], error: msgspec.ValidationError) -> str:
+    """What is wrong, and with which model: msgspec says `$.models[...]` of all of them."""
+    models = values.get("models")
+    for name, said in models.items() if isinstance(models, dict) else ():
+        try:
+            msgspec.convert(said, ModelConfig)
+        except msgspec.ValidationError as found:
+            return f"{table(name)}: {_with_choices(found, ModelConfig)}"
+    return _with_choices(error, Config)
+
+
+def _with_choices(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
+    """msgspec's words, and where a value is none of a few those few."""
+    text = str(error)
+    hint = get_type_hints(kind).get(text.rpartition("`$.")[2].rstrip("`"))
+    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
+    return f"{text}: it is one of {', '.join(map(repr, choices))}" if choices else text
 
 
 def table(name: str) -> str:
