@@ -1,4 +1,4 @@
-"""Sizes and durations as people write and read them: for configuration, messages and the command line.
+"""Sizes, counts and durations as people write and read them: for configuration, messages and the command line.
 
 Sizes are shown in decimal units, as links and disks are; both decimal and binary ones are understood.
 """
@@ -131,3 +131,8 @@ def format_seconds(seconds: float) -> str:
         return f"{sign}{minutes // 60}h {minutes % 60}m"
     hours = round(seconds / 3600)
     return f"{sign}{hours // 24}d {hours % 24}h"
+
+
+def count_tensors(count: int) -> str:
+    """ "1 tensor", "1,200 tensors"."""
+    return f"{count:,} tensor{'' if count == 1 else 's'}"

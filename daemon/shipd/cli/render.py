@@ -17,7 +17,7 @@ from shipd.client.profile import Profile
 from shipd.client.receipt import Receipt
 from shipd.matching.diagnosis import explain, summary
 from shipd.matching.plan import Plan
-from shipd.units import format_bytes, format_seconds
+from shipd.units import count_tensors, format_bytes, format_seconds
 from shipproto.description import Description
 from shipproto.names import harmless
 from shipproto.status import ModelStatus, ProcessStatus, Status, Verification
@@ -42,7 +42,8 @@ def render_receipt(receipt: Receipt) -> str:
     """A push in a few lines."""
     if receipt.already:
         return f"{receipt.model} is at {receipt.label} already, digest {receipt.digest}: nothing to send"
-    size = f"{format_bytes(receipt.bytes_sent)} for {receipt.tensors} tensors of {format_bytes(receipt.bytes_total)}"
+    content = f"{count_tensors(receipt.tensors)} of {format_bytes(receipt.bytes_total)}"
+    size = f"{format_bytes(receipt.bytes_sent)} for {content}"
     if receipt.bytes_lent:
         size += f", of which the daemon has read {format_bytes(receipt.bytes_lent)} from the file itself"
     elif receipt.bytes_sent < receipt.bytes_total * 0.95:

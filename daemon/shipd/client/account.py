@@ -10,6 +10,7 @@ from shipd.client.profile import Profile
 from shipd.client.receipt import CodecUse, Receipt
 from shipd.codecs import registry
 from shipd.transfer.times import Times
+from shipd.units import count_tensors
 from shipproto.messages import Committed
 from shipproto.sender import Sender
 
@@ -106,7 +107,7 @@ class Account:
             skipped=(*(plan.skipped if plan is not None else ()), *sender.skipped),
             renamed=plan.how if plan is not None else (),
             cast=tuple(
-                f"{given} -> {wanted} ({cast.tensors:,} tensors)" for (given, wanted), cast in plan.casts.items()
+                f"{given} -> {wanted} ({count_tensors(cast.tensors)})" for (given, wanted), cast in plan.casts.items()
             )
             if plan is not None
             else (),

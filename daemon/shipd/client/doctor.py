@@ -17,7 +17,7 @@ from shipd.environment import environment
 from shipd.errors import ShipError, UnknownModel
 from shipd.matching.diagnosis import explain, summary
 from shipd.release import AGENT
-from shipd.units import format_bytes, format_seconds
+from shipd.units import count_tensors, format_bytes, format_seconds
 from shipproto.description import Description, ProcessDescription
 from shipproto.names import harmless
 from shipproto.status import ModelStatus, Status
@@ -141,7 +141,7 @@ def _model(model: ModelStatus, description: Description | None) -> Iterator[Find
         yield Finding(
             "ok",
             name,
-            f"at {harmless(model.label)}: {model.tensors:,} tensors of {format_bytes(model.bytes)}, digest "
+            f"at {harmless(model.label)}: {count_tensors(model.tensors)} of {format_bytes(model.bytes)}, digest "
             f"{harmless(model.digest)}",
         )
     else:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from shipd.matching import differences, views
 from shipd.matching.differences import Problem
 from shipd.matching.renames import Rename, Renamed, Rule, apply_renames
+from shipd.units import count_tensors
 from shipproto.description import POLICIES
 from shipproto.dtypes import BY_CODE
 from shipproto.structure import Structure
@@ -259,7 +260,7 @@ def _rename_problems(renamed: Renamed, rules: Rules, offered: Structure, residen
 def _said(renamed: Renamed, rules: Rules) -> list[str]:
     """What the user's rules did."""
     return [
-        f"{rename.option if isinstance(rename, Rule) else rename.origin} ({views.tensors(count)})"
+        f"{rename.option if isinstance(rename, Rule) else rename.origin} ({count_tensors(count)})"
         for rename, count in zip(rules.renames, renamed.counts, strict=True)
         if count
     ]

@@ -24,6 +24,7 @@ from shipd.matching.names import (
     without_prefix,
     wrapping,
 )
+from shipd.units import count_tensors
 from shipproto.structure import Structure, same_shapes
 
 _Rows = npt.NDArray[np.int64]
@@ -364,8 +365,8 @@ def describe(view: View, own: Sequence[str], resident: Sequence[str]) -> list[st
                 one, other = wrapping([name], reading.wrappers), wrapping([target], reading.wrappers)
                 given.update(one - other)
                 wanted.update(other - one)
-        lines += [f"{_taken(part, '*')} ({tensors(count)})" for part, count in given.items()]
-        lines += [f"{_put(part, '*')} ({tensors(count)})" for part, count in wanted.items()]
+        lines += [f"{_taken(part, '*')} ({count_tensors(count)})" for part, count in given.items()]
+        lines += [f"{_put(part, '*')} ({count_tensors(count)})" for part, count in wanted.items()]
     if reading.own_prefix or reading.its_prefix:
         count = sum(
             without.startswith(reading.own_prefix) and target.startswith(reading.its_prefix)
@@ -375,11 +376,11 @@ def describe(view: View, own: Sequence[str], resident: Sequence[str]) -> list[st
                 strict=True,
             )
         )
-        lines.append(f"{reading.own_prefix}* -> {reading.its_prefix}* ({tensors(count)})")
+        lines.append(f"{reading.own_prefix}* -> {reading.its_prefix}* ({count_tensors(count)})")
     if reading.adapter:
         saved = saved_names([target for _, target in pairs], reading.adapter)
         count = sum(short != target for short, (_, target) in zip(saved, pairs, strict=True))
-        lines.append(f"adapter {reading.adapter!r} ({tensors(count)})")
+        lines.append(f"adapter {reading.adapter!r} ({count_tensors(count)})")
     return lines
 
 
@@ -397,8 +398,3 @@ def attempted(reading: Reading) -> str:
     listed = ", ".join(dict.fromkeys(part for part in parts if part))
     adapter = f"the name of the adapter {reading.adapter!r}" if reading.adapter else ""
     return f"taking {' and '.join(filter(None, (listed, adapter)))} off names"
-
-
-def tensors(count: int) -> str:
-    """ "1 tensor", "2 tensors"."""
-    return f"{count} tensor{'' if count == 1 else 's'}"
