@@ -26,6 +26,7 @@ from shipd.release import AGENT
 from shipd.transfer import link_rate
 from shipd.transfer.faults import peer_error
 from shipd.transfer.pages import MOST_BEFORE, PageSender
+from shipd.transfer.resolving import resolve
 from shipd.transfer.times import Times
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import BadPrelude, ProtocolError
@@ -430,7 +431,7 @@ class Lane:
 
 def _dial_tcp(address: Address, deadline: float, waker: Waker | None) -> socket.socket:
     """Try every address of the host; one that does not answer leaves the others their share of the time."""
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    found = resolve(address, deadline, waker)
     failure: OSError | None = None
     for left, (family, kind, protocol, _name, where) in zip(range(len(found), 0, -1), found, strict=True):
         sock = socket.socket(family, kind, protocol)
