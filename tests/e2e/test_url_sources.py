@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import signal
 
 import fsspec
@@ -37,6 +38,12 @@ def arrives(daemon: shipd.Daemon, url: str) -> shipd.Receipt:
 def test_minilm_arrives_from_a_web_server(daemon, served):
     with FileServer(**served) as files:
         arrives(daemon, files.serve("/models/w", checkpoints.minilm().read_bytes()))
+
+
+def test_it_may_take_for_ever(daemon, server):
+    url = server.serve("/w", file_of(checkpoints.tiny()))
+    push(address_of(daemon), url, label="v1", stall=math.inf)
+    assert_installed(daemon, checkpoints.tiny(), label="v1")
 
 
 @pytest.mark.parametrize("container", ["torch.save", "TorchScript", "npz", "HDF5"])

@@ -109,7 +109,7 @@ class Link:
         """Attach. Raises ShipError: ConnectError, TensorMismatch, MemoryLimit, Stalled, …"""
         self._thread.start()
         try:
-            if not self._attached.wait(timeout):
+            if not self._attached.wait(min(timeout, threading.TIMEOUT_MAX)):
                 raise Stalled(
                     f"{self._socket} did not attach model {self._model!r} within {timeout:g} s", model=self._model
                 )

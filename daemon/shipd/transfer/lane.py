@@ -35,6 +35,8 @@ from shipproto.limits import MAX_SLOTS, NONCE_SIZE
 
 _GOODBYE_SECONDS: Final = 1.0
 _WATCH_SECONDS: Final = 0.1
+_MOST_SECONDS: Final = 86400.0
+"""Of one poll(2), which cannot wait for ever by the clock, nor for 25 days. Deadlines are looked at after each."""
 
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_SLOTS) if hasattr(socket, "CMSG_SPACE") else 0
 
@@ -302,7 +304,7 @@ class Lane:
         if self._waker is not None and self._waker.woken:
             raise Interrupted("interrupted", peer=self.peer)
         started = time.monotonic()
-        ready = self._poll.poll(timeout * 1000)
+        ready = self._poll.poll(min(timeout, _MOST_SECONDS) * 1000)
         polled = time.monotonic()
         self.times.wait += polled - started
         if self._waker is not None and self._waker.woken:
