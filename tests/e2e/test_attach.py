@@ -1,6 +1,7 @@
 """Joining: which version a process gets, and when."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -240,6 +241,19 @@ def test_a_model_has_so_many_processes_and_no_more(start_daemon: StartDaemon, at
     until(lambda: len(daemon.server.models["model"].sessions) < MAX_PROCESSES, "the session ends")
     attach(models[-1], daemon)
     assert {ask(model) for model in models} == {right_answer(100)}
+
+
+def test_deadlines_may_be_whole_seconds(start_daemon: StartDaemon, attach: Attach) -> None:
+    whole: Any = {"stall": 5, "resume_window": 5, "stage_timeout": 5, "commit_timeout": 5, "drain_timeout": 5}
+    daemon = start_daemon(models={}, **whole)
+    resident = attach(Exact(1), daemon)
+    receipt = push(address_of(daemon), state(2), label="v2", stall=5, timeout=60)
+    assert (receipt.swapped, receipt.stale) == (1, ())
+    assert resident.verify() == receipt.digest
+
+
+def test_attaching_may_take_for_ever(start_daemon: StartDaemon, attach: Attach) -> None:
+    assert attach(Exact(1), start_daemon(models={}), timeout=math.inf).label == "initial"
 
 
 def test_two_models_in_one_process(start_daemon: StartDaemon, attach: Attach) -> None:

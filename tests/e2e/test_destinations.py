@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from shipd.serving.deliver import DeliverSwap
 from shipproto.status import ProcessStatus
 from tests.conftest import StartDaemon
 from tests.support.offers import offer
-from tests.support.processes import address_of, push, status
+from tests.support.processes import DEADLINE, address_of, push, status
 from tests.support.proxy import until
 from tests.support.serving_process import Attach
 from tests.support.swapping import raw
@@ -283,6 +284,24 @@ def test_attaching_fails_where_the_committed_version_cannot_be_loaded(
     engine.fail = lambda call, name: name == "norm.bias"
     with pytest.raises(shipd.SwapFailed, match="no version before that it could be given again"):
         attach(engine, daemon)
+    caplog.clear()
+
+
+def test_attaching_does_not_wait_for_ever_for_a_load_weights(
+    daemon: shipd.Daemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shipd.serving.link._LEAVE_SECONDS", 0.1)
+    push(address_of(daemon), version(1), label="v1")
+    engine, let_go = Engine(), threading.Event()
+    engine.fail = lambda call, name: not let_go.wait(DEADLINE)
+    with pytest.raises(shipd.Stalled, match=r"within 0\.5 s; its load_weights has not returned"):
+        shipd.attach(engine, "model", socket=daemon.config.socket, timeout=0.5)
+    assert not engine.seen, "it was left in the middle of that"
+    let_go.set()
+    until(lambda: not daemon.server.models["model"].attaching, "the attempt is over for the daemon as well")
+    resident = shipd.attach(Engine(), "model", socket=daemon.config.socket)
+    assert resident.label == "v1"
+    resident.detach()
     caplog.clear()
 
 

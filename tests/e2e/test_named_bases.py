@@ -1,10 +1,18 @@
 """A checkpoint named as the base of a push, where the model's structure is not the checkpoint's."""
 
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
 
 import shipd
+from shipd.checkpoints.chunks import SourceChunks
 from tests.support.processes import address_of, push
+from tests.support.proxy import DEADLINE, until
 from tests.support.serving_process import Attach
 
 pytest_plugins = ["tests.support.serving_process"]
@@ -48,3 +56,61 @@ def test_another_version_than_the_daemon_has(daemon: shipd.Daemon, attach: Attac
     assert second.base == ""
     assert second.base_unused == "it is not the version that the daemon has"
     assert resident.verify() == second.digest
+
+
+# --- one that takes long to read -------------------------------------------------------------------------------------
+
+
+class SlowChunks(SourceChunks):
+    """Of a base on a disk that takes its time: each read waits until it may end."""
+
+    reads = 0
+    reading: threading.Event
+    may_end: Callable[[], object]
+
+    def read(self, chunk: int) -> memoryview:
+        SlowChunks.reads += 1
+        SlowChunks.reading.set()
+        SlowChunks.may_end()
+        return super().read(chunk)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowChunks]:
+    """Every base is on such a disk."""
+    SlowChunks.reads, SlowChunks.reading = 0, threading.Event()
+    monkeypatch.setattr("shipd.bases.checkpoint.SourceChunks", SlowChunks)
+    monkeypatch.setattr("shipd.bases.checkpoint.ACT_SECONDS", 0.0)
+    return SlowChunks
+
+
+def test_a_push_whose_time_is_over_reads_no_further(daemon: shipd.Daemon, slow: type[SlowChunks]) -> None:
+    push(address_of(daemon), checkpoint(1), label="first")
+    began = time.monotonic()
+    slow.may_end = lambda: until(lambda: time.monotonic() > began + 2.0, "the push's time is over")
+    with pytest.raises(shipd.Stalled, match="longer than its timeout of 1 s"):
+        push(address_of(daemon), checkpoint(2), label="second", base=checkpoint(1), prefer="bytes", timeout=1.0)
+    assert slow.reads == 1
+
+
+def test_a_push_that_is_cancelled_reads_no_further(daemon: shipd.Daemon, slow: type[SlowChunks]) -> None:
+    push(address_of(daemon), checkpoint(1), label="first")
+    cancelled = threading.Event()
+    slow.may_end = lambda: cancelled.wait(DEADLINE)
+
+    async def cancel() -> None:
+        async with shipd.connect(address_of(daemon)) as client:
+            pushing = asyncio.create_task(
+                client.push(checkpoint(2), model="model", label="second", base=checkpoint(1), prefer="bytes")
+            )
+            await asyncio.to_thread(slow.reading.wait, DEADLINE)
+            pushing.cancel()
+            # The push hears of it before this goes on.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            cancelled.set()
+            with pytest.raises(asyncio.CancelledError):
+                await pushing
+
+    asyncio.run(cancel())
+    assert slow.reads == 1

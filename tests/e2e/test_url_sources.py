@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import math
 import signal
+import threading
 
 import fsspec
 import pytest
@@ -14,7 +16,7 @@ from tests.support.checkpoints import MIB, Content, assert_installed, minilm_con
 from tests.support.containers import CONTAINERS
 from tests.support.file_servers import FileServer, file_of
 from tests.support.processes import Background, Helper, Shipctl, address_of, push, shipctl
-from tests.support.proxy import until
+from tests.support.proxy import Proxy, until
 
 pytest_plugins = ["tests.support.file_server_fixtures", "tests.support.object_store"]
 
@@ -37,6 +39,12 @@ def arrives(daemon: shipd.Daemon, url: str) -> shipd.Receipt:
 def test_minilm_arrives_from_a_web_server(daemon, served):
     with FileServer(**served) as files:
         arrives(daemon, files.serve("/models/w", checkpoints.minilm().read_bytes()))
+
+
+def test_it_may_take_for_ever(daemon, server):
+    url = server.serve("/w", file_of(checkpoints.tiny()))
+    push(address_of(daemon), url, label="v1", stall=math.inf)
+    assert_installed(daemon, checkpoints.tiny(), label="v1")
 
 
 @pytest.mark.parametrize("container", ["torch.save", "TorchScript", "npz", "HDF5"])
@@ -128,6 +136,23 @@ def test_a_server_that_falls_silent_is_not_taken_for_the_daemon(daemon, server, 
         push(address_of(daemon), url, label="v1", lanes=lanes, stall=1.0)
     # Each time the pause before it is doubled. A push that began again would ask as often once more.
     assert sum(asked.path == "/w" for asked in server.asked) <= 5
+
+
+def test_a_broken_connection_does_not_wait_for_a_silent_server(daemon, server):
+    """The sender is back long before the server is: the daemon waits for it no longer than a minute."""
+    server.ranges, server.silent_at = False, 5_000_000
+    url = server.serve("/w", file_of(checkpoints.medium()))
+    with (
+        Proxy(daemon.port) as proxy,
+        Background(push, proxy.address, url, label="v1", prefer="bytes", stall=600.0) as pushing,
+    ):
+        assert server.silent.acquire(timeout=20)
+        until(lambda: any(thread.name == "shipd encoder" for thread in threading.enumerate()), "runs are being encoded")
+        proxy.sever_all()
+        proxy.wait_until_connections(2)
+        server.speak.set()
+        assert pushing.result().digest == checkpoints.medium().digest
+    assert_installed(daemon, checkpoints.medium(), label="v1")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

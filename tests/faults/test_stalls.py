@@ -1,5 +1,6 @@
 """Links on which nothing moves, and links on which little does: the first end in time, the second are no stall."""
 
+import math
 import signal
 import time
 
@@ -80,6 +81,14 @@ def test_a_thin_link_is_no_stall(daemon, proxy, new):
     assert receipt.seconds > 5.0, "else this has shown nothing"
     assert proxy.connections == 1
     assert_installed(daemon, NEW)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("stall", [1e8, math.inf], ids=["years", "for ever"])
+def test_whoever_has_all_the_time(daemon, new, stall, lanes):
+    """More than poll(2) can wait for at once."""
+    push(f"127.0.0.1:{daemon.port}", new, label="new", stall=stall, timeout=stall, lanes=lanes)
+    assert_installed(daemon, NEW, label="new")
 
 
 @pytest.mark.parametrize("lanes", [1, 3])

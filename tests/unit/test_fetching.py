@@ -13,8 +13,10 @@ from shipd.checkpoints.source import open_source
 from shipd.errors import CheckpointError, Interrupted, Stalled
 from tests.support.checkpoints import MIB, content, large, medium
 from tests.support.file_servers import FileServer, file_of, quick
+from tests.support.frames import Way
 from tests.support.naive import Tensor
 from tests.support.processes import Background, Helper
+from tests.support.proxy import Proxy
 from tests.support.reading import digest_of, read_through
 
 pytest_plugins = ["tests.support.file_server_fixtures"]
@@ -67,6 +69,32 @@ def test_a_timeout_is_kept_to(silent):
         digest_of(source)
     assert str(caught.value) == f"{source.origin!r} was still being fetched when the timeout of 2 s was over"
     source.close()
+
+
+def test_to_be_asked_again_is_no_sign_of_life(silent):
+    """Each time it answers, and says nothing new."""
+    source = open_source(silent.url("/w"), fetching=quick(stall=1.0, pauses=(0.01,) * 100))
+    with Background(digest_of, source) as reading:
+        error = reading.error(20)
+    assert isinstance(error, Stalled), error
+    assert len(silent.asked) > 1
+    source.close()
+
+
+def test_what_another_server_sends_is_no_sign_of_life(silent):
+    fetching = quick(stall=2.0, pauses=(0.01,) * 100)
+    with FileServer() as other, Proxy(other.port) as link:
+        # Half a minute of it.
+        link.throttle(5e5, Way.TO_SENDER)
+        other.serve("/w", file_of(medium()))
+        slow = open_source(f"http://{link.address}/w", fetching=fetching)
+        source = open_source(silent.url("/w"), fetching=fetching)
+        with Background(digest_of, source) as reading:
+            error = reading.error(20)
+        assert isinstance(error, Stalled), error
+        assert f"fetching {source.origin!r} has stalled" in str(error)
+        source.close()
+        slow.close()
 
 
 def test_a_file_is_closed_while_it_is_fetched(silent):

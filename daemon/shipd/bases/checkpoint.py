@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
@@ -12,6 +13,7 @@ from shipd.bases.base import Base, BaseLost, check_room, run_range
 from shipd.checkpoints.chunks import SourceChunks
 from shipd.checkpoints.remote.fetching import Fetching
 from shipd.checkpoints.source import Source, open_source
+from shipd.checkpoints.waiting import ACT_SECONDS, awaited
 from shipd.errors import ShipError
 from shipproto.digests import LeafDigests, version_digest
 from shipproto.errors import ProtocolError
@@ -80,7 +82,12 @@ class CheckpointBases:
                 layout = Layout.of(self._source.structure)
                 chunks = SourceChunks(layout, np.arange(len(layout.structure), dtype=np.int64), self._source)
                 digests = LeafDigests(layout)
+                act, acted = awaited(), time.monotonic()
                 for chunk in range(layout.chunks):
+                    if act is not None and time.monotonic() - acted >= ACT_SECONDS:
+                        # It may take minutes, and nobody may want it any more.
+                        act()
+                        acted = time.monotonic()
                     digests.record(chunk, chunks.read(chunk))
                 self._tensor_digests = digests.tensor_digests()
             return self._tensor_digests

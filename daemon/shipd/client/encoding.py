@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shipd.bases.base import Base, BaseLost
+from shipd.checkpoints.waiting import while_waiting
 from shipd.client.choice import RAW, Chooser
 from shipd.client.chunks import ChunkReader
 from shipd.codecs import registry
@@ -58,6 +59,10 @@ class Encoded:
     payload: "bytes | memoryview"
     size: int
     """Bytes of content that it stands for."""
+
+
+class _Stopped(Exception):
+    """What is being waited for is of no use any more."""
 
 
 class Encoder:
@@ -133,6 +138,15 @@ class Encoder:
     # --- on the threads ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # A source that is still being fetched may keep it waiting for as long as its server likes.
+        with while_waiting(self._raise_if_stopping):
+            self._take_runs()
+
+    def _raise_if_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+
+    def _take_runs(self) -> None:
         try:
             worker = _Worker(self._sender, self._make_reader(), self._base)
             while not self._stopping.is_set() and not self._stop_taking.is_set():

@@ -10,6 +10,7 @@ from typing import Final
 
 from shipd.address import Address
 from shipd.checkpoints.source import Source
+from shipd.checkpoints.waiting import while_waiting
 from shipd.client.account import Account
 from shipd.client.chunks import ChunkReader
 from shipd.client.conversation import Conversation
@@ -173,7 +174,8 @@ class Push:
         )
         try:
             if self._sender.incremental:
-                bases = self._incremental.offers(lane, self._sender)
+                with while_waiting(partial(self._raise_if_unwanted, deadline)):
+                    bases = self._incremental.offers(lane, self._sender)
                 # Of a part no version is a base: the receiver has it among tensors that are not sent.
                 self._sender.bases = () if self._sender.partial else bases
             return Conversation(
@@ -241,6 +243,13 @@ class Push:
             raise Interrupted("interrupted while reconnecting; the previous version is serving")
 
     # --- errors --------------------------------------------------------------------------------------------
+
+    def _raise_if_unwanted(self, deadline: float) -> None:
+        """While a base is read, before anything is offered."""
+        if self._waker.woken and not self._commit_sent:
+            raise Interrupted("interrupted before anything was offered; the previous version is serving")
+        if time.monotonic() >= deadline:
+            raise too_late(self._options, self._address)
 
     def _raise_if_over(self, error: ShipError, deadline: float) -> None:
         if time.monotonic() >= deadline:

@@ -166,7 +166,8 @@ class Session:
     async def swap(self, transfer: bytes, slot: Slot, timeout: float, grace: float) -> Swapped:
         """Have the process swap; it has ``timeout`` to reach a safe point, and ``grace`` to say so."""
         self.state = "swapping"
-        self.peer.send(Swap(generation=slot.generation, timeout=timeout, transfer=transfer))
+        # Whole seconds of a Config made in Python may be an int, which is another number on the wire.
+        self.peer.send(Swap(generation=slot.generation, timeout=float(timeout), transfer=transfer))
         answer = await self._answer(Swapped, slot.generation, timeout + grace)
         assert isinstance(answer, Swapped)
         return answer

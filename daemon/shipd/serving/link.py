@@ -59,6 +59,8 @@ _BACKOFF: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Pauses between attempts to come back to the daemon; the last one repeats."""
 _RELEASE_SECONDS: Final = 0.5
 """How often to look whether anybody still uses the tensors of a version that is no longer served."""
+_LEAVE_SECONDS: Final = 10.0
+"""How long an attempt to attach that has taken too long waits for somebody's load_weights to return."""
 
 
 @dataclass(slots=True)
@@ -101,6 +103,8 @@ class Link:
         self._refusal: BaseException | None = None
         self._stopping = False
         """A callback, which runs on this thread, has detached."""
+        self._left_behind = False
+        """The thread is inside a load_weights that does not return, and ends when that does."""
         self._thread = threading.Thread(target=self._run, name=f"shipd {model}", daemon=True)
 
     # --- other threads -------------------------------------------------------------------------------------
@@ -109,10 +113,8 @@ class Link:
         """Attach. Raises ShipError: ConnectError, TensorMismatch, MemoryLimit, Stalled, …"""
         self._thread.start()
         try:
-            if not self._attached.wait(timeout):
-                raise Stalled(
-                    f"{self._socket} did not attach model {self._model!r} within {timeout:g} s", model=self._model
-                )
+            if not self._attached.wait(min(timeout, threading.TIMEOUT_MAX)):
+                raise self._too_late(timeout)
             if self._refusal is not None:
                 raise self._refusal
         except BaseException:
@@ -120,17 +122,26 @@ class Link:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """Detach and end the thread. A swap that is under way is finished first."""
+    def _too_late(self, timeout: float) -> Stalled:
+        """The error for an attempt that has taken too long; it is over, but for what somebody's load_weights does."""
+        self.stop(_LEAVE_SECONDS if self._follower.delivered else None)
+        why = "; its load_weights has not returned, and may yet load a version" if self._left_behind else ""
+        return Stalled(
+            f"{self._socket} did not attach model {self._model!r} within {timeout:g} s{why}", model=self._model
+        )
+
+    def stop(self, patience: float | None = None) -> None:
+        """Detach and end the thread. A swap that is under way is finished first, if need be within ``patience``."""
         if not self._stopping:
             self._stopping = True
             self._waker.wake()
         if self._thread.ident is None:
             # It never came to that.
             self._waker.close()
-        elif not self.runs_here:
+        elif not self.runs_here and not self._left_behind:
             # Also the second time: whoever was interrupted while waiting must not go on before the thread has ended.
-            self._thread.join()
+            self._thread.join(patience)
+            self._left_behind = self._thread.is_alive()
 
     @property
     def runs_here(self) -> bool:

@@ -26,6 +26,7 @@ from shipd.release import AGENT
 from shipd.transfer import link_rate
 from shipd.transfer.faults import peer_error
 from shipd.transfer.pages import MOST_BEFORE, PageSender
+from shipd.transfer.resolving import resolve
 from shipd.transfer.times import Times
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import BadPrelude, ProtocolError
@@ -34,6 +35,8 @@ from shipproto.limits import MAX_SLOTS, NONCE_SIZE
 
 _GOODBYE_SECONDS: Final = 1.0
 _WATCH_SECONDS: Final = 0.1
+_MOST_SECONDS: Final = 86400.0
+"""Of one poll(2), which cannot wait for ever by the clock, nor for 25 days. Deadlines are looked at after each."""
 
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_SLOTS) if hasattr(socket, "CMSG_SPACE") else 0
 
@@ -301,7 +304,7 @@ class Lane:
         if self._waker is not None and self._waker.woken:
             raise Interrupted("interrupted", peer=self.peer)
         started = time.monotonic()
-        ready = self._poll.poll(timeout * 1000)
+        ready = self._poll.poll(min(timeout, _MOST_SECONDS) * 1000)
         polled = time.monotonic()
         self.times.wait += polled - started
         if self._waker is not None and self._waker.woken:
@@ -430,7 +433,7 @@ class Lane:
 
 def _dial_tcp(address: Address, deadline: float, waker: Waker | None) -> socket.socket:
     """Try every address of the host; one that does not answer leaves the others their share of the time."""
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    found = resolve(address, deadline, waker)
     failure: OSError | None = None
     for left, (family, kind, protocol, _name, where) in zip(range(len(found), 0, -1), found, strict=True):
         sock = socket.socket(family, kind, protocol)

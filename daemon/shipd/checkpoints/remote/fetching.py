@@ -88,7 +88,8 @@ class Fetching:
         self._threads: set[threading.Thread] = set()
         self._shared: dict[type, Any] = {}
         self._cancelled = False
-        self._moved = time.monotonic()
+        self._moved: dict[str, float] = {}
+        """When bytes came from each server: what one of them sends is no sign of life of another."""
         self._piece = _SMALLEST
 
     # --- for files -----------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ class Fetching:
                 if ready():
                     return
                 self._raise_if_over(download, began, tensor)
-                until = min(self._deadline, max(self._moved, began) + self.stall)
+                until = min(self._deadline, self._heard(download, began) + self.stall)
                 left = max(0.0, until - time.monotonic())
                 self._lock.wait(min(left, most))
                 held, size = len(download.held), download.size or 0
@@ -249,13 +250,17 @@ class Fetching:
             raise download.failure.kind(str(download.failure), tensor=tensor)
         if now >= self._deadline:
             raise self._late(shown)
-        if now >= max(self._moved, began) + self.stall:
+        if now >= self._heard(download, began) + self.stall:
             why = f" ({download.trouble})" if download.failures and download.trouble else ""
             raise Stalled(
                 f"fetching {quoted(shown)} has stalled: nothing came for {self.stall:g} s{why}, and "
                 f"{download.so_far}; {_MORE_TIME}",
                 tensor=tensor,
             )
+
+    def _heard(self, download: Download, began: float) -> float:
+        """When its server last sent anything, of this file or another; or when somebody ``began`` to wait."""
+        return max(self._moved.get(_server(download), began), began)
 
     def _interrupted(self, shown: str) -> Interrupted:
         return Interrupted(f"interrupted while {quoted(shown)} was being fetched; nothing was swapped")
@@ -375,7 +380,9 @@ class Fetching:
         """The server has answered."""
         with self._lock:
             self._go_on(download)
-            self._moved = time.monotonic()
+            if not download.failures:
+                # Else a server that answers, and then sends nothing, could keep everybody waiting by being asked again.
+                self._moved[_server(download)] = time.monotonic()
             if download.learn(part, answer) and not download.in_parts:
                 # It comes in one go.
                 download.everything = True
@@ -421,7 +428,7 @@ class Fetching:
     def _keep(self, download: Download, part: Part, stop: int) -> None:
         """Bytes up to ``stop`` are there."""
         if download.keep(part, stop):
-            self._moved = time.monotonic()
+            self._moved[_server(download)] = time.monotonic()
         if download.wants or download.complete:
             self._lock.notify_all()
 
@@ -452,3 +459,8 @@ class Fetching:
         with self._lock:
             download.failure = download.failure or why
             self._lock.notify_all()
+
+
+def _server(download: Download) -> str:
+    """Scheme, host and port that it comes from."""
+    return "/".join(download.remote.folder.split("/", 3)[:3])

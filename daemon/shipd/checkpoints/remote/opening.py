@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _WEB: Final = ("http", "https")
 
+_MOST_SILENT: Final = 86400.0
+"""Seconds of a read from a socket, which has no way of waiting for ever by the clock."""
+
 _PAGE: Final = (b"<!doctype html", b"<html", b"<head", b"<body")
 
 
@@ -33,7 +36,7 @@ def _open_on_web(url: str, fetching: Fetching) -> OpenFile:
     from shipd.checkpoints.remote.connections import Pool
     from shipd.checkpoints.remote.web import WebFile
 
-    remote = WebFile(url, fetching.shared(Pool), fetching.stall / 2)
+    remote = WebFile(url, fetching.shared(Pool), min(fetching.stall / 2, _MOST_SILENT))
     if remote.original.path.partition("?")[0].endswith("/"):
         raise CheckpointError(
             f"{quoted(remote.shown)} is a directory, and over {location.scheme_of(url)} there is no telling what is in "
