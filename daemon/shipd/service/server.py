@@ -26,6 +26,7 @@ from shipd.service.models import ImageStore, Model
 from shipd.service.pushes import Pushes, unknown_model
 from shipd.service.session import Session, SessionLost
 from shipd.service.socketfile import SocketFile
+from shipd.threads import start_all
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
@@ -70,6 +71,7 @@ _MAX_CONNECTIONS: Final = 512
 _HANDSHAKE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 300.0
 _SWEEP_SECONDS: Final = 1.0
+_WORKERS: Final = 4
 
 FROM_SENDERS: Final = (
     *(Body, Nack, Ping, Offer, StructureIs, Data, Coded, Finish, Commit, Abort, Join),
@@ -102,7 +104,7 @@ class Server:
         self._sessions: dict[Peer, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(self, self._peers)
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="shipd-work")
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="shipd-work")
         # Apart from the others: faulting in the images of a large model takes seconds, and a verdict must not wait.
         self._slow_pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-populate")
         self._closing = False
@@ -125,6 +127,10 @@ class Server:
         """Listen. Raises ConfigError where that is not possible."""
         loop = asyncio.get_running_loop()
         address = self.config.address
+        # All of them, now: work that a pool has taken and finds no thread for would be done at some later time, when
+        # the image that it writes into may be another's.
+        start_all(self._pool, _WORKERS)
+        start_all(self._slow_pool, 1)
         try:
             self._tcp = await loop.create_server(self._accept_tcp, address.host, address.port, reuse_address=True)
         except OSError as error:
