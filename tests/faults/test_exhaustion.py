@@ -1,11 +1,17 @@
-"""No more threads, at one moment and for one party: an error that says so, and nothing kept.
+"""No more threads, descriptors or mappings, at one moment and for one party: an error that says so, and nothing kept.
 
 What is left behind by a failed attempt is found by the check that every test ends with.
 """
 
 import asyncio
+import errno
+import os
+import resource
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,9 +19,13 @@ import torch
 
 import shipd
 from shipd.checkpoints.source import open_source
+from shipd.images.memory import ImageMapping
+from shipd.images.slots import ImageMemory
+from shipd.transfer.lane import ConnectionLost, Lane, Waker
 from tests.conftest import StartDaemon
 from tests.support.file_servers import FileServer, quick
 from tests.support.processes import status
+from tests.support.proxy import until
 
 pytest_plugins = ["tests.support.file_server_fixtures"]
 
@@ -151,3 +161,103 @@ def test_a_daemon_without_threads_does_not_start(
     fail_threads("shipd-work", after=after)
     with pytest.raises(shipd.ConfigError, match="no further thread"):
         start_daemon()
+
+
+# --- descriptors and mappings ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process can open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def fail_dup(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``fail_dup(n)``: the n-th duplicate of a descriptor from now on cannot be made."""
+    dup = os.dup
+
+    def fail(nth: int) -> None:
+        made = 0
+
+        def limited(fd: int) -> int:
+            nonlocal made
+            made += 1
+            if made == nth:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return dup(fd)
+
+        monkeypatch.setattr(os, "dup", limited)
+
+    return fail
+
+
+def test_a_waker_without_descriptors() -> None:
+    with no_more_descriptors(), pytest.raises(shipd.ConnectError, match=r"Too many open files.*ulimit -n"):
+        Waker()
+
+
+@pytest.mark.parametrize("lacking", ["a read-only descriptor", "a mapping"])
+def test_an_image_that_cannot_be_made_is_given_back(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no")
+
+    if lacking == "a mapping":
+        monkeypatch.setattr(ImageMapping, "shared", fail)
+    else:
+        monkeypatch.setattr("shipd.images.slots.open_read_only", fail)
+    with pytest.raises(OSError, match="no"):
+        ImageMemory("model", 4096)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_daemon_without_descriptors_for_who_attaches(
+    daemon: shipd.Daemon, fail_dup: Callable[[int], None], nth: int
+) -> None:
+    _push(daemon, _weights(1), "old")
+    fail_dup(nth)
+    with pytest.raises(shipd.Busy, match=r"Too many open files\. Let it have more descriptors"):
+        shipd.attach(_model(), "model", socket=daemon.config.socket)
+    model = _model()
+    resident = shipd.attach(model, "model", socket=daemon.config.socket)
+    assert _serves(model, resident, 1, "old")
+    resident.detach()
+
+
+def test_a_daemon_without_descriptors_for_who_is_attached(
+    daemon: shipd.Daemon, fail_dup: Callable[[int], None]
+) -> None:
+    """It serves on, and gets its images when it has attached again: it must not stay with those that it had."""
+    _push(daemon, _weights(1), "old")
+    model, other = _model(), _model()
+    resident = shipd.attach(model, "model", socket=daemon.config.socket, mode="copy")
+    first = daemon.server.models["model"].sessions[0]
+    # Mode flip takes one more image, of which the first process is told before the second has any.
+    fail_dup(1)
+    flipped = shipd.attach(other, "model", socket=daemon.config.socket, mode="flip")
+    assert first.lost
+    assert _serves(model, resident, 1, "old")
+    until(lambda: len(daemon.server.models["model"].sessions) == 2, "the first is back")
+    _push(daemon, _weights(2), "new")
+    until(lambda: _serves(model, resident, 2, "new"), "the first follows")
+    assert _serves(other, flipped, 2, "new")
+    resident.detach()
+    flipped.detach()
+
+
+def test_descriptors_that_a_process_has_no_room_for() -> None:
+    """The kernel drops them, and the peer takes them for delivered."""
+    near, far = socket.socketpair(socket.AF_UNIX)
+    lane = Lane(near, "peer", with_fds=True)
+    with far:
+        socket.send_fds(far, [b"x"], [far.fileno(), far.fileno()])
+        with no_more_descriptors(), pytest.raises(ConnectionLost, match="more descriptors than this process may open"):
+            lane.exchange(time.monotonic() + 10)
+    lane.close()
