@@ -163,6 +163,24 @@ def test_a_daemon_without_threads_does_not_start(
         start_daemon()
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_daemon_without_memory_for_a_message_ends_that_connection(
+    daemon: shipd.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the Unix socket as over TCP: nobody waits for an answer that will never come."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shipd.service.server.Session", fail)
+        with pytest.raises(ConnectionLost, match="it closed the connection"):
+            shipd.attach(_model(), "model", socket=daemon.config.socket, timeout=60.0)
+    shipd.attach(_model(), "model", socket=daemon.config.socket).detach()
+
+
 # --- descriptors and mappings ----------------------------------------------------------------------------------------
 
 

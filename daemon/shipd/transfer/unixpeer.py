@@ -181,6 +181,10 @@ class UnixPeer:
         except OSError as error:
             log.info("local connection lost", extra={"peer": self.name, "why": str(error)})
             self._lose()
+        except Exception:
+            # What was being handled is lost, and whoever waits for what comes of it must not wait for nothing.
+            log.exception("a local connection failed unexpectedly", extra={"peer": self.name})
+            self._lose()
         else:
             self.flush()
             self._pause()
