@@ -22,7 +22,6 @@ def start_all(pool: concurrent.futures.ThreadPoolExecutor, count: int) -> None:
             pool.submit(together.wait)
     except RuntimeError as error:
         together.abort()
-        pool.shutdown(cancel_futures=True)
         raise no_thread(ConfigError, "the daemon cannot work") from error
     together.wait()
 

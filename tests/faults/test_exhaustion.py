@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,15 @@ def test_a_daemon_without_threads_does_not_start(
     fail_threads("shipd-work", after=after)
     with pytest.raises(shipd.ConfigError, match="no further thread"):
         start_daemon()
+
+
+def test_a_daemon_stops_without_a_further_thread(place: Path, fail_threads: FailThreads) -> None:
+    daemon = shipd.Daemon(shipd.Config(listen="127.0.0.1:0", socket=str(place / "shipd.sock")))
+    daemon.start()
+    resident = shipd.attach(_model(), "model", socket=daemon.config.socket)
+    fail_threads("")
+    resident.detach()
+    daemon.stop()
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

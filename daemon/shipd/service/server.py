@@ -125,12 +125,20 @@ class Server:
 
     async def start(self) -> None:
         """Listen. Raises ConfigError where that is not possible."""
+        try:
+            # All of them, now: work that a pool has taken and finds no thread for would be done at some later time,
+            # when the image that it writes into may be another's.
+            start_all(self._pool, _WORKERS)
+            start_all(self._slow_pool, 1)
+            await self._listen()
+        except BaseException:
+            self._pool.shutdown()
+            self._slow_pool.shutdown()
+            raise
+
+    async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
         address = self.config.address
-        # All of them, now: work that a pool has taken and finds no thread for would be done at some later time, when
-        # the image that it writes into may be another's.
-        start_all(self._pool, _WORKERS)
-        start_all(self._slow_pool, 1)
         try:
             self._tcp = await loop.create_server(self._accept_tcp, address.host, address.port, reuse_address=True)
         except OSError as error:
@@ -191,9 +199,10 @@ class Server:
         await self.metrics.stop()
         if self._tcp is not None:
             await self._tcp.wait_closed()
-        # Populating is abandoned between two slices; anything else takes milliseconds.
-        for pool in (self._slow_pool, self._pool):
-            await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
+        # Populating is abandoned between two slices; anything else takes milliseconds. Waited for on a thread that is
+        # there, since there may be no other.
+        await loop.run_in_executor(self._slow_pool, functools.partial(self._pool.shutdown, cancel_futures=True))
+        self._slow_pool.shutdown()
         for model in self.models.values():
             self.images.close(model)
 

@@ -51,7 +51,7 @@ class Waker:
             self._read, self._write = os.pipe()
         except OSError as error:
             raise ConnectError(
-                f"nothing was connected to: {error.strerror}. Let this process have more descriptors (ulimit -n)."
+                f"cannot connect: {error.strerror}. Let this process have more descriptors (ulimit -n)."
             ) from error
         self._open = [self._read, self._write]
         os.set_blocking(self._read, False)
