@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import threading
 
 import pytest
@@ -219,7 +218,7 @@ def test_many_damaged_frames_on_lanes_cost_those_frames_and_no_time(daemon, prox
 
 def test_a_sender_without_descriptors_for_lanes_does_without(daemon, new, monkeypatch):
     def none_left(_self):
-        raise OSError(errno.EMFILE, "too many open files")
+        raise shipd.ConnectError("too many open files")
 
     monkeypatch.setattr(shipd.client.lanes, "Waker", type("Waker", (), {"__init__": none_left}))
     receipt = push(f"127.0.0.1:{daemon.port}", new, label="new", lanes=4)

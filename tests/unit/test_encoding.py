@@ -14,6 +14,7 @@ from shipd.client.chunks import ChunkReader
 from shipd.client.encoding import MAX_RUN, Encoded, Encoder, encoding_threads
 from shipd.client.incremental import untried
 from shipd.codecs import registry
+from shipd.errors import TransferFailed
 from shipproto.agreement import Ability
 from shipproto.digests import LeafDigests, digest_image
 from shipproto.layout import Layout
@@ -172,7 +173,7 @@ def test_where_the_system_has_few_threads_those_that_there_are_do_the_work(monke
     encoding = Encoding(V1, V0)
     monkeypatch.setattr(threading.Thread, "start", limited)
     assert covered(encoding.run(4)) == list(range(encoding.layout.chunks))
-    with pytest.raises(RuntimeError, match="new thread"):
+    with pytest.raises(TransferFailed, match="no further thread"):
         encoding.run(4)
 
 

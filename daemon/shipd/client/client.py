@@ -24,8 +24,9 @@ from shipd.client.push import CONNECT_SECONDS
 from shipd.client.questions import Questioner
 from shipd.client.receipt import Receipt
 from shipd.client.shipment import Shipment, What
-from shipd.errors import OutcomeUnknown, ShipError
+from shipd.errors import ConnectError, OutcomeUnknown, ShipError
 from shipd.matching.plan import Plan
+from shipd.threads import no_thread
 from shipd.transfer.lane import Lane, Waker
 from shipd.units import parse_rate
 from shipproto.description import POLICIES, Description
@@ -166,7 +167,10 @@ class Client:
         )
         lane, self._lane = self._lane, None
         shipment = Shipment(what, self.address, options, self._keepers, lane)
-        return await _in_thread(shipment.run, shipment.cancel, finished_counts=True)
+        try:
+            return await _in_thread(shipment.run, shipment.cancel, finished_counts=True)
+        finally:
+            shipment.close()
 
     async def plan(
         self,
@@ -282,7 +286,10 @@ async def _in_thread(work: Callable[[], _T], cancel: Callable[[], None], *, fini
     ``finished_counts``: what was done all the same is returned, because it cannot be undone.
     """
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-client")
-    future = asyncio.get_running_loop().run_in_executor(pool, work)
+    try:
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
+    except RuntimeError as failure:
+        raise no_thread(ConnectError, "the daemon was not asked anything") from failure
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

@@ -17,6 +17,8 @@ from shipd.client.encoding import Encoded, Encoder, encoding_threads
 from shipd.client.incremental import Incremental
 from shipd.client.lanes import Outlets
 from shipd.codecs.registry import SAME
+from shipd.errors import TransferFailed
+from shipd.threads import start
 from shipd.transfer.lane import Lane
 from shipproto.connection import Event
 from shipproto.sender import Sender
@@ -178,7 +180,7 @@ class _Beginning(threading.Thread):
         super().__init__(name="shipd base", daemon=True)
         self._begin = begin
         self._result: bool | BaseException | None = None
-        self.start()
+        start(self, TransferFailed, "the base cannot be read")
 
     def run(self) -> None:
         try:

@@ -25,6 +25,8 @@ from shipd.client.choice import RAW, Chooser
 from shipd.client.chunks import ChunkReader
 from shipd.codecs import registry
 from shipd.codecs.codec import Codec
+from shipd.errors import TransferFailed
+from shipd.threads import no_thread
 from shipd.transfer.times import Times
 from shipproto.dtypes import ITEMSIZES
 from shipproto.layout import Layout
@@ -108,7 +110,7 @@ class Encoder:
             except RuntimeError as error:
                 # The system has no more for this process: those that there are do the work.
                 if not self._threads:
-                    raise
+                    raise no_thread(TransferFailed, "what has changed cannot be encoded") from error
                 log.info("fewer threads encode than could", extra={"why": str(error)})
                 break
             self._threads.append(thread)

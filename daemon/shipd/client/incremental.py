@@ -5,6 +5,7 @@ begin      once WANT has said which of them the receiver has, and what it decode
 keep       once COMMITTED: the version is a base for the next push, where the link is worth it
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -123,7 +124,9 @@ class Incremental:
                 self._named_digests = digests
         if found and sender.offered.total_bytes > self._compile_above:
             # For this push, and others. Until it is done numpy does the work.
-            threading.Thread(target=compiled.warm_up, name="shipd compiler", daemon=True).start()
+            with contextlib.suppress(RuntimeError):
+                # No thread to be had, and numpy goes on doing it.
+                threading.Thread(target=compiled.warm_up, name="shipd compiler", daemon=True).start()
         return tuple(dict.fromkeys(found))[:MAX_BASES]
 
     @staticmethod

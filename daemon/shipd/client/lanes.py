@@ -258,7 +258,7 @@ class Outlets:
         while len(self._outlets) < lanes - (not apart) and not self._given_up:
             try:
                 self._outlets.append(Outlet(len(self._outlets) + 1, self))
-            except (OSError, RuntimeError) as error:
+            except (ShipError, RuntimeError) as error:
                 # No descriptors, or no threads: what there is must do.
                 self._given_up = True
                 log.info("going on without further connections", extra={"why": str(error)})

@@ -53,7 +53,10 @@ class What:
 
 
 class Shipment:
-    """``run`` on any thread, once; ``cancel`` from any other. Takes over ``lane``, a connection that is there."""
+    """``run`` on any thread, once; ``cancel`` from any other; ``close`` when it has run, or never will.
+
+    Takes over ``lane``, a connection that is there.
+    """
 
     def __init__(
         self,
@@ -91,8 +94,6 @@ class Shipment:
         """Ship. Raises ValueError for what cannot be offered, and ShipError."""
         what, began = self._what, self._began
         with ExitStack() as stack:
-            stack.callback(self._waker.close)
-            stack.callback(self._questioner.close)
             source = open_source(what.checkpoint, key=what.key, snapshot=what.snapshot, fetching=self._fetching)
             stack.callback(source.close)
             opened = time.monotonic()
@@ -115,6 +116,11 @@ class Shipment:
                 receipt = self._deliver(source, old, outcome, began, opened)
             planner.remember(source, outcome)
             return receipt
+
+    def close(self) -> None:
+        """Give back what it holds. Harmless twice."""
+        self._questioner.close()
+        self._waker.close()
 
     def _plan(self, planner: Planner, source: Source) -> Outcome:
         try:

@@ -9,6 +9,7 @@ the end of its session, ends it. The daemon writes only into a slot that is FREE
 a process may still be reading although its session has ended, the slot gets new memory first.
 """
 
+import contextlib
 import enum
 import itertools
 import os
@@ -36,10 +37,15 @@ class ImageMemory:
     """One sealed memfd, the daemon's writable mapping of it and a read-only descriptor to hand out."""
 
     def __init__(self, name: str, size: int) -> None:
+        """Raises OSError, and nothing is left of it then."""
         self.size = size
-        self.fd = create_memfd(f"shipd:{name}", size)
-        self.read_only_fd = open_read_only(self.fd)
-        self.mapping = ImageMapping.shared(self.fd, size)
+        with contextlib.ExitStack() as undo:
+            self.fd = create_memfd(f"shipd:{name}", size)
+            undo.callback(os.close, self.fd)
+            self.read_only_fd = open_read_only(self.fd)
+            undo.callback(os.close, self.read_only_fd)
+            self.mapping = ImageMapping.shared(self.fd, size)
+            undo.pop_all()
 
     @property
     def view(self) -> memoryview:

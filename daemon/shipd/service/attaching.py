@@ -139,9 +139,9 @@ class Attaching:
             self._populate(pool)
         while len(pool.slots) < slots:
             self._host.images.grow_pool(model, pool)
-            for other in model.sessions:
+            for other in list(model.sessions):
                 if other.pool is pool:
-                    other.give_images(pool.slots[-1:])
+                    other.give_further_images(pool.slots[-1:])
         return pool
 
     def _populate(self, pool: SlotPool) -> None:
@@ -197,9 +197,9 @@ class Attaching:
 
     async def _catch_up(self, session: Session, pool: SlotPool, version: Version) -> None:
         """Lead a process that has been attached without a version to the first one, or give it up."""
-        session.join_pool(pool)
-        pool.lease(session.number, version.slot)
         try:
+            session.join_pool(pool)
+            pool.lease(session.number, version.slot)
             await self._install(session, version)
         except SessionLost:
             return

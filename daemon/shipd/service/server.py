@@ -26,6 +26,7 @@ from shipd.service.models import ImageStore, Model
 from shipd.service.pushes import Pushes, unknown_model
 from shipd.service.session import Session, SessionLost
 from shipd.service.socketfile import SocketFile
+from shipd.threads import start_all
 from shipd.transfer.peer import Peer
 from shipd.transfer.stream import StreamPeer
 from shipd.transfer.unixpeer import UnixPeer
@@ -70,6 +71,7 @@ _MAX_CONNECTIONS: Final = 512
 _HANDSHAKE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 300.0
 _SWEEP_SECONDS: Final = 1.0
+_WORKERS: Final = 4
 
 FROM_SENDERS: Final = (
     *(Body, Nack, Ping, Offer, StructureIs, Data, Coded, Finish, Commit, Abort, Join),
@@ -102,7 +104,7 @@ class Server:
         self._sessions: dict[Peer, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(self, self._peers)
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="shipd-work")
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="shipd-work")
         # Apart from the others: faulting in the images of a large model takes seconds, and a verdict must not wait.
         self._slow_pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="shipd-populate")
         self._closing = False
@@ -123,6 +125,18 @@ class Server:
 
     async def start(self) -> None:
         """Listen. Raises ConfigError where that is not possible."""
+        try:
+            # All of them, now: work that a pool has taken and finds no thread for would be done at some later time,
+            # when the image that it writes into may be another's.
+            start_all(self._pool, _WORKERS)
+            start_all(self._slow_pool, 1)
+            await self._listen()
+        except BaseException:
+            self._pool.shutdown()
+            self._slow_pool.shutdown()
+            raise
+
+    async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
         address = self.config.address
         try:
@@ -185,9 +199,10 @@ class Server:
         await self.metrics.stop()
         if self._tcp is not None:
             await self._tcp.wait_closed()
-        # Populating is abandoned between two slices; anything else takes milliseconds.
-        for pool in (self._slow_pool, self._pool):
-            await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
+        # Populating is abandoned between two slices; anything else takes milliseconds. Waited for on a thread that is
+        # there, since there may be no other.
+        await loop.run_in_executor(self._slow_pool, functools.partial(self._pool.shutdown, cancel_futures=True))
+        self._slow_pool.shutdown()
         for model in self.models.values():
             self.images.close(model)
 

@@ -10,7 +10,7 @@ from typing import Final
 from shipd.images.slots import Slot, SlotPool
 from shipd.transfer.unixpeer import UnixPeer
 from shipproto.description import ENVIRONMENT
-from shipproto.errors import UnexpectedMessage
+from shipproto.errors import AbortCode, TransferError, UnexpectedMessage
 from shipproto.limits import TRANSFER_ID_SIZE
 from shipproto.messages import (
     Arriving,
@@ -120,7 +120,10 @@ class Session:
     # --- what it is told and asked -------------------------------------------------------------------------
 
     def join_pool(self, pool: SlotPool, *, writable: Slot | None = None) -> None:
-        """Hand over all images of ``pool``, unless it has them, and before that how they are laid out."""
+        """Hand over all images of ``pool``, unless it has them, and before that how they are laid out.
+
+        Raises TransferError as ``give_images`` does.
+        """
         if self.pool is pool:
             return
         self.pool = pool
@@ -134,14 +137,34 @@ class Session:
         self.peer.send(LaidOut(), _NO_TENSORS.encoded)
 
     def give_images(self, slots: Sequence[Slot], *, writable: Slot | None = None) -> None:
-        """Hand over descriptors: read-only, except for the slot it is about to fill."""
+        """Hand over descriptors: read-only, except for the slot it is about to fill.
+
+        Raises TransferError where the daemon has too few left.
+        """
         entries = []
         fds = []
         for slot in slots:
             open_for_writing = slot is writable
             entries.append(ImageSlot(size=slot.memory.size, slot=slot.index, writable=open_for_writing))
             fds.append(slot.memory.fd if open_for_writing else slot.memory.read_only_fd)
-        self.peer.send_with_fds(Images(slots=tuple(entries)), fds)
+        try:
+            self.peer.send_with_fds(Images(slots=tuple(entries)), fds)
+        except OSError as error:
+            raise TransferError(
+                AbortCode.BUSY,
+                f"the daemon cannot hand the images of model {self.model!r} to process {self.pid}: {error.strerror}. "
+                "Let it have more descriptors (LimitNOFILE of its unit).",
+            ) from error
+
+    def give_further_images(self, slots: Sequence[Slot]) -> None:
+        """Hand over images beside those that it has, or in place of some.
+
+        Where that fails the session ends: the process serves on, and gets all of them when it attaches again.
+        """
+        try:
+            self.give_images(slots)
+        except TransferError as error:
+            self.peer.close(str(error))
 
     async def fill(self, slot: Slot, timeout: float) -> None:
         """Have the process write its live parameters into ``slot``."""

@@ -20,9 +20,9 @@ async def take_slot(
     slot = pool.find_writable() or await _free_slot(model, pool, timeout, evicted)
     if images.renew(model, slot):
         # It has new memory: every process needs its descriptor.
-        for session in model.sessions:
+        for session in list(model.sessions):
             if session.pool is pool:
-                session.give_images([slot])
+                session.give_further_images([slot])
     pool.begin(slot)
     return slot, evicted
 

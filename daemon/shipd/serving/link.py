@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shipd.errors import ConnectError, Fenced, Interrupted, ShipError, Stalled
+from shipd.errors import AttachError, ConnectError, Fenced, Interrupted, ShipError, Stalled
 from shipd.images.memory import ImageMapping
 from shipd.serving.follower import Follower
 from shipd.serving.version import Version
+from shipd.threads import start
 from shipd.transfer.faults import peer_error, remote_error
 from shipd.transfer.lane import Lane, Waker
 from shipproto.aborts import read_abort
@@ -111,7 +112,7 @@ class Link:
 
     def start(self, timeout: float) -> None:
         """Attach. Raises ShipError: ConnectError, TensorMismatch, MemoryLimit, Stalled, …"""
-        self._thread.start()
+        start(self._thread, AttachError, f"model {self._model!r} cannot be attached")
         try:
             if not self._attached.wait(min(timeout, threading.TIMEOUT_MAX)):
                 raise self._too_late(timeout)
@@ -332,13 +333,18 @@ class Link:
 
     def _prepare(self, image: _Image, mapping: ImageMapping) -> None:
         """Map the pages ahead of time, on a thread of its own: the first copy would take twice as long."""
-        image.preparing = threading.Thread(
+        preparing = threading.Thread(
             target=self._follower.prepare,
             args=(mapping, lambda: image.dropped),
             name=f"shipd {self._model} prepare",
             daemon=True,
         )
-        image.preparing.start()
+        try:
+            preparing.start()
+        except RuntimeError as error:
+            log.warning("an image is not prepared; the first swap will be slower", extra={"why": str(error)})
+        else:
+            image.preparing = preparing
 
     def _image(self, slot: int) -> _Image:
         image = self._images.get(slot)

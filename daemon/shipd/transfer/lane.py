@@ -49,7 +49,13 @@ class Waker:
     """Wakes a lane from another thread, for good: once woken, every wait on it raises Interrupted."""
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe()
+        """Raises ConnectError where there are no descriptors left."""
+        try:
+            self._read, self._write = os.pipe()
+        except OSError as error:
+            raise ConnectError(
+                f"cannot connect: {error.strerror}. Let this process have more descriptors (ulimit -n)."
+            ) from error
         self._open = [self._read, self._write]
         os.set_blocking(self._read, False)
         self.woken = False
@@ -334,10 +340,13 @@ class Lane:
     def _receive(self, view: memoryview) -> int:
         if not self._with_fds:
             return self._sock.recv_into(view)
-        count, ancillary, _flags, _address = self._sock.recvmsg_into([view], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        count, ancillary, flags, _address = self._sock.recvmsg_into([view], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self.fds.extend(memoryview(data)[: len(data) // 4 * 4].cast("i"))
+        if flags & socket.MSG_CTRUNC:
+            # The kernel has closed what this process may not have; the peer takes it for delivered.
+            raise OSError(errno.EMFILE, "it sent more descriptors than this process may open (ulimit -n)")
         return count
 
     def fault(self, error: ProtocolError) -> ShipError:

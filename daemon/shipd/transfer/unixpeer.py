@@ -107,16 +107,20 @@ class UnixPeer:
             self.flush()
 
     def send_with_fds(self, message: Message, fds: Sequence[int]) -> None:
-        """Send a message whose first byte carries ``fds``. They are duplicated: the caller may close its own."""
+        """Send a message whose first byte carries ``fds``. They are duplicated: the caller may close its own.
+
+        Raises OSError where there are no descriptors left; then nothing is sent.
+        """
         if self.closed:
             return
         self.flush()
         if self._sock.fileno() < 0:
             # It was found dead just now: nobody would ever close the duplicates.
             return
+        duplicates = _duplicated(fds)
         self.connection.send(message)
         pieces = self.connection.take_output()
-        self._queue(pieces[0], tuple(os.dup(fd) for fd in fds))
+        self._queue(pieces[0], duplicates)
         for piece in pieces[1:]:
             self._queue(piece)
         self._write()
@@ -176,6 +180,10 @@ class UnixPeer:
             self.close()
         except OSError as error:
             log.info("local connection lost", extra={"peer": self.name, "why": str(error)})
+            self._lose()
+        except Exception:
+            # What was being handled is lost, and whoever waits for what comes of it must not wait for nothing.
+            log.exception("a local connection failed unexpectedly", extra={"peer": self.name})
             self._lose()
         else:
             self.flush()
@@ -278,6 +286,17 @@ class UnixPeer:
         # With it the kernel closes descriptors of messages that nobody has read.
         close_aside((self._sock.detach(),))
         self._on_lost(self)
+
+
+def _duplicated(fds: Sequence[int]) -> tuple[int, ...]:
+    """A duplicate of each. Raises OSError, and there is none then."""
+    with contextlib.ExitStack() as undo:
+        duplicates = []
+        for fd in fds:
+            duplicates.append(os.dup(fd))
+            undo.callback(os.close, duplicates[-1])
+        undo.pop_all()
+    return tuple(duplicates)
 
 
 def _close_all(fds: tuple[int, ...]) -> None:

@@ -16,7 +16,8 @@ from shipd.checkpoints.remote.server import Answer, Broken, Refusal, Remote, Sil
 from shipd.checkpoints.remote.spool import Spool
 from shipd.checkpoints.waiting import ACT_SECONDS, awaited
 from shipd.checkpoints.wording import quoted
-from shipd.errors import Interrupted, Stalled
+from shipd.errors import Interrupted, Stalled, TransferFailed
+from shipd.threads import no_thread, start
 from shipd.units import format_bytes
 
 log = logging.getLogger("shipd.checkpoints")
@@ -97,9 +98,13 @@ class Fetching:
     def start(self, remote: Remote) -> Download:
         """Begin to fetch the opening of a file, and whatever of it anyone waits for. The caller closes it."""
         download = Download(remote, Spool())
-        with self._lock:
-            self._downloads.append(download)
-            self._employ()
+        try:
+            with self._lock:
+                self._downloads.append(download)
+                self._employ()
+        except BaseException:
+            self.close(download)
+            raise
         return download
 
     def describe(self, download: Download) -> None:
@@ -181,7 +186,7 @@ class Fetching:
                 self._lock.notify_all()
 
         thread = threading.Thread(target=run, name="shipd asking", daemon=True)
-        thread.start()
+        start(thread, TransferFailed, f"{quoted(shown)} cannot be fetched")
         until = min(self._deadline, time.monotonic() + self.stall)
         with self._lock:
             while not results and not failures:
@@ -279,10 +284,10 @@ class Fetching:
             self._threads.add(thread)
             try:
                 thread.start()
-            except RuntimeError:
+            except RuntimeError as error:
                 self._threads.discard(thread)
                 if not self._threads:
-                    raise
+                    raise no_thread(TransferFailed, "nothing can be fetched") from error
 
     def _work(self) -> None:
         buffer = memoryview(bytearray(_BUFFER))
