@@ -22,7 +22,8 @@ import shipd
 from shipd.checkpoints.source import open_source
 from shipd.images.memory import ImageMapping
 from shipd.images.slots import ImageMemory
-from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipd.transfer.lane import ConnectionLost, Lane
+from shipd.transfer.waker import Waker
 from tests.conftest import StartDaemon
 from tests.support.file_servers import FileServer, quick
 from tests.support.processes import status

@@ -100,7 +100,7 @@ def test_paths_that_cannot_be_opened_are_named(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=message):
             open_source(path)
 
-    def forbidden(*_):
+    def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", forbidden)

@@ -13,8 +13,8 @@ import shipd
 import shipd.client.client
 from shipd.address import Address
 from shipd.errors import Interrupted
-from shipd.transfer.lane import Waker
 from shipd.transfer.resolving import resolve
+from shipd.transfer.waker import Waker
 from tests.support.proxy import DEADLINE
 
 NAME = "gpu-01"

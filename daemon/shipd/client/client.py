@@ -27,7 +27,8 @@ from shipd.client.shipment import Shipment, What
 from shipd.errors import ConnectError, OutcomeUnknown, ShipError
 from shipd.matching.plan import Plan
 from shipd.threads import no_thread
-from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.lane import Lane
+from shipd.transfer.waker import Waker
 from shipd.units import parse_rate
 from shipproto.description import POLICIES, Description
 from shipproto.limits import MAX_LANES

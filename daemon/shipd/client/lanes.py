@@ -23,8 +23,9 @@ from shipd.checkpoints.waiting import while_waiting
 from shipd.client.chunks import ChunkReader
 from shipd.client.sending import RUN, send_chunks
 from shipd.errors import Interrupted, ShipError, Stalled
-from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipd.transfer.lane import ConnectionLost, Lane
 from shipd.transfer.times import Times
+from shipd.transfer.waker import Waker
 from shipproto.connection import Event
 from shipproto.errors import ProtocolError, TransferError
 from shipproto.messages import Ping

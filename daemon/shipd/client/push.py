@@ -21,7 +21,8 @@ from shipd.client.planning import Outcome
 from shipd.client.receipt import Receipt
 from shipd.errors import ConnectError, Interrupted, OutcomeUnknown, ShipError, Stalled, TransferFailed
 from shipd.transfer.faults import as_transfer_error, remote_error
-from shipd.transfer.lane import ConnectionLost, Lane, Waker
+from shipd.transfer.lane import ConnectionLost, Lane
+from shipd.transfer.waker import Waker
 from shipproto.errors import AbortCode, TransferError
 from shipproto.limits import TRANSFER_ID_SIZE
 from shipproto.messages import Committed

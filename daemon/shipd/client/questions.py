@@ -8,7 +8,8 @@ from typing import Final
 
 from shipd.errors import ConnectError, Interrupted
 from shipd.transfer.faults import peer_error, remote_error
-from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.lane import Lane
+from shipd.transfer.waker import Waker
 from shipproto.aborts import read_abort
 from shipproto.connection import MessageArrived
 from shipproto.errors import ProtocolError

@@ -29,7 +29,8 @@ from shipd.client.push import CONNECT_SECONDS, Push, too_late
 from shipd.client.questions import Questioner
 from shipd.client.receipt import Receipt
 from shipd.errors import ConnectError, Interrupted, Stalled, TensorMismatch
-from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.lane import Lane
+from shipd.transfer.waker import Waker
 from shipproto.errors import LocalError
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from shipd.serving.follower import Follower
 from shipd.serving.version import Version
 from shipd.threads import start
 from shipd.transfer.faults import peer_error, remote_error
-from shipd.transfer.lane import Lane, Waker
+from shipd.transfer.lane import Lane
+from shipd.transfer.waker import Waker
 from shipproto.aborts import read_abort
 from shipproto.connection import Event, MessageArrived
 from shipproto.errors import MalformedMessage, ProtocolError

@@ -24,10 +24,11 @@ from shipd.environment import environment
 from shipd.errors import ConnectError, Interrupted, ShipError, Stalled
 from shipd.release import AGENT
 from shipd.transfer import link_rate
+from shipd.transfer.dialling import dial_tcp, dial_unix
 from shipd.transfer.faults import peer_error
 from shipd.transfer.pages import MOST_BEFORE, PageSender
-from shipd.transfer.resolving import resolve
 from shipd.transfer.times import Times
+from shipd.transfer.waker import Waker
 from shipproto.connection import Connection, Established, Event
 from shipproto.errors import BadPrelude, ProtocolError
 from shipproto.frame import Buffer
@@ -43,45 +44,6 @@ _ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_SLOTS) if hasattr(socket, "CMSG_SP
 
 class ConnectionLost(ConnectError):
     """The connection broke; what it was part of may go on over another one."""
-
-
-class Waker:
-    """Wakes a lane from another thread, for good: once woken, every wait on it raises Interrupted."""
-
-    def __init__(self) -> None:
-        """Raises ConnectError where there are no descriptors left."""
-        try:
-            self._read, self._write = os.pipe()
-        except OSError as error:
-            raise ConnectError(
-                f"cannot connect: {error.strerror}. Let this process have more descriptors (ulimit -n)."
-            ) from error
-        self._open = [self._read, self._write]
-        os.set_blocking(self._read, False)
-        self.woken = False
-
-    def fileno(self) -> int:
-        """The descriptor that becomes readable."""
-        return self._read
-
-    def wake(self) -> None:
-        """May be called from any thread, and from a signal handler."""
-        if not self.woken:
-            self.woken = True
-            os.write(self._write, b"!")
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep, but not through a wake-up. True if there was one."""
-        poll = select.poll()
-        poll.register(self._read, select.POLLIN)
-        poll.poll(seconds * 1000)
-        return self.woken
-
-    def close(self) -> None:
-        """Release the descriptors. Harmless twice."""
-        self.woken = True
-        while self._open:
-            os.close(self._open.pop())
 
 
 class Lane:
@@ -141,7 +103,7 @@ class Lane:
         deadline = started + timeout
         local = isinstance(target, Path)
         try:
-            sock = _dial_unix(target, timeout) if isinstance(target, Path) else _dial_tcp(target, deadline, waker)
+            sock = dial_unix(target, deadline, waker) if isinstance(target, Path) else dial_tcp(target, deadline, waker)
         except OSError as error:
             hint = "Is shipd running there?" if isinstance(error, ConnectionRefusedError | FileNotFoundError) else ""
             raise ConnectError(
@@ -438,57 +400,6 @@ class Lane:
     def idle(self) -> bool:
         """Whether everything queued has been handed to the kernel."""
         return not self._outgoing and not self.connection.has_output
-
-
-def _dial_tcp(address: Address, deadline: float, waker: Waker | None) -> socket.socket:
-    """Try every address of the host; one that does not answer leaves the others their share of the time."""
-    found = resolve(address, deadline, waker)
-    failure: OSError | None = None
-    for left, (family, kind, protocol, _name, where) in zip(range(len(found), 0, -1), found, strict=True):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(0)
-            _connect(sock, where, (deadline - time.monotonic()) / left, waker)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        except OSError as error:
-            sock.close()
-            failure = error
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise failure or OSError("the host has no address")
-
-
-def _connect(sock: socket.socket, where: Any, timeout: float, waker: Waker | None) -> None:
-    """connect(2) that ``waker`` interrupts."""
-    error = sock.connect_ex(where)
-    if error == errno.EINPROGRESS:
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT)
-        if waker is not None:
-            poll.register(waker, select.POLLIN)
-        ready = poll.poll(max(0.0, timeout) * 1000)
-        if waker is not None and waker.woken:
-            raise Interrupted("interrupted while connecting")
-        if not ready:
-            raise TimeoutError
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
-
-
-def _dial_unix(path: Path, timeout: float) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(str(path))
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _reason(error: OSError) -> str:

@@ -9,19 +9,14 @@ import select
 import socket
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from shipd.address import Address
 from shipd.errors import Interrupted
+from shipd.transfer.waker import Waker
 
 
-class HasFileno(Protocol):
-    """A descriptor that becomes readable."""
-
-    def fileno(self) -> int: ...
-
-
-def resolve(address: Address, deadline: float, waker: HasFileno | None = None) -> list[Any]:
+def resolve(address: Address, deadline: float, waker: Waker | None = None) -> list[Any]:
     """What getaddrinfo(3) says of ``address``, by ``deadline`` (time.monotonic).
 
     Raises OSError where it says nothing, or nothing in time, and Interrupted where ``waker`` becomes readable before.
@@ -71,7 +66,7 @@ class _Asking:
         finally:
             self._other.close()
 
-    def wait(self, deadline: float, waker: HasFileno | None) -> None:
+    def wait(self, deadline: float, waker: Waker | None) -> None:
         """Until there is an answer."""
         poll = select.poll()
         poll.register(self._answered, select.POLLIN)
