@@ -77,7 +77,7 @@ def test_a_thin_link_is_no_stall(daemon, proxy, new):
     """What moves has not stalled, although the daemon acknowledges nothing for longer than the stall deadline."""
     # Some 5 MB of it are between the sender and the link: while these are drained nothing moves at the sender.
     proxy.throttle(2e6)
-    receipt = push(proxy.address, new, stall=5.0, base=False)
+    receipt = push(proxy.address, new, stall=5.0, lanes=1, base=False)
     assert receipt.seconds > 5.0, "else this has shown nothing"
     assert proxy.connections == 1
     assert_installed(daemon, NEW)
