@@ -91,6 +91,8 @@ class Push:
         self._lock = threading.Lock()
         """Held for every call of the sender, but to read and send a chunk, while there are lanes."""
         self._breaks = 0
+        self._losses = 0
+        """How often the receiver has lost what it had: it was restarted."""
         self._commit_sent = False
         self._reached = False
         self._uncertain = False
@@ -130,16 +132,17 @@ class Push:
                 if isinstance(error, ConnectError) and not isinstance(error, ConnectionLost) and not self._reached:
                     raise
                 self._raise_if_over(error, deadline)
+                self._losses += self._sender.held < held
                 if self._sender.held > held:
                     self._breaks, moved = 0, time.monotonic()
                 # What breaks before it is established, behind a proxy whose daemon restarts, is as good as refused.
                 self._breaks += isinstance(error, ConnectionLost) and (self._established or not self._reached)
                 if (
                     isinstance(error, Stalled)
-                    or self._breaks >= _MAX_BREAKS
+                    or max(self._breaks, self._losses) >= _MAX_BREAKS
                     or time.monotonic() - moved > self._options.stall
                 ):
-                    raise self._gave_up(error, self._breaks) from error
+                    raise self._gave_up(error) from error
                 self._pause(_BACKOFF[min(self._breaks, len(_BACKOFF) - 1)])
             except TransferError as error:
                 if not self._sender.revive() or time.monotonic() - moved > self._options.stall:
@@ -258,13 +261,17 @@ class Push:
             late.transfer_id = self.transfer.hex()
             raise self._outcome(late) from error
 
-    def _gave_up(self, error: ShipError, breaks: int) -> ShipError:
+    def _gave_up(self, error: ShipError) -> ShipError:
         if self._commit_sent:
             return self._outcome(error)
-        if breaks >= _MAX_BREAKS:
+        why = ""
+        if self._breaks >= _MAX_BREAKS:
+            why = f"the connection to {self._address} broke {self._breaks} times without a chunk getting through"
+        elif self._losses >= _MAX_BREAKS:
+            why = f"{self._address} has lost {self._losses} times what it had received: its daemon keeps restarting"
+        if why:
             return TransferFailed(
-                f"the connection to {self._address} broke {breaks} times without a chunk getting through; the previous "
-                f"version is serving. Last: {error}",
+                f"{why}; the previous version is serving. Last: {error}",
                 peer=str(self._address),
                 model=self._options.model,
                 transfer_id=self.transfer.hex(),
