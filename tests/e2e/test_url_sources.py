@@ -15,6 +15,7 @@ from tests.support import checkpoints
 from tests.support.checkpoints import MIB, Content, assert_installed, minilm_content
 from tests.support.containers import CONTAINERS
 from tests.support.file_servers import FileServer, file_of
+from tests.support.frames import PING
 from tests.support.processes import Background, Helper, Shipctl, address_of, push, shipctl
 from tests.support.proxy import Proxy, until
 
@@ -113,18 +114,15 @@ def test_a_server_that_makes_the_sender_wait_does_not_cost_its_connections(start
     daemon = start_daemon(models={"model": "1GiB"}, stall=6.0)
     server.ranges, server.silent_at = False, 5_000_000
     url = server.serve("/w", file_of(checkpoints.medium()))
-    with Background(push, address_of(daemon), url, label="v1", lanes=lanes) as pushing:
+    with (
+        Proxy(daemon.port) as proxy,
+        Background(push, proxy.address, url, label="v1", lanes=lanes) as pushing,
+    ):
         assert server.silent.acquire(timeout=30)
-        until(lambda: daemon.server.models["model"].incoming is not None, "it is being received")
-        peers = list(daemon.server._peers)
-        since = max(peer.last_heard for peer in peers)
-        until(
-            lambda: all(peer.last_heard > since + 7.5 or peer.closed for peer in peers), "it has been waited for long"
-        )
-        closed = [peer.name for peer in peers if peer.closed]
+        until(lambda: proxy.count(PING, connection=0) >= 8, "it has been waited for long: there is one a second")
         server.speak.set()
         assert pushing.result().digest == checkpoints.medium().digest
-    assert not closed
+        assert proxy.connections == lanes
     assert_installed(daemon, checkpoints.medium(), label="v1")
 
 
