@@ -219,7 +219,11 @@ class Resident:
         return Handle(self._callbacks, callback)
 
     def detach(self) -> None:
-        """Stop following. The model keeps the version it has, in memory of its own. Harmless twice."""
+        """Stop following. The model keeps the version it has, in memory of its own. Harmless twice.
+
+        A swap that is under way is finished first, and with it the ``on_swap`` callbacks and ``load_weights`` that run:
+        these are the caller's own, and nothing ends them.
+        """
         # A callback must not wait for a thread that detaches, because that waits for the callback.
         if not self._detaching.acquire(blocking=not self._link.runs_here):
             return
