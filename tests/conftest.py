@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -171,6 +172,17 @@ def _settled(before: Inventory) -> list[str]:
         gc.collect()
         threading.Event().wait(0.01)
     return leaks
+
+
+# --- what a process remembers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_others() -> None:
+    """Plans are remembered by the daemon's address, and ports come again: a test's daemon may have another's."""
+    planning = sys.modules.get("shipd.client.planning")
+    if planning is not None:
+        planning._remembered.clear()
 
 
 # --- places and daemons ----------------------------------------------------------------------------------------------

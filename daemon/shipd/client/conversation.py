@@ -76,6 +76,12 @@ class Conversation:
         try:
             with while_waiting(self._show_life):
                 return self._run(deadline)
+        except ConnectionLost as lost:
+            self._take(lost.heard)
+            if self._sender.error is None:
+                raise
+            # It said why before it closed.
+            raise self._sender.error from lost
         finally:
             self._coded.stop()
             if self._loan is not None:
@@ -147,7 +153,8 @@ class Conversation:
             waited = lane.times.wait
             events = send_chunks(self._sender, reader, lane, chunks, drain)
             self._account.wire_wait += lane.times.wait - waited
-            self._take((*events, *lane.pump()))
+            self._take(events)
+            self._take(lane.pump())
             self._acted = time.monotonic()
             if self._acted > until or outlets.carry:
                 return
@@ -170,7 +177,8 @@ class Conversation:
             self._account.sending(self._offered_at)
         self._keep_alive()
         drain = partial(self._lane.drain, self._options.stall, until=deadline, watch=self._outlets.check)
-        self._take((*self._coded.step(drain), *self._lane.pump()))
+        self._take(self._coded.step(drain))
+        self._take(self._lane.pump())
         self._acted = time.monotonic()
 
     def _tuner(self) -> Tuner:

@@ -167,6 +167,9 @@ class Outlet:
             if self.used:
                 self.error = ConnectionLost(str(error), peer=error.peer)
         except Exception as error:  # noqa: BLE001  raised again by the push, or told in the log
+            if isinstance(error, ConnectionLost):
+                # Of use on this lane alone.
+                error.heard = ()
             if self.used or not isinstance(error, ShipError | TransferError):
                 self.error = error
             else:

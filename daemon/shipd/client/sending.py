@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from shipd.client.chunks import ChunkReader
-from shipd.transfer.lane import Lane
+from shipd.transfer.lane import ConnectionLost, Lane
 from shipproto.connection import Event
 from shipproto.digests import digest_and_crc
 from shipproto.messages import SAME
@@ -44,42 +44,46 @@ def send_chunks(
     events: list[Event] = []
     reading = digesting = checking = writing = 0.0
     now = clock()
-    for chunk in chunks:
-        content = read(chunk)
-        have = clock()
-        crc = None
-        if large:
-            digest, crc = digest_and_crc(content)
-            digests.append(digest)
-        else:
-            sender.digest_chunk(chunk, content)
-        digested = clock()
-        if told and sender.held_digest(chunk) == (digests[-1] if large else sender.digests.chunk_digest(chunk)):
+    try:
+        for chunk in chunks:
+            content = read(chunk)
+            have = clock()
+            crc = None
+            if large:
+                digest, crc = digest_and_crc(content)
+                digests.append(digest)
+            else:
+                sender.digest_chunk(chunk, content)
+            digested = clock()
+            if told and sender.held_digest(chunk) == (digests[-1] if large else sender.digests.chunk_digest(chunk)):
+                reading += have - now
+                digesting += digested - have
+                now = digested
+                lane.bytes_unchanged += len(content)
+                same = range(same.start if same else chunk, chunk + 1)
+                continue
+            if same:
+                lane.connection.send_coded(same, SAME, b"")
+                same = range(0)
+            queue(chunk, content, crc)
+            framed = clock()
+            # What is not lent may be a buffer that the next chunk is read into: until then the kernel must have it all.
+            if lends(content) and transmit(content):
+                then = clock()
+                writing += then - framed
+            else:
+                events += drain()
+                then = clock()
             reading += have - now
             digesting += digested - have
-            now = digested
-            lane.bytes_unchanged += len(content)
-            same = range(same.start if same else chunk, chunk + 1)
-            continue
+            checking += framed - digested
+            now = then
         if same:
             lane.connection.send_coded(same, SAME, b"")
-            same = range(0)
-        queue(chunk, content, crc)
-        framed = clock()
-        # What is not lent may be a buffer that the next chunk is read into: until then the kernel must have it all.
-        if lends(content) and transmit(content):
-            then = clock()
-            writing += then - framed
-        else:
             events += drain()
-            then = clock()
-        reading += have - now
-        digesting += digested - have
-        checking += framed - digested
-        now = then
-    if same:
-        lane.connection.send_coded(same, SAME, b"")
-        events += drain()
+    except ConnectionLost as lost:
+        lost.heard = (*events, *lost.heard)
+        raise
     if large:
         sender.digested(chunks, digests)
     sender.sent(chunks)

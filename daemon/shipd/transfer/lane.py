@@ -43,7 +43,12 @@ _ANCILLARY: Final = socket.CMSG_SPACE(4 * MAX_SLOTS) if hasattr(socket, "CMSG_SP
 
 
 class ConnectionLost(ConnectError):
-    """The connection broke; what it was part of may go on over another one."""
+    """The connection broke; what it was part of may go on over another one.
+
+    heard  what the peer had said on it, and nobody has looked at: it may be why
+    """
+
+    heard: Sequence[Event] = ()
 
 
 class Lane:
@@ -154,6 +159,14 @@ class Lane:
         peer takes no byte for ``grace`` seconds, or has not taken all by ``until``.
         """
         events: list[Event] = []
+        try:
+            self._drain(grace, until, watch, events)
+        except ConnectionLost as lost:
+            lost.heard = (*events, *lost.heard)
+            raise
+        return events
+
+    def _drain(self, grace: float, until: float, watch: Callable[[], object] | None, events: list[Event]) -> None:
         sent = self.bytes_sent
         deadline = time.monotonic() + grace
         while True:
@@ -162,7 +175,7 @@ class Lane:
                 # Whatever the peer has said by now.
                 self._step(0.0)
                 events.extend(self.connection.events())
-                return events
+                return
             if self.bytes_sent != sent:
                 sent = self.bytes_sent
                 deadline = time.monotonic() + grace
