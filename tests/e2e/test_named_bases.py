@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 from torch import nn
 
 import shipd
+import shipd.client.push
 from shipd.checkpoints.chunks import SourceChunks
 from tests.support.processes import address_of, push
 from tests.support.proxy import DEADLINE, until
 from tests.support.serving_process import Attach
 
-pytest_plugins = ["tests.support.serving_process"]
+pytest_plugins = ["tests.support.patience", "tests.support.serving_process"]
 
 
 class Counting(nn.Module):
@@ -84,12 +84,20 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowChunks]:
     return SlowChunks
 
 
-def test_a_push_whose_time_is_over_reads_no_further(daemon: shipd.Daemon, slow: type[SlowChunks]) -> None:
+def test_a_push_whose_time_is_over_reads_no_further(
+    daemon: shipd.Daemon, slow: type[SlowChunks], out_of_patience: Callable[[], None]
+) -> None:
     push(address_of(daemon), checkpoint(1), label="first")
-    began = time.monotonic()
-    slow.may_end = lambda: until(lambda: time.monotonic() > began + 2.0, "the push's time is over")
-    with pytest.raises(shipd.Stalled, match="longer than its timeout of 1 s"):
-        push(address_of(daemon), checkpoint(2), label="second", base=checkpoint(1), prefer="bytes", timeout=1.0)
+
+    def may_end() -> None:
+        clock = vars(shipd.client.push)["time"]
+        over = clock.monotonic() + 60.0
+        out_of_patience()
+        until(lambda: clock.monotonic() > over, "the push's time is over")
+
+    slow.may_end = may_end
+    with pytest.raises(shipd.Stalled, match="longer than its timeout of 60 s"):
+        push(address_of(daemon), checkpoint(2), label="second", base=checkpoint(1), prefer="bytes", timeout=60.0)
     assert slow.reads == 1
 
 

@@ -28,7 +28,7 @@ MAX_RULE: Final = 1024
 """Characters of a rule: twice the longest name."""
 
 _RULES_SECONDS: Final = 10.0
-"""For all rules on all names. The names of MAX_TENSORS tensors take a tenth of it."""
+"""For all rules on all names. An ordinary rule takes 0.3 s for 100,000 of them."""
 
 _SHOWN: Final = 120
 
